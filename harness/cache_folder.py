@@ -10,7 +10,7 @@ from pathlib import Path
 def root() -> Path:
     """Return the cache folder, without creating it.
 
-    It is PEFT_HARNESS_CACHE if this variable is set, otherwise `peft-harness` in the user's cache folder.
+    The environment variable PEFT_HARNESS_CACHE sets it. The default is `peft-harness` in the user's cache folder.
     """
     if chosen := os.environ.get("PEFT_HARNESS_CACHE"):
         return Path(chosen).expanduser().absolute()

@@ -53,7 +53,7 @@ def visible(text: str) -> str:
 
 
 def without_code_marks(text: str) -> str:
-    """Return a text of a YAML file without the backticks around code, which a terminal and a table would show."""
+    """Return a YAML file's text without the backticks around code. A terminal or a table would show them."""
     return text.replace("`", "")
 
 
@@ -61,6 +61,7 @@ def print_lines(lines: Iterable[str], *, err: bool = False) -> None:
     """Print lines on stdout, or on stderr if `err` is true.
 
     A line break inside a line is shown as `\\n`. Status words have colours on a terminal. A closed stream is ignored.
+    Raises StoreError if stdout cannot be written, e.g. on a full disk.
     """
     _write(lines, sys.stderr if err else sys.stdout)
 
@@ -145,7 +146,9 @@ def _fitted(widths: Sequence[int], right: Container[int], available: int) -> lis
 
 
 def _cut(cell: str, width: int) -> str:
-    """Return a text without its middle if it is too long. Names that begin alike often differ at their ends."""
+    """Replace the middle of a text by `…` if it is longer than `width`. Names that begin alike often differ at their
+    ends.
+    """
     if len(cell) <= width:
         return cell
     end = (width - 1) // 3
@@ -189,8 +192,8 @@ def foreign_output() -> Iterator[None]:
 def hold_output() -> Iterator[None]:
     """Hold back the output of libraries inside the context: Python's stdout and stderr, and the file descriptor 2.
 
-    Each line is then logged by the logger `harness`. If the context raises anything but a HarnessError, the lines are also
-    printed on stderr, with unprintable characters escaped.
+    Each line is then logged by the logger `harness`. If the context raises an error that is no HarnessError, the lines are
+    also printed on stderr, with unprintable characters escaped.
     """
     import logging  # not above: `--help` needs neither
     import tempfile
@@ -219,7 +222,7 @@ def hold_output() -> Iterator[None]:
 
 
 def discard_stdout() -> None:
-    """Discard the buffered output of a closed stdout. Without this, Python would report an error at exit."""
+    """Discard the buffered output of a closed stdout. Otherwise Python would report an error at exit."""
     _discard(sys.stdout)
 
 

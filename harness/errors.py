@@ -175,7 +175,7 @@ class ImplementationError(HarnessError):
 def import_extra(module: str, where: str) -> ModuleType:
     """Import and return an optional dependency.
 
-    where: the option that needs the dependency. The last word of the option is the name of the extra. Raises
+    where: the option that needs the dependency, e.g. `--executor ray`. Its last word is the name of the extra. Raises
     HarnessError, with a hint to install the extra, if the import fails.
     """
     try:

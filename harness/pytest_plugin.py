@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Add torch's version and the GPU's name to the `machine_info` that pytest-benchmark stores. Both affect times."""
+    """Add torch's version and the GPU's name to the `machine_info` of pytest-benchmark, if the session uses them."""
     torch = sys.modules.get("torch")
     if torch is not None:
         machine_info.setdefault("torch", str(torch.__version__))
@@ -99,7 +99,7 @@ class CaseItem(pytest.Item):
     def reportinfo(self) -> tuple[Any, int | None, str]:
         """Return the path, line and name of the test.
 
-        The line is never None, because a mark that skips the test (--benchmark-only) would then fail.
+        The line must not be None: a mark that skips the test (--benchmark-only) would then fail.
         """
         suite = self.parent
         assert isinstance(suite, ConformanceCollector)  # noqa: S101

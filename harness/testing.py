@@ -70,7 +70,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return two texts: one line per failed check, and the reason if no check passed or failed. Either may be empty."""
+    """Return two texts: a line for each failed check, and the reason why no check passed or failed. Either may be empty."""
     every = list(tried)
     failed = [visible(line) for line in failures(every)]
     compared = any(one.status is CheckStatus.PASS for one in every)
@@ -94,9 +94,9 @@ def conformance(
     `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: optional features of the
     Method that the function has, such as `lora_bias`; cases with other optional features are skipped. full: test every
     combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at least
-    once. wide: also test a fixed sample of cases that covers pairs of settings, run the check of call forms in every
-    case (otherwise in one case), and check unmerging, random sequences of calls and NaN. drawn: number of additional
-    cases with random ranks and shapes. seed: seed of the additional cases.
+    once. wide: also test a fixed sample of cases that covers pairs of settings. `wide` runs the check of call forms in
+    every case instead of one, and adds checks of unmerging, random sequences of calls and NaN. drawn: number of
+    additional cases with random ranks and shapes. seed: seed of the additional cases.
 
     Raises UsageError if a name or dtype is unknown. Also raises it if the suite has no case in these dtypes, because a
     test without cases would always pass.

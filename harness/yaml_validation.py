@@ -86,7 +86,7 @@ class Document:
         return data
 
     def where(self, *path: str | int) -> str:
-        """Return the `file:line` of a value. If the file lacks the value, take the nearest enclosing value."""
+        """Return the `file:line` of a value, or of the nearest enclosing value if the file lacks it."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.path}:{self.lines.get(path, 1)}"
@@ -210,7 +210,10 @@ def _syntax_problem(path: Path, text: str, error: yaml.MarkedYAMLError) -> Probl
 
 
 def _plain(kind: str, text: str) -> Any:
-    """Return the value of a scalar. Raises ValueError, KeyError or IndexError if the text does not fit an explicit tag."""
+    """Return the value of a scalar. kind: its YAML type, e.g. `int`.
+
+    Raises ValueError, KeyError or IndexError if the text does not fit a type that the file states, e.g. `!!int x`.
+    """
     digits = text.replace("_", "")
     match kind:
         case "null":
@@ -385,7 +388,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 
 
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
-    """Return the path in the file that belongs to pydantic's location `loc`.
+    """Return the path in the file for `loc`, a location from pydantic.
 
     A file may hold a single value where the model has a list. Then `loc` has an index 0 that the returned path omits.
     """

@@ -101,8 +101,8 @@ SPEC = ReferenceSpec(
 _EPS = 1e-5
 """Number that is added to the rank in the scaling alpha / rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""Prefixes of names in `state()`, as in the authors' code: first for the average sensitivity I_bar, then for the average
-uncertainty U_bar."""
+"""Prefixes of names in `state()`, as in the authors' code: `exp_avg_ipt` for the average sensitivity I_bar, and
+`exp_avg_unc` for the average uncertainty U_bar."""
 _STD = 0.02
 """Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
@@ -114,7 +114,7 @@ class Config:
     rank: int = field(default=12, metadata={"minimum": 1, "maximum": 4096})
     """Initial rank R of every layer."""
     target_rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
-    """Mean rank per layer at the end."""
+    """Mean rank per layer at the end of training."""
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / R, where R is the initial rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -122,13 +122,13 @@ class Config:
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training."""
     total_steps: int = field(default=1000, metadata={"minimum": 1})
-    """T, optimizer steps of the whole training. A run that stops earlier does not reach the target rank."""
+    """Number of optimizer steps in the whole training (T in the paper). A shorter run does not reach the target rank."""
     tinit: int = field(default=100, metadata={"minimum": 0})
-    """Steps before pruning begins (t_i)."""
+    """Number of steps before pruning begins (t_i)."""
     tfinal: int = field(default=200, metadata={"minimum": 0})
-    """Steps at the end with a fixed mask (t_f)."""
+    """Number of steps at the end with a fixed mask (t_f)."""
     delta_t: int = field(default=10, metadata={"minimum": 1})
-    """Steps from one pruning to the next."""
+    """Number of steps from one pruning to the next."""
     beta1: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
     """Decay of the average sensitivity (eq. 9)."""
     beta2: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
@@ -136,7 +136,7 @@ class Config:
     orthogonality: float = field(default=0.5, metadata={"minimum": 0.0})
     """gamma, weight of the regulariser R(P, Q) (eq. 4)."""
     regularization: str = field(default="mean-norm", metadata={"choices": ("mean-norm", "squared-sum")})
-    """Formula of the regulariser R(P, Q): a `mean-norm`, or a `squared-sum` as in eq. 4."""
+    """Formula of the regulariser R(P, Q). `squared-sum` is eq. 4; `mean-norm` is the mean of the norms without squares."""
 
 
 def sensitivity(w: Tensor, grad: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
 
 
 def budget(step: int, config: Config, layers: int) -> int:
-    """Return b(t) of eq. 12, the number of triplets of the whole model that may keep their lambda after step t.
+    """Return b(t) of eq. 12, the number of triplets in the whole model that may keep their lambda after step `step`.
 
     layers: number of adapted layers. The budget is rank * layers up to step tinit. It then falls along a cubic curve.
     From step total_steps - tfinal on, it is target_rank * layers.
@@ -188,7 +188,7 @@ def budget(step: int, config: Config, layers: int) -> int:
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,) that is True at the `count` largest scores (eq. 6). Of equal scores, the first wins."""
+    """Return a mask (N,) that is True at the `count` largest `scores` (N,). Of equal scores, it takes the first (eq. 6)."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
@@ -228,10 +228,10 @@ class AdaLoraLinear(AdaptedLayer):
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Return by name the averages of A, E and B, and the mask of the last pruning.
+        """Map names to the averages of A, E and B, and to the mask of the last pruning.
 
-        exp_avg_ipt_<A, E or B>: average sensitivity I_bar. exp_avg_unc_<A, E or B>: average uncertainty U_bar. mask: the
-        mask (R, 1).
+        exp_avg_ipt_A, exp_avg_ipt_E, exp_avg_ipt_B: average sensitivity I_bar. exp_avg_unc_A and so on: average
+        uncertainty U_bar. mask: (R, 1), True for the triplets that are kept.
         """
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
@@ -308,7 +308,7 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
     """Return R(P, Q) over `layers` as a scalar that can be differentiated.
 
     form: `squared-sum` is the sum of ||P^T P - I||^2 and ||Q Q^T - I||^2 over all layers (Frobenius norms, eq. 4).
-    `mean-norm` is the mean of the same norms without squares.
+    `mean-norm` is the mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers.
     """
     grams = [gram for layer in layers for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)]
     gaps = [gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]

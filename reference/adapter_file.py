@@ -1,12 +1,12 @@
-"""Adapter files: compute the weights of a model with a LoRA file in the format of HF peft. A format, not a Method.
+"""Compute the weights that a LoRA adapter file in HF peft's format gives to a base model. Not a Method.
 
     W' = W + s B A                                s = alpha / r, with use_rslora s = alpha / sqrt(r)
     W' = m (W + s B A) / ||W + s B A||            use_dora, one m per output
     b' = b + s c                                  lora_bias, c is stored as lora_B.bias
 
-The rank r and alpha of a layer may come from rank_pattern and alpha_pattern. Other tensors of a file replace parameters
-of the model: modules_to_save, biases, and base weights that were saved beside the adapter. Shape letters: D input
-features, E output features, R rank, K experts.
+W is a weight of the base model, the base for short. The rank r and alpha of a layer may come from rank_pattern and
+alpha_pattern. Other tensors of a file replace parameters of the base: modules_to_save, biases, and base weights that
+were saved with the adapter. Shape letters: D input features, E output features, R rank, K experts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _STACKED = {
     "w1": ("gate_up_proj", 0), "gate_proj": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "up_proj": ("gate_up_proj", 1),
     "w2": ("down_proj", None), "down_proj": ("down_proj", None),
 }  # fmt: skip
-"""Name of a layer of one expert -> the stacked parameter with the layer's weight, and the value of `LayerUpdate.half`."""
+"""Layer of one expert, e.g. `w1` -> the parameter that stacks this layer of all experts, and `LayerUpdate.half`."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The keys of an adapter_config.json on which the adapted weights depend. The names are those of the file."""
+    """The keys of an adapter_config.json on which the adapted weights depend. Each field has the name of its key."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -77,7 +77,7 @@ class AdapterSettings:
         return self.alpha_pattern.get(_matching(self.alpha_pattern, name), self.lora_alpha)
 
     def scaling(self, name: str) -> float:
-        """Return s, by which B A is multiplied in the layer or parameter with this name in the base."""
+        """Return s, the factor on B A, for the layer or parameter with this name in the base."""
         rank = self.rank(name)
         return self.alpha(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -87,7 +87,7 @@ class AdapterSettings:
         return replace(self, lora_alpha=factor * self.lora_alpha, alpha_pattern=alphas)
 
     def excludes(self, path: str) -> bool:
-        """Return whether exclude_modules or modules_to_save keeps target_modules from selecting this path."""
+        """Return whether exclude_modules or modules_to_save matches this path, so that target_modules does not select it."""
         excluded = self.exclude_modules or ()
         if re.fullmatch(excluded, path) if isinstance(excluded, str) else _ends_with(path, excluded):
             return True
@@ -97,7 +97,7 @@ class AdapterSettings:
         """Return whether target_modules selects the module at this path. target_modules must not be `all-linear`.
 
         A string is a regular expression that must match the whole path. A list holds whole paths or ends of paths.
-        If layers_to_transform is set, an end of a path selects only modules in the blocks with these numbers.
+        If layers_to_transform is set, an end of a path selects only modules in the blocks whose numbers it lists.
         """
         wanted = () if self.excludes(path) else self.target_modules or ()
         if isinstance(wanted, str):
@@ -126,8 +126,8 @@ class LayerUpdate:
     parameter: str
     """Name of the parameter in this module: `weight`, or the name of a stack of experts."""
     kind: str
-    """`stack` if target_parameters selects the parameter. `expert` if the update is for the layer of one expert, as in
-    files from before transformers stacked the experts. Otherwise the kind of the module, one of `KINDS`."""
+    """`stack` if target_parameters selects the parameter. `expert` if the update is for a layer of one expert, as in
+    files that are older than transformers' stacked experts. Otherwise the kind of the module, one of `KINDS`."""
     rank: int
     scaling: float
     A: str
@@ -142,7 +142,7 @@ class LayerUpdate:
     expert: int = 0
     """Index of the expert, for the kind `expert`."""
     half: int | None = None
-    """0 for the first half of the expert's outputs, 1 for the second half. None for all outputs."""
+    """Outputs of the expert's stacked matrix that are updated: 0 for the first half, 1 for the second, None for all."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class LayerUpdate:
         return tuple(filter(None, (self.A, self.B, self.bias, self.magnitude)))
 
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Map the keys to the shapes that their tensors must have for this module of the base."""
+        """Map the keys of this update to the shapes that their tensors must have. module: the base's module at `path`."""
         shape = tuple(self._part(getattr(module, self.parameter)).shape)
         if self.kind == "Conv2d":
             E, D, *kernel = shape
@@ -167,8 +167,8 @@ class LayerUpdate:
     def weight(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter with the update, in the dtype and the shape of the base's parameter.
 
-        tensors: the tensors of the file, by key. For the kind `expert`, the update is written into the base's own
-        parameter, and this parameter is returned: a copy of the whole stack for each expert would take too long. For all
+        module: the base's module at `path`. tensors: the tensors of the file, by key. For the kind `expert`, change and
+        return the base's own parameter, because a copy of the whole stack for each expert would take too long. For all
         other kinds, the result is a copy.
         """
         whole: Tensor = getattr(module, self.parameter).detach()
@@ -186,11 +186,11 @@ class LayerUpdate:
         return whole
 
     def added_bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return s c (E,), which is added to the bias of the base. None if the file has no bias for this layer."""
+        """Return s c (E,), to be added to the bias of the base. Return None if the file has no bias for this layer."""
         return self.scaling * tensors[self.bias] if self.bias else None
 
     def _part(self, parameter: Tensor) -> Tensor:
-        """Return a view of the part of the parameter that is updated: the matrix of one expert, or everything."""
+        """Return a view of the part of `parameter` that is updated: the matrix of one expert, half of it, or all."""
         if self.kind != "expert":
             return parameter
         matrix = parameter[self.expert]
@@ -223,9 +223,9 @@ class AdapterReading:
 
 
 def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> AdapterReading:
-    """Find out what each tensor of a file means for a base.
+    """Return what each tensor of an adapter file means for a base model.
 
-    keys: the keys of the file. model: the base. Its parameters may be on the device `meta`.
+    keys: the keys of the file. model: the base. The parameters of `model` may be on the device `meta`.
     """
     updates, absent, there = [], [], set(keys)
     modules = dict(model.named_modules())
@@ -250,10 +250,10 @@ def read(settings: AdapterSettings, keys: Sequence[str], model: nn.Module) -> Ad
 
 @torch.no_grad()
 def apply(model: nn.Module, settings: AdapterSettings, tensors: Mapping[str, Tensor]) -> AdapterReading:
-    """Write the weights that a file gives into `model`, and return what each of its tensors means.
+    """Write the weights that an adapter file gives into `model`. Return what each tensor of the file means.
 
-    The weights are computed in the dtype of the model. An update of one of two tied layers unties them: an adapter of
-    the embedding does not change the tied head. Only a base weight in the file replaces the weight of both layers.
+    The weights are computed in the dtype of the model. If two layers are tied, an update of one unties them: an adapter
+    of the embedding does not change the tied head. But a base weight in the file replaces the weight of both layers.
     Raises ValueError if a tensor has a wrong shape.
     """
     reading = read(settings, list(tensors), model)
@@ -314,7 +314,7 @@ def targeted(settings: AdapterSettings, model: nn.Module) -> list[str]:
 
 
 def _possible(settings: AdapterSettings, keys: Collection[str], model: nn.Module) -> Iterator[LayerUpdate]:
-    """Yield an update for each target of the config, whether the file has its tensors or not."""
+    """Yield an update for each target of the config, even if the file (with these keys) lacks the target's tensors."""
     for path in targeted(settings, model):
         kind, start = _kind(model.get_submodule(path)), f"{PREFIX}{path}"
         if kind not in KINDS:
@@ -358,7 +358,7 @@ def _of_experts(
 
 
 def _saved(settings: AdapterSettings, model: nn.Module) -> list[str]:
-    """Return the paths of the modules that the file replaces. A name matches the end of a path, even within a word."""
+    """Return the paths of the modules that the file replaces. A name matches any end of a path: `head` takes `lm_head`."""
     names = settings.replaced_modules
     return [path for path, _ in model.named_modules() if path.endswith(names)] if names else []
 
@@ -372,7 +372,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _path(key: str) -> str:
-    """Return the path in the base of the module to which a key of the adapter file belongs."""
+    """Return the path of the base's module to which a key belongs: "base_model.model.a.b.lora_A.weight" -> "a.b"."""
     return key.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "")
 
 
@@ -392,7 +392,7 @@ def _require_shape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _matching(patterns: Mapping[str, Any], name: str) -> str:
-    """Return the first pattern that matches the whole name or its end after a dot. If none matches, return the name."""
+    """Return the first pattern that matches `name`, or the end of `name` after a dot. If none matches, return `name`."""
     return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), name)
 
 

@@ -4,7 +4,7 @@
 
 A frozen weight is split into direction and magnitude. LoRA moves the direction. The magnitude m starts at ||W0||. A (R,
 D), B (E, R) and m (E,) train, and W0 (E, D) is frozen. Shape letters: T tokens, D input features, E output features, R
-rank.
+rank, N entries of an embedding table, C input channels, K side of a kernel.
 """
 
 from __future__ import annotations
@@ -122,13 +122,13 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
 
 
 class DoraLayer(LowRankLayer):
-    """A layer that has magnitudes m beside the A and B of LoRA. Subclasses compute V' = W0 + s B A and its norms."""
+    """A layer with LoRA's A and B and trainable magnitudes m. Subclasses compute V' = W0 + s B A and the norms of V'."""
 
     m: nn.Parameter
     detach_norm: bool
 
     def gain(self, norm: Tensor) -> Tensor:
-        """Return g = m / norm. If `detach_norm`, the norm has no gradient (section 4.3: eq. 11 in the place of eq. 6)."""
+        """Return g = m / norm. If `detach_norm` is true, the norm has no gradient (section 4.3: eq. 11, not eq. 6)."""
         return gain(self.m, norm.detach() if self.detach_norm else norm)
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -174,7 +174,7 @@ class DoraLinear(DoraLayer):
     def merged(self) -> Any:
         """Return a plain layer with the weight W' (eq. 5).
 
-        The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
+        The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have these norms instead.
         """
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
@@ -188,7 +188,7 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
     """An embedding table (N, E) with the weight m V' / ||V'||, where V' = W0 + s B A is the transposed table (E, N).
 
     A (R, N), B (E, R) and m (E,) train. As in LoRA, the update has no dropout, and column padding_idx of A gets
-    no gradient from the looked-up entries. If `detach_norm` is false, it gets a gradient through the norm of V'.
+    no gradient from the looked-up entries. If `detach_norm` is false, this column gets a gradient through the norms.
     """
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, config: Config) -> None:
@@ -235,7 +235,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         return norms(V.flatten(1)).view(1, -1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W' * x + b, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution.
+        """Return W' * x + b, shape (..., E, height, width), for x (..., C, height, width). A star is a convolution.
 
         The output is computed as for a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after
         dropout and g = m / ||V'||.

@@ -25,7 +25,7 @@ class FullModel(AdaptedModel):
     """A model in which every parameter trains."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map paths to the parameters. If two layers share a parameter (tied embeddings), it has two paths."""
+        """Map paths to the parameters. A parameter that two layers share (tied embeddings) has two paths."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def parameters(self) -> list[nn.Parameter]:

@@ -115,12 +115,12 @@ class Config:
     rank: int = field(default=128, metadata={"minimum": 1, "maximum": 65536})
     """Rank r of the projection; for a weight (m, n), it is at most min(m, n)."""
     update_gap: int = field(default=200, metadata={"minimum": 1, "maximum": 1000000})
-    """T, steps between two computations of the projector."""
+    """Number of steps (T) between two computations of the projector."""
     scale: float = field(default=0.25, metadata={"minimum": 1e-6, "maximum": 1e6})
     """alpha, the factor on the learning rate of projected weights."""
     side: str = field(default="std", metadata={"choices": ("std", "reverse_std", "paper", "left", "right", "full")})
-    """Projected side of an (m, n) weight: `std` (the authors': right if m >= n), `reverse_std` (left if m >= n), `paper`
-    (left if m <= n), `left`, `right`, or `full` for both."""
+    """Projected side of an (m, n) weight. `std`, the authors' default: right if m >= n, else left. `reverse_std`: left if
+    m >= n, else right. `paper`: left if m <= n, else right. `left`, `right`: always this side. `full`: both sides."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers with projected gradients: ends of module paths, whole paths, `attention` or `all-linear`."""
     train_rest: bool = True
@@ -146,7 +146,7 @@ class Projector:
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return (left, right): whether an (m, n) matrix is projected on its left side, and whether on its right side.
+    """Return two booleans: whether `side` projects an (m, n) matrix on the left, and whether it does so on the right.
 
     Raises ValueError if `side` is unknown."""
     rules = {
@@ -163,9 +163,9 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 
 
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
-    """Return the first `rank` singular vectors of G, for the sides that `side` selects, in G's dtype.
+    """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
-    With G = U S V^T, they are P = U[:, :r] and Q = V[:, :r] (eqs. 12 and 13). The signs of singular vectors are
+    With G = U S V^T, these are P = U[:, :r] and Q = V[:, :r] (eqs. 12 and 13). The signs of singular vectors are
     arbitrary, but they cancel in the update, where P and Q occur twice. niter: number of subspace iterations of a
     randomised SVD that starts from `old`; 0 for the exact SVD. Raises ValueError if G is not finite.
     """
@@ -188,7 +188,7 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
 
 
 def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
-    """Return the start of a randomised SVD of G: the old basis, then random columns from a fixed seed.
+    """Return the start of a randomised SVD of G: the columns of the basis `old`, then random ones from a fixed seed.
 
     Its shape is (min(m, n), K), where K is rank + OVERSAMPLE, but at most min(m, n).
     """
@@ -258,8 +258,8 @@ def galore_step(
 
     state: empty before the first step. After it, `state` holds the number of steps, the moments M and V
     (`galore_moments.zeros`), and P, Q or both. rank: 0 means plain Adam, without a projection, for any shape. The first
-    step, and then every update_gap-th step, computes a new projector. given: a projector that is used instead of
-    every new one, so that two programs can be compared in one subspace.
+    step, and then every update_gap-th step, computes a new projector. given: a projector to use instead of computing
+    one, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -282,9 +282,9 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError if an option of a parameter group is out of range.
+    """Raise ValueError if a parameter group has an invalid option, or a parameter that cannot be projected.
 
-    A group with a `rank` is projected, so also raise ValueError if such a group has a parameter that is not a matrix.
+    If the group's `rank` is above 0, its parameters are projected, and must be matrices.
     """
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
@@ -307,7 +307,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class GaLore(torch.optim.Optimizer):
-    """An optimizer: Adam in a subspace for parameter groups with a `rank`, and plain Adam for other groups.
+    """An optimizer: Adam in a subspace for parameter groups with a `rank` above 0, and plain Adam for other groups.
 
     The state of a parameter holds only tensors and the number of steps. Options of a group: rank, update_gap, scale,
     side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments of at least 4096 elements are stored as
@@ -323,8 +323,8 @@ class GaLore(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. A parameter that is in another group moves to the new one.
 
-        Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter
-        that is not a matrix.
+        Raises ValueError, and changes nothing, if an option is out of range, or if the group has a rank above 0 and a
+        parameter that is not a matrix.
         """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)

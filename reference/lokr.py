@@ -80,9 +80,9 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     factor: int = field(default=-1, metadata={"minimum": -1, "maximum": 4096})
-    """Largest number of rows and columns of the left block C. If below 1, the limit is the square root of the size."""
+    """Largest number of rows and of columns of the left block C. A value below 1 sets no limit besides sqrt(size)."""
     init: str = field(default="peft", metadata={"choices": ("peft", "lycoris")})
-    """Block that starts at zero: the left one, as in `peft`, or the right one, as in `lycoris`."""
+    """`peft`: the left block starts at zero, as in HF peft. `lycoris`: the right block starts at zero, as in LyCORIS."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that a row of the update (one output feature) is dropped in training."""
 
@@ -93,7 +93,10 @@ class Config:
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
-    """Return (u, v) with u v = size. u is the largest divisor of `size` up to min(factor, sqrt(size)) (eq. 5)."""
+    """Return (u, v) with u v = size. u is the largest divisor of `size` up to min(factor, sqrt(size)) (eq. 5).
+
+    A factor below 1 sets no limit besides sqrt(size).
+    """
     root = math.isqrt(size)
     most = root if factor < 1 else min(factor, root)
     u = max(n for n in range(1, most + 1) if size % n == 0)

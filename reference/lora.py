@@ -124,11 +124,11 @@ class Config:
     rslora: bool = False
     """True to scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
-    """Library whose shapes the A and B of a convolution have: HF `peft` or `loralib`."""
+    """Shapes of A and B for a convolution: those of HF `peft` or of `loralib`."""
     init: str = field(
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
-    """Initial A and B (`reference/shared/lora_start.py`); `orthogonal` requires an even rank."""
+    """Kind of initial A and B, see `reference/shared/lora_start.py`; `orthogonal` requires an even rank."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
     """True to give B a trainable bias c with the same scaling as B A; for linear layers and convolutions only."""
 

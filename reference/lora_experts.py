@@ -7,7 +7,7 @@ transformers keeps the experts of a block in one module, whose parameters stack 
 instead. The router is outside of this module and does not change. A parameter is (K, E, D), or (K, D, E) if the module
 has `is_transposed`.
 
-A and B of all experts are packed as HF peft packs them for `target_parameters`, so that files and tensors agree:
+A and B of all experts are packed as HF peft packs them for `target_parameters`. So adapter files have the same layout:
 
     A (K R, D)     row k R + r is row r of A_k          expert by expert
     B (E, R K)     column r K + k is column r of B_k    rank by rank
@@ -93,7 +93,7 @@ class LoraExperts(AdaptedLayer):
         return self.base.get_parameter(name)
 
     def update(self, name: str) -> Tensor:
-        """Return what the adapter adds to the stacked parameter `name`, in its shape."""
+        """Return the adapter's update of the stacked parameter `name`, in the shape of this parameter."""
         return stacked_update(self.A[name], self.B[name], self.experts, self.scaling, self.transposed)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
@@ -115,8 +115,8 @@ class LoraExperts(AdaptedLayer):
 class QloraExperts(LoraExperts):
     """A frozen module of stacked experts in NF4, with a low-rank update of every expert's weights (QLoRA, eqs. 5 and 6).
 
-    Each stacked parameter is quantised as a whole. Of `base`, only parameters that are not stacked are used, e.g.
-    biases.
+    Each stacked parameter is quantised as a whole. The layer uses only those parameters of `base` that are not stacked,
+    e.g. biases.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class QloraExperts(LoraExperts):
         return decoded.to(self.A[name].dtype)
 
     def packed_weights(self) -> dict[str, Nf4Weight]:
-        """Map the names of the parameters of `base` that are replaced by NF4 to the packed weights."""
+        """Map the name of each stacked parameter of `base` to its NF4 weight."""
         packed: Any = self.packed
         return dict(packed.items())
 
@@ -153,7 +153,7 @@ def expert_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the initial packed A and B for each stacked parameter of a module of experts.
 
-    Raises ValueError for a dropout: the update is added to the weight, so the adapter has no input to drop.
+    Raises ValueError if `dropout` is not 0: the update is added to the weight, so the adapter has no input to drop.
     """
     if dropout:
         raise ValueError(f"LoRA on stacked experts has no dropout, and dropout is {dropout:g}; HF peft has none either")

@@ -84,7 +84,8 @@ def skew_symmetric(packed: Tensor, size: int) -> Tensor:
 def rotations(packed: Tensor, size: int, cayley: str, terms: int) -> Tensor:
     """Return R (N, K, K), computed from `packed` (N, K (K - 1) / 2).
 
-    In 16 bits, the exact form is computed in float32 and rounded, because torch solves no equations in 16 bits.
+    The result has the dtype of `packed`. In 16 bits, the exact form is computed in float32 and rounded, because torch
+    solves no equations in 16 bits. terms: see `Config.terms`.
     """
     if cayley == "exact":
         wide = packed if packed.dtype in (torch.float32, torch.float64) else packed.float()
@@ -148,7 +149,7 @@ def block_of(features: int, largest: int) -> int:
 def blocks(found: Mapping[str, nn.Linear], largest: int) -> dict[str, int]:
     """Map the paths of linear layers to the sizes K of their blocks.
 
-    Raises ValueError for a layer whose input features have no divisor from 2 to `largest`.
+    Raises ValueError for a layer if no number from 2 to `largest` divides the number of its input features.
     """
     sizes = {path: block_of(base.in_features, largest) for path, base in found.items()}
     for path, size in sizes.items():

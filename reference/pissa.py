@@ -108,7 +108,7 @@ class Config:
     """Hyperparameters of PiSSA."""
 
     rank: int = field(default=16, metadata={"minimum": 1, "maximum": 4096})
-    """Number r of singular values that train; at most the smaller side of a layer."""
+    """Number r of singular values that train; at most the smaller side of a layer's weight."""
     alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
     """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -118,7 +118,7 @@ class Config:
 
 
 def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (E, R), S (R,) and Vt (R, D) for the `rank` largest singular values. LAPACK chooses the signs."""
+    """Return U (E, R), S (R,) and Vt (R, D) of W for the `rank` largest singular values. LAPACK chooses the signs."""
     U, S, Vt = torch.linalg.svd(W_ED, full_matrices=False)
     return U[:, :rank], S[:rank], Vt[:rank]
 

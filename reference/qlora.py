@@ -153,7 +153,7 @@ class QloraLinear(LowRankLayer):
         return self.with_bias(y_TE)
 
     def packed_weights(self) -> dict[str, Nf4Weight]:
-        """Map the names of the parameters of `base` that are replaced by NF4 to the packed weights."""
+        """Map the name of each quantised parameter of `base` to its NF4 weight."""
         return {"weight": self.packed}
 
     def state(self) -> dict[str, Tensor]:

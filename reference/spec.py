@@ -19,7 +19,7 @@ class Deviation:
     paper: str
     """Statement of the paper. For a deviation of an Implementation, this is what the reference computes."""
     here: str
-    """Behaviour of the code instead: of the reference, or of the Implementation that deviates."""
+    """What the code of the reference, or of the Implementation that deviates, does instead."""
     why: str
     """The reason, and which libraries do the same or differ."""
 
@@ -39,7 +39,7 @@ class ReferenceSpec:
     """Name in `state()` of the tensor that is used in place of the base weight. Empty if the base weight itself is used."""
     opt_in_layers: tuple[str, ...] = ()
     """Kinds of layers (`reference.shared.layers.KINDS`) that are passed only to implementations that name them in `offers`.
-    Older plug-ins would not adapt such a layer, because it was added after they were written."""
+    Older plug-ins would not adapt such a layer, because its kind was added after they were written."""
     start_from_weight: tuple[str, ...] = ()
     """Names in `state()` of tensors that `attach` computes from the base weight, e.g. PiSSA's residual."""
     start_from_config: tuple[str, ...] = ()

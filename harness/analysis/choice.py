@@ -1,4 +1,7 @@
-"""Recommendation of one recipe of a ranking: the clear winner, or the cheapest recipe near the highest accuracy."""
+"""Recommendation of one recipe of a ranking: the clear winner, or the cheapest recipe near the highest accuracy.
+
+A recipe is a set of Cells that differ only in the seed.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from harness.analysis import metrics
 from harness.analysis.ranking import Group, RankingEntry
 
 MARGIN = 0.05
-"""Largest distance from the highest accuracy at which a recipe counts as near the top (0.05 is 5 percentage points). In
-addition, no test may show that this recipe is less accurate than the recipe with the highest accuracy."""
+"""Largest distance from the highest accuracy at which a recipe counts as near the top: 5 percentage points. A recipe
+that a test shows to be less accurate than the highest does not count, even within this distance."""
 FULL = "full"
 """Name of the Method that trains all weights (full fine-tuning). The costs of the recommended recipe are shown next to
 the costs of this Method."""
@@ -20,18 +23,18 @@ class Choice:
     """Recommendation to a reader who must choose one recipe of a ranking."""
 
     pick: RankingEntry
-    """The recommended recipe: the winner or, if there is none, the cheapest recipe near the top."""
+    """The recommended recipe: `highest` if `winner` is true, otherwise the cheapest of `near`."""
     highest: RankingEntry
     """The recipe with the highest accuracy."""
     winner: bool
     """True if the tests show that every other recipe is less accurate than `highest`. False for a single recipe."""
     near: tuple[RankingEntry, ...]
-    """The recipes near the top, best first. The first one is `highest`."""
+    """The recipes near the top (see MARGIN), best first. The first one is `highest`."""
     undecided: int
-    """Number of other recipes for which no test shows a lower accuracy than that of `highest`."""
+    """Number of other recipes that are tied with `highest`: no test shows that they are less accurate."""
     against: RankingEntry | None
-    """The recipe whose costs are compared with the costs of the pick: full fine-tuning or, if this was not ranked, the
-    recipe with the highest accuracy. None if this recipe is the pick itself."""
+    """The recipe whose costs are shown next to the costs of `pick`: full fine-tuning if it was ranked, otherwise
+    `highest`. None if that recipe is `pick` itself."""
 
 
 def choose(group: Group) -> Choice | None:

@@ -1,4 +1,4 @@
-"""Detection of times that other processes disturbed: of training steps, of latencies and of a server."""
+"""Detect times that other processes disturbed: times of training steps, latencies, and times of a model server."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from harness.errors import plural
 from harness.records.record import Latency, Record
 
 ONE_CORE = 0.9
-"""Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
+"""Least CPU time that an undisturbed step uses, in seconds per second of wall time. At every moment of such a step, at
 least one thread has work."""
 ALL_THREADS = 0.8
-"""Least CPU time that an undisturbed step uses per second of wall time and thread, in seconds. Less counts as disturbed
-only if the load average is also above the limit (`LOAD_ABOVE`), because a Cell may leave threads idle by itself."""
+"""Least CPU time that an undisturbed step uses, in seconds per second of wall time and per thread. A step that uses
+less counts as disturbed only if the load average is high too (`LOAD_ABOVE`), because a Cell may leave threads idle by
+itself."""
 LOAD_ABOVE = 0.5
-"""If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
+"""The load average is high if it exceeds the number of cores (or of threads, if there are more) by more than this. Then
+other processes compete for the cores."""
 
 SPREAD = 1.5
-"""Largest accepted ratio of the upper to the lower end of the 95 % interval of a median latency. A wider interval makes
-the latency unsteady. In the published runs with one Cell at a time, 1 of 161 intervals is wider. This does not include
-`2026-11-28-serve-cpu`, which other programs disturbed: there, 9 of 10 are wider. In the published run with two Cells at
-a time, 38 of 195 are wider."""
+"""Largest accepted ratio of the upper to the lower end of the 95 % interval of a median latency. With a wider interval,
+the latency counts as unsteady. In the published runs with one Cell at a time, 1 of 161 intervals is wider. This count
+leaves out the run `2026-11-28-serve-cpu`, which other programs disturbed: there, 9 of 10 are wider. In the published
+run with two Cells at a time, 38 of 195 are wider."""
 OTHERS = 0.1
-"""Most CPU time that other processes may use while a server is timed, in seconds per second and core."""
+"""Largest CPU time that other processes may use while a server is timed, in seconds per second and per core."""
 
 RULE = (
     "busy: other programs used the CPU while the Cell trained, so its times may be too high; its accuracy is not affected."
@@ -45,7 +47,7 @@ SERVER_RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence, as text, that the steps of a Cell waited for a CPU.
+    """Return evidence, as text, that the training steps of a Cell waited for a CPU.
 
     Without evidence, and on a GPU, return an empty string.
     """
@@ -64,11 +66,10 @@ def busy(record: Record) -> str:
 
 
 def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
-    """Return the flag of some latencies, `unsteady` or `busy`, and the evidence for it as text.
+    """Return the flag of disturbed latencies, `unsteady` or `busy`, and the evidence as text.
 
     latencies: the latencies of the base, the unmerged and the merged model, which were timed in turn. Return two empty
-    strings if there is no evidence, or if nothing was timed. A median with too few passes for an interval is not
-    evidence.
+    strings without evidence, or if nothing was timed. A median with too few passes for an interval is no evidence.
     """
     medians = [(one.variant, median_interval(one.seconds)) for one in latencies if one.seconds]
     if not medians:
@@ -85,7 +86,10 @@ def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:
 
 
 def unsteady(record: Record) -> str:
-    """Return evidence, as text, that the interval of some median latency is too wide. Empty without evidence."""
+    """Return evidence, as text, that a median latency has too wide an interval.
+
+    Without evidence, return an empty string.
+    """
     latencies = record.measurements.latency if record.measurements else []
     passes = group(((x.kind, x.batch, x.tokens, x.adapters is None), x) for x in latencies)
     found = [(kind, *disturbed(record, timed)) for (kind, *_), timed in passes.items()]
@@ -93,7 +97,10 @@ def unsteady(record: Record) -> str:
 
 
 def server_busy(record: Record) -> str:
-    """Return evidence, as text, that other processes used the CPU while a server was timed. Empty without evidence."""
+    """Return evidence, as text, that other processes used the CPU while a server was timed.
+
+    Without evidence, return an empty string.
+    """
     served = record.measurements.served if record.measurements else None
     if served is None or not served.wall_s or served.other_cpu_s is None or not _cores(record):
         return ""

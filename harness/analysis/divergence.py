@@ -1,4 +1,4 @@
-"""Detect training runs that ended with a far higher loss than they began with, although every loss is finite."""
+"""Detect training runs whose loss is far higher at the end than at the start, although every loss is finite."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import median
 from harness.records.record import Record
 
 FEW = 5
-"""Number of first steps and of last steps whose median losses are compared. Medians are used since a single batch may
-be hard."""
+"""Number of first steps, and number of last steps, whose median losses are compared. A median is used because a single
+batch may be hard."""
 LEAST_FACTOR = 2.0
 LEAST_RISE_NATS = math.log(2)
-"""Smallest rise of the loss, in nats, that counts as divergence. The loss must also rise by more than LEAST_FACTOR.
-Either rise alone may be chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
+"""Smallest rise of the loss, in nats, that counts as divergence. The last loss must also exceed LEAST_FACTOR times the
+first. Either rise alone may be chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:

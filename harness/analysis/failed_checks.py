@@ -11,9 +11,9 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def checks_run_here(record: Record) -> list[CheckResult]:
-    """Return the checks that this attempt ran itself.
+    """Return the checks that ran in the attempt of this Record.
 
-    The checks of a parity gate that ran in another Cell are left out.
+    A Cell may reuse the parity gate, i.e. the checks before training, of an earlier Cell. Reused results are left out.
     """
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 
@@ -21,7 +21,7 @@ def checks_run_here(record: Record) -> list[CheckResult]:
 def nonconforming(record: Record) -> bool:
     """Return whether a Record departs from its Method: its status says so, or one of its checks failed.
 
-    This includes checks of servers.
+    Failed checks of a server count too.
     """
     return record.status.departs or bool(failed(record))
 
@@ -29,25 +29,25 @@ def nonconforming(record: Record) -> bool:
 def of_serving(check: CheckResult) -> bool:
     """Return whether a check judges the server of a Cell (e.g. vLLM), and not the code of the Method.
 
-    If such a check fails, the Record lacks times of the server. All other times stay valid.
+    If such a check fails, the times of the server are left out. All other times stay valid.
     """
     return check.id.check.startswith("served-")
 
 
 def only_of_serving(record: Record) -> bool:
-    """Return whether a Record has failed checks, and all of them judge a server."""
+    """Return whether a Record has failed checks, and all of these checks judge a server."""
     return bool(found := failed(record)) and all(map(of_serving, found))
 
 
 def diverged(record: Record) -> bool:
-    """Return whether training reached NaN or infinity; the usual cause is the recipe, not the code of the Method."""
+    """Return whether training reached NaN or infinity. The usual cause is the recipe, not the Method's code."""
     return record.failure is not None and record.failure.kind == "Diverged"
 
 
 def unreferenced(record: Record) -> str:
-    """Return the reason why no speed is shown, if a Record had no reference to compare with.
+    """Return the reason why no speed is shown for a Record whose Cell had no reference to compare with.
 
-    Otherwise return an empty string.
+    For any other Record, return an empty string.
     """
     skipped = (c for c in record.unpassed if c.outcome is Outcome.SKIPPED and c.id.check == "reference")
     return next((f"no speed without parity: {check.detail}" for check in skipped), "")

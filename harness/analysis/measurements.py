@@ -35,8 +35,7 @@ def timed_training(record: Record) -> TrainingMeasured | None:
 def why_untrained(record: Record, fact: str) -> str:
     """Return the reason why a Record without timed steps lacks a fact about its training.
 
-    fact: name of the fact, e.g. `peak memory`. A Record of an imported training may give its own reason in
-    `Imported.unknown`.
+    fact: name of the fact, e.g. `peak memory`. If the training was imported, `Imported.unknown` may give the reason.
     """
     if record.imported is None:
         return "not trained"
@@ -44,7 +43,7 @@ def why_untrained(record: Record, fact: str) -> str:
 
 
 def step_seconds(record: Record) -> float | None:
-    """Return the median time of a steady step, in seconds; None without training."""
+    """Return the median time of a steady step, in seconds; None if no step was timed."""
     training = timed_training(record)
     return step_time(training).value if training else None
 
@@ -52,7 +51,7 @@ def step_seconds(record: Record) -> float | None:
 def step_rate(training: TrainingMeasured) -> Median | None:
     """Return the tokens per second of a steady step: the median over the steps, with its interval.
 
-    Padding is not counted. If the clock did not move during a step, return None.
+    Padding is not counted. If a step took no measurable time, return None.
     """
     seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
     return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None
@@ -61,16 +60,16 @@ def step_rate(training: TrainingMeasured) -> Median | None:
 def throughput(training: TrainingMeasured) -> float | None:
     """Return the tokens per second over all steady steps together. Padding is not counted.
 
-    If the clock did not move, return None.
+    If the steps took no measurable time, return None.
     """
     seconds = sum(training.step_seconds[steady(training)])
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
 
 
 def is_reference_for_several_adapters(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency serves only as the reference for latencies of a batch with several adapters.
+    """Return whether a latency was timed only for comparison with batches that mix several adapters.
 
-    Such a latency has one adapter and the batch size that the suite requests.
+    Such a latency uses one adapter and the batch size that the suite requests.
     """
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
@@ -78,7 +77,7 @@ def is_reference_for_several_adapters(cell: Cell, latency: Latency) -> bool:
 def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | None:
     """Return the times of a Cell's server under one load; None if the load was not timed.
 
-    load: the models to which the requests go. alone: True for one request at a time, False for several.
+    load: the models that the requests name. alone: True for one request at a time, False for several at a time.
     """
     served = record.measurements.served if record.measurements else None
     found = served.times if served else []
@@ -88,7 +87,7 @@ def served_times(record: Record, load: Load, *, alone: bool) -> ServedTimes | No
 def served_rate(times: ServedTimes) -> Median | None:
     """Return the tokens that a server generates per second, as the median over the timed rounds, with its interval.
 
-    A round sends all of its requests at the same time. If the clock did not move, return None.
+    A round sends all of its requests at the same time. If a round took no measurable time, return None.
     """
     tokens = times.requests * times.tokens
     return median_interval([tokens / s for s in times.round_s]) if times.round_s and min(times.round_s) > 0 else None
@@ -106,7 +105,7 @@ def training_peak(record: Record) -> int | None:
 def training_energy(record: Record) -> float | None:
     """Return the energy of the training phase, in joules.
 
-    Return None without training, without a counter, or if the counter includes the energy of other Cells.
+    Return None if there was no training or no energy counter, or if the counter includes the energy of other Cells.
     """
     if not_its_own_energy(record):
         return None
@@ -115,9 +114,9 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why the measured energy of a Record includes the energy of other Cells, or an empty string.
+    """Return the reason why the measured energy of a Record includes the energy of other Cells.
 
-    This is so if the counter covers the whole machine and several Cells ran at the same time.
+    If the counter does not cover the whole machine, or the Cell ran alone, return an empty string.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
@@ -146,11 +145,11 @@ def above_imports(record: Record, memory: int) -> int:
 def startup_seconds(record: Record) -> float:
     """Return the seconds of the start-up phase.
 
-    They include the start of the interpreter and the imports, unless the process is a fork; see `Record.start`.
+    They include the start of the interpreter and the imports. A forked process has neither; see `Record.start`.
     """
     return sum(p.seconds for p in record.phases if p.name == STARTUP)
 
 
 def unaccounted_seconds(record: Record) -> float:
-    """Return the seconds of the Cell's duration that lie in none of its phases."""
+    """Return the seconds of the Cell's duration that belong to none of its phases."""
     return max(0.0, record.duration_s - sum(p.seconds for p in record.phases))

@@ -1,9 +1,9 @@
 """Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
 `METRICS` feeds the comparison table (in the terminal and on the HTML page), the export table `cells`, the history of
-nightly runs, and the regression gate. To add a metric, add one entry here. Latencies have no entry, except one that a
-chart uses: a Record has several, each with many samples. See `tracked_metrics.times`, and `report.served` for the
-measurements of servers.
+nightly runs, and the regression gate. To add a metric, add one entry here. Latencies have no entry, because a Record
+has several, each with many samples; see `tracked_metrics.times`. Only the latency in a chart has an entry. For the
+measurements of servers, see `report.served`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Number = int | float
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a Record. Each table and file has its own name for the number.
+    """One number of a Record, with the name that it has in each table and file.
 
     If a name is empty, that table or file leaves the number out.
     """
@@ -45,20 +45,20 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Function that returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """Rule that compares two values. `timed`: by statistics. `counted`: exactly, or within the slack if there is one.
-    `peak`: within the slack. `score`: item by item. None: the number is only shown."""
+    """Rule that compares two values. `timed`: by statistics. `counted`: exactly, or within `slack_B`. `peak`: within
+    `slack_B` or `slack_share`. `score`: item by item. None: the number is only shown."""
     better: Literal["lower", "higher"] | None = None
-    """The better direction. If None, any difference is a regression."""
+    """Direction in which the value improves. If None, any difference is a regression."""
     slack_B: int = 0
-    """Largest difference in bytes that the history does not report as a change, and largest growth in bytes that the
-    regression gate allows for a counted metric."""
+    """Largest difference in bytes that the history of nightly runs does not report as a change. It is also the largest
+    growth that the regression gate allows for a counted metric."""
     slack_share: float = 0.0
-    """Largest difference, as a share of the level, that the history does not report as a change. If `slack_B` allows
-    more, `slack_B` counts."""
+    """Largest difference that the history does not report as a change, as a share of the old value. Of `slack_B` and
+    `slack_share`, the one that allows more counts."""
     applies: Callable[[Record], bool] = lambda _: True
-    """Function that returns whether the history and the regression gate use the value of a given Record."""
+    """Function that returns whether the history and the regression gate use the value of a Record."""
     always_there: bool = True
-    """True if the history reports each nightly run that lacks the metric."""
+    """True if every nightly run should have the metric. The history reports each run that lacks it."""
     heading: str = ""
     """Heading of the column in the comparison table on the HTML page, with the unit."""
     terminal_heading: str = ""
@@ -75,7 +75,7 @@ class Metric:
     """Kind of the row that the regression gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
-        """Return the value to show; None if it is missing, or if it is a time that may not be shown.
+        """Return the value to show. Return None if the value is missing, or if it is a time that may not be shown.
 
         `failed_checks.no_speed` decides whether times may be shown.
         """
@@ -130,9 +130,10 @@ def _tokens_per_s(record: Record) -> float | None:
 
 
 def _latency(record: Record) -> float | None:
-    """Return the latency of the unmerged adapter or, without one, of the base model, for one request, in seconds.
+    """Return the latency of one request, in seconds, with the unmerged adapter.
 
-    If a forward pass and the decoding of a token were both timed, return the time of decoding.
+    If there is no adapter, return the latency of the base model. If a forward pass and the decoding of a token were
+    both timed, return the time of decoding.
     """
     alone = [
         x for x in (record.measurements.latency if record.measurements else ()) if x.adapters is None and x.seconds

@@ -1,4 +1,7 @@
-"""Rankings of recipes by accuracy within equal budgets. Recipes that no test separates are tied."""
+"""Rankings of recipes by accuracy within equal budgets. Recipes are tied if no test finds a difference between them.
+
+A recipe is a set of Cells that differ only in the seed. A budget consists of the settings that must be equal.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ Priors = tuple[Prior | None, Prior | None]
 class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
-    Learning rates may differ, because each method chooses its own. `accumulate`, `checkpointing`, `compile`, `layerwise`
-    and `loop` may differ, because they change the cost of a step, but not its result. Optimizers may differ, because names
-    and reports show them.
+    Learning rates may differ, because each method chooses its own. `accumulate`, `checkpointing`, `compile`,
+    `layerwise` and `loop` may differ, because they change the cost of a step, but not its result. Optimizers may
+    differ, because names and reports show them.
     """
 
     model: str
@@ -48,13 +51,13 @@ class Budget:
     def same_test(self, other: Budget) -> bool:
         """Return whether both budgets are equal except for the number of steps and the batch size.
 
-        Then both score the same items in the same way.
+        If so, Cells with these budgets score the same items in the same way.
         """
         return replace(self, steps=other.steps, batch=other.batch) == other
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
-    """Return the reason why two accuracies may not be compared. If they may, return an empty string.
+    """Return the reason why the accuracies of two Cells may not be compared. If they may, return an empty string.
 
     If at least one of the Cells is untrained, the number of steps and the batch size are ignored.
     """
@@ -75,24 +78,26 @@ class Score:
     low: float
     high: float
     means: str
-    """Explanation of the interval in words: how it is computed and what it covers."""
+    """Explanation of the interval from `low` to `high`: how it is computed and what it covers."""
 
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """Place of one recipe in its group. The Cells of a recipe differ only in the seed."""
+    """Place of one recipe in its group."""
 
     records: tuple[Record, ...]
     """Records of the recipe, in the order of the seeds."""
     score: Score
     """Accuracy of the recipe, with its interval."""
     standing: Standing
-    """Place relative to the best recipe: `below` if the recipe is significantly less accurate, otherwise `tied`."""
+    """Place relative to the best recipe: `best`, `below` if the recipe is significantly less accurate, or `tied` if
+    not. An untrained recipe is `untrained`."""
     difference: float = 0.0
-    """Accuracy minus the accuracy of the best recipe."""
+    """Accuracy of this recipe minus the accuracy of the best recipe."""
     p: float | None = None
-    """p value of the paired test against the best recipe, adjusted for the number of tests in the group. If the items
-    differ, no paired test is possible. Then the p value is None, and only the intervals are compared."""
+    """p value of the paired test against the best recipe, adjusted for the number of tests in the group. It is None for
+    the best recipe, and for a recipe that was scored on other items. In the second case, `standing` rests on the
+    intervals alone."""
 
     @property
     def record(self) -> Record:
@@ -100,7 +105,7 @@ class RankingEntry:
         return self.records[0]
 
     def typical(self, read: Callable[[Record], float | None]) -> float | None:
-        """Return the median over the seeds of what `read` returns. If no seed has a value, return None."""
+        """Return the median, over the seeds, of the values that `read` returns. If no seed has a value, return None."""
         values = [value for record in self.records if (value := read(record)) is not None]
         return median(values) if values else None
 
@@ -118,21 +123,20 @@ class Group:
     seeds: tuple[int, ...]
     """Seeds with which the recipes were run."""
     tries: int
-    """Number of learning rates that were tried and scored to choose the learning rate of each recipe."""
+    """Number of learning rates that were scored before the suite chose the learning rate of each recipe."""
     detectable: float | None
-    """Smallest difference of accuracies that one comparison in this group can detect. None if there is nothing to
-    compare."""
+    """Smallest true difference between two accuracies that one comparison in this group finds with 80 % power. None if
+    there is nothing to compare."""
     disagreement: float
-    """Share of items that the two recipes named under `basis` answered differently. `detectable` is computed from it,
-    except if the basis is `seeds`. Then this field is 0."""
+    """Share of items that two recipes answered differently; `basis` names these recipes. `detectable` is computed from
+    this share. It is 0 if `basis` is `seeds`."""
     basis: Basis
-    """Assumption behind `detectable`.
+    """Data from which `detectable` is computed.
 
-    - `tied`: from the answers of the best recipe and of one tied recipe, the one that disagrees most with the best.
-    - `all`: from the answers of the best recipe and of that recipe in the whole group that disagrees most with the
-      best.
-    - `independent`: from the assumption that the answers of two recipes are independent.
-    - `seeds`: with several seeds, from the largest standard error of a difference from the best recipe."""
+    - `tied`: the answers of the best recipe, and of the tied recipe that disagrees most with the best.
+    - `all`: the answers of the best recipe, and of the recipe in the whole group that disagrees most with the best.
+    - `independent`: the accuracy of the best recipe, if the answers of two recipes are assumed to be independent.
+    - `seeds`: with several seeds, the largest standard error of a difference from the best recipe."""
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
@@ -146,7 +150,7 @@ class Group:
 
     @property
     def is_ranking(self) -> bool:
-        """True if there is more than one trained recipe to rank."""
+        """True if the group has more than one trained recipe."""
         return len(self.ranked) > 1
 
     @property
@@ -163,7 +167,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Return the scored recipes of a run in groups of equal budget, in the order of the manifest.
+    """Return the scored recipes of a run, grouped by budget, seeds and `Group.tries`, in the order of the run's Cells.
 
     A recipe that lacks a seed gets a separate group: its mean over fewer seeds must not be ranked among means over all
     seeds. Cells that only searched for a learning rate are not ranked.
@@ -204,8 +208,8 @@ def groups(run: Run) -> tuple[Group, ...]:
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     """Return the accuracy of one Record, or the mean accuracy of several Records.
 
-    The interval of a mean is valid for new seeds and new items. prior: the spread over seeds, estimated from all
-    recipes of the group.
+    The interval of a mean is valid for new seeds and new items. prior: the spread of accuracies over seeds, estimated
+    from all recipes of the group; None if it is unknown.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -277,15 +281,15 @@ class RecipePair:
     p: float
     """p value for the hypothesis of no difference."""
     detectable: float
-    """Smallest true difference that a comparison like this one detects with 80 % power."""
+    """Smallest true difference that a comparison with as much data finds with 80 % power."""
     disagreement: float | None = None
-    """Share of items that exactly one of two runs answered correctly. None if each recipe has several seeds."""
+    """Share of items that exactly one of the two recipes answered correctly. None if each recipe has several seeds."""
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
         """Compare two recipes. Return None if their items differ, or if only one recipe has several runs.
 
-        priors: for each recipe, the spread over seeds, estimated from all recipes of the group.
+        priors: for each recipe, the spread of accuracies over seeds, estimated from all recipes of the group.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
@@ -296,7 +300,7 @@ class RecipePair:
     def of_spread(cls, spread: Spread | None) -> RecipePair | None:
         """Return the comparison of two recipes from their difference over several seeds.
 
-        If `spread` is None, return None.
+        spread: the difference, left - right, with its standard error. If it is None, return None.
         """
         return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
 
@@ -321,7 +325,7 @@ def _resolution(
 
     tied: comparisons of the best recipe with each tied recipe. rivals: comparisons of the best recipe with every other
     recipe. top: score of the best recipe. The pair that disagrees most represents the group, because it is the hardest
-    to separate. Pairs of tied recipes are preferred, because a pair with a large difference says little about close
+    to separate. A pair of tied recipes is preferred, because a pair with a large difference says little about close
     pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))

@@ -27,7 +27,7 @@ class RunFacts:
     run: Run
     """The loaded run."""
     prefix: str = ""
-    """Prefix of the run's HTML anchors. It keeps the anchors of several runs on one page apart."""
+    """Prefix of all HTML anchors of the run. If several runs share a page, different prefixes keep their anchors apart."""
 
     @cached_property
     def latest(self) -> dict[str, Record]:
@@ -38,19 +38,18 @@ class RunFacts:
     def doubtful(self) -> dict[str, str]:
         """cell_id -> reason, for each Cell whose newest Record must not be used.
 
-        The Record was changed, removed or added after the run, or it rests on the parity gate of a Record that is
-        missing or was changed.
+        These are the Cells with the `status` `changed` or `ungated`.
         """
         return self.run.doubtful()
 
     @cached_property
     def verdict(self) -> RunVerdict:
-        """The verdict on the run and on each question of its suite."""
+        """The verdict on the run and on each comparison that its suite declares."""
         return run_verdict.judge(self.run)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The rankings, one for each budget."""
+        """The rankings of the recipes, one per group of comparable recipes."""
         return ranking.groups(self.run)
 
     @cached_property
@@ -60,7 +59,7 @@ class RunFacts:
 
     @cached_property
     def group_of(self) -> dict[str, Group]:
-        """Map the cell_id of each ranked Cell to the group of Cells that it is ranked with."""
+        """Map the cell_id of each ranked Cell to its ranking group."""
         return {r.cell_id: g for g in self.groups for e in g.entries for r in e.records}
 
     @cached_property
@@ -75,14 +74,20 @@ class RunFacts:
 
     @cached_property
     def recipes(self) -> dict[str, str]:
-        """Names of the recipes, by recipe_id, unique within a model and task. All seeds of a recipe share its name."""
+        """Names of the recipes, by recipe_id. A recipe is a set of Cells that differ only in the seed.
+
+        A name is unique within a model and task.
+        """
         return naming.recipes(self.run.manifest.cells, inside=True)
 
     def status(self, cell: Cell) -> str:
         """Return the status of a Cell.
 
-        It is `missing` without a Record. It is `changed` if the newest Record was changed, removed or added after the
-        run. It is `ungated` if the newest Record rests on the parity gate of a Record that is missing or was changed.
+        - `missing`: the Cell has no Record.
+        - `changed`: the newest Record was changed, removed or added after the run.
+        - `ungated`: the newest Record reuses the parity gate (the checks before training) of a Record that is missing
+          or was changed.
+        - For any other Cell, return the status of the newest Record.
         """
         if record := self.latest.get(cell.cell_id):
             return record.status.value
@@ -98,7 +103,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how an unfinished run ended, in words that follow `the run`, e.g. `was interrupted`."""
+        """Return how an unfinished run ended, as a clause without its subject, e.g. `was interrupted`."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

@@ -1,4 +1,4 @@
-"""Judge a run: each question of its suite, and the run as a whole."""
+"""Judge a run: each question of its suite (a declared comparison of Cells), and the run as a whole."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Largest number of reasons that the sentence of a `not-run` verdict lists. A suite with a matrix may have hundreds of
-reasons."""
+"""Largest number of reasons that a verdict `not-run` lists. A suite with a matrix may have hundreds of reasons."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
 @dataclass(frozen=True)
 class QuestionVerdict:
-    """Verdict on one question of the suite, which is a declared comparison of Cells."""
+    """Verdict on one question of the suite."""
 
     comparison: Comparison
     """The comparison, as the suite declares it."""
@@ -38,15 +37,16 @@ class QuestionVerdict:
 
 @dataclass(frozen=True)
 class Parity:
-    """Numbers of passed, failed and skipped checks, over all Cells."""
+    """Numbers of passed, failed and skipped checks over all Cells. Checks of servers are left out."""
 
     passed: int
     failed: int
     skipped: int
     unchecked: tuple[str, ...]
-    """Ids of ok Records without a passed check."""
+    """Ids of ok Records in which no check passed."""
     shared: int
-    """Number of Cells that rest on the parity gate of another Cell. The results of that gate count once."""
+    """Number of Cells that reuse the parity gate (the checks before training) of another Cell. The checks of a gate
+    count once."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ class RunVerdict:
     counts: dict[str, int]
     """Number of Cells per status. Cells without a usable Record count as `missing`, `changed` or `ungated`."""
     nonconforming: tuple[str, ...]
-    """Ids of Records that depart from their Method or whose training diverged."""
+    """Ids of Records whose status is `nonconforming` or `untrained`, or that failed a check, e.g. a check of a
+    server."""
     missing: tuple[str, ...]
     """cell_ids of the Cells without a Record."""
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Numbers of passed, failed and skipped checks of the computation. Checks of servers are left out."""
+    """Numbers of passed, failed and skipped checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code. If `strict` is set and a question is open, return INCONCLUSIVE instead of PASS."""
@@ -75,15 +76,15 @@ class RunVerdict:
 
 
 def judge(run: Run) -> RunVerdict:
-    """Judge every comparison of a run, then the run.
+    """Judge every comparison that the suite of a run declares, then the run as a whole.
 
     The exit code is the first in this list whose condition holds:
 
     - FAIL: a Cell departs from its Method, a server gave wrong answers or none, the training of a Cell diverged or left
-      a tensor unchanged, a comparison is refuted, or a file was changed after the run. This holds even if other Cells
-      are missing.
+      a tensor unchanged, a comparison is refuted, or a file was changed after the run. Missing Cells do not matter.
     - NOTHING_COMPARED: no Cell was measured, and none failed: each Cell was skipped or is missing.
-    - INFRASTRUCTURE: a Cell failed, is missing or lost its parity gate, a file is unreadable, or the run is unfinished.
+    - INFRASTRUCTURE: a Cell failed or is missing, the checks that it reuses from another Cell are lost, a file is
+      unreadable, or the run is unfinished.
     - PASS: otherwise, even if questions are open (see `exit_code`).
     """
     latest = run.latest()
@@ -137,8 +138,8 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference left - right. The sentence of the joint verdict quotes the pair with
-    the smallest gap."""
+    """Lower end of the interval of the difference left - right. The verdict on the question quotes the pair with the
+    smallest gap."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 
@@ -179,10 +180,11 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
 def _compare(
     left: list[Cell], right: list[Cell], latest: Mapping[str, Record], names: Mapping[str, str]
 ) -> list[_PairOutcome]:
-    """Judge one pair of recipes. Return its outcome.
+    """Judge one pair of recipes and return its outcome.
 
     If the pair cannot be judged, return one outcome for each reason. With several seeds, the interval of the difference
-    decides. With one run of each recipe, the intervals of both accuracies decide.
+    decides. With one run of each recipe, the intervals of both accuracies decide: if they overlap, the pair is
+    inconclusive.
     """
 
     def not_run(*sentences: str) -> list[_PairOutcome]:
@@ -287,7 +289,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return the sentence that all measured Cells conform. It also gives the number of Cells without a reference."""
+    """Return a sentence that says that all measured Cells conform, and how many of them had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

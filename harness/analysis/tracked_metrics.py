@@ -20,10 +20,10 @@ from harness.records.record import Record, Status
 STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
-"""Prefix of the names of latencies of the bare base model. No adapter changes these latencies. All Cells that measure
-latencies measure these."""
+"""Start of the names of latencies of the bare base model. No adapter changes these latencies, and every Cell that
+measures latencies has them."""
 CONCURRENT = "beside it"
-"""Key in the dict that `place` returns. The key is present if other Cells ran at the same time."""
+"""Key that the dict returned by `place` has only if other Cells ran at the same time."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ def names() -> list[str]:
 
 
 def slack(metric: str, level: float) -> float:
-    """Return the largest difference from `level` that does not count as a change.
+    """Return the largest difference from `level` that does not count as a change of a metric.
 
-    `metric` must be neither a time nor a score.
+    metric: a name in the history, but not of a time or a score.
     """
     declared = metrics.in_history(metric)
     return max(declared.slack_B, declared.slack_share * level) if declared else 0
 
 
 def got_worse(metric: str, old: float, new: float) -> bool:
-    """Return whether a change of a metric is a regression. `metric` must be neither a time nor a score."""
+    """Return whether a change of a metric is a regression. The metric must not be a time or a score."""
     declared = metrics.in_history(metric)
     return declared.got_worse(old, new) if declared else new > old
 
 
 def tracked(record: Record) -> TrackedMetrics:
-    """Return the values of a Record that the history stores. Only an ok Record has any.
+    """Return the values of a Record that the history stores. A Record that is not ok has none.
 
     Times are left out if a failed check forbids showing them (`failed_checks.no_speed`), or if the steps waited for a
     CPU.
@@ -84,7 +84,7 @@ def tracked(record: Record) -> TrackedMetrics:
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the time of a steady step and the latencies of a Record, in seconds, by the name of the metric.
+    """Return name of a metric -> seconds, for the time of a steady step and the latencies of a Record.
 
     Latencies that a failed check hides are left out.
     """
@@ -110,13 +110,13 @@ def _short(value: float) -> float:
 def sentinel(metric: str, quantization: str) -> bool:
     """Return whether a metric is a time of the bare, unquantised base model.
 
-    No Method and no implementation can change such a time.
+    No Method and no implementation can change such a time. quantization: the quantization of the Cell's base.
     """
     return metric.startswith(SENTINEL) and quantization == "none"
 
 
 def place(record: Record) -> dict[str, str]:
-    """Return the place of a Record: all facts that must be equal before numbers of two Records are compared."""
+    """Return the place of a Record: the facts about machine and software that two Records must share to be compared."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
     shared = software | {"threads": str(e.threads or "unknown")}
@@ -133,11 +133,11 @@ def place(record: Record) -> dict[str, str]:
 
 
 def place_id(of: Mapping[str, str]) -> str:
-    """Return the id of a place, as written in files: 12 hex digits."""
+    """Return the id that stands for a place in files: 12 hex digits."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def place_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """List the differences between two places, as `key old -> new`."""
+    """List the differences between two places, each as `key old -> new`."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in keys]

@@ -6,8 +6,8 @@ error of a Cell at step t is
     TRAJECTORY_FACTOR * (largest err of the reference run at all steps up to t)  +  floor(t)
 
 The reference run is made by the reference implementation in the dtype of the Cell. floor(t) is a small number of eps of
-that dtype, times the largest loss so far. The reference run cannot be judged by its own errors. Instead, its error may
-grow by a fixed number of eps at each step. The same limit applies to each float64 run.
+that dtype, times the largest loss so far. The reference run cannot be judged by its own errors. So its allowed error
+grows by a fixed number of eps at each step, and so does the allowed error of a float64 run.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class JudgedTrajectory:
     verdict: Verdict
     """Verdict on this run."""
     by: str = ""
-    """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: the growth of
-    rounding errors from step to step, which limits float64 runs and the reference run itself."""
+    """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: a fixed
+    growth of rounding errors from step to step, for float64 runs and for the reference run itself."""
     limited_by: str = ""
-    """Id of the Cell of the reference run in the same dtype."""
+    """Id of the Cell that is the reference run in the same dtype."""
     errors: tuple[float, ...] = ()
     """Error of each step: the distance of its loss from the loss in float64."""
     allowed: tuple[float, ...] = ()
@@ -55,7 +55,8 @@ def judge(
 ) -> tuple[Verdict, tuple[JudgedTrajectory, ...]]:
     """Judge a `same-losses` comparison: compare every Cell of `left` with its float64 counterpart in `right`.
 
-    Return the joint verdict, and the verdict on each Cell of `left`. cells, records: by cell_id.
+    Return the joint verdict, and the verdict on each Cell of `left`. cells, records: Cells and newest Records, by
+    cell_id.
     """
     subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
     names = naming.full(cells.values())
@@ -145,7 +146,8 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
 def allowed_errors(true_losses: Sequence[float], own_errors: Sequence[float], dtype: str) -> list[float]:
     """Return the largest allowed error of the loss at each step.
 
-    true_losses: losses in float64. own_errors: errors of the reference run in `dtype`.
+    true_losses: losses in float64. own_errors: errors of the reference run in `dtype`. All lists have one value per
+    step.
     """
     floor = tolerance_constants.TRAJECTORY_FLOOR_EPS * tolerance_constants.EPSILON[dtype]
     scale = accumulate(map(abs, true_losses), max)
@@ -177,8 +179,8 @@ def _other_batches(left: Record, right: Record) -> str:
 def _training_settings(cell: Cell) -> dict[str, object]:
     """Return the settings of a Cell that determine its losses in exact arithmetic.
 
-    These are all settings except the implementation, its environment, the dtype, the evaluation, and how a step is computed
-    (`accumulate`, `checkpointing`, `compile`, `layerwise`, `loop`).
+    These are all settings except the implementation, its environment, the dtype, the evaluation, and the settings that
+    only say how a step is computed (`accumulate`, `checkpointing`, `compile`, `layerwise`, `loop`).
     """
     how = {"accumulate", "checkpointing", "compile", "layerwise", "loop"}
     return cell.model_dump(
@@ -188,7 +190,7 @@ def _training_settings(cell: Cell) -> dict[str, object]:
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:
-    """Return a text with both values for each of the `_training_settings` that differs between two Cells."""
+    """List the `_training_settings` that differ between two Cells, each with both values."""
     a, b = _training_settings(left), _training_settings(right)
     return [f"{key} {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
 

@@ -17,9 +17,9 @@ class Try:
     cell: Cell
     lr: float
     score: Score | None
-    """Accuracy; None if the Cell has none."""
+    """Accuracy at this rate; None if the Cell was not scored."""
     because: str
-    """Reason for a missing accuracy."""
+    """Reason to show if `score` is None."""
     chosen: bool
     """True if the suite chose this rate."""
 
@@ -37,12 +37,12 @@ class Search:
 
     @property
     def scored(self) -> tuple[tuple[float, Score], ...]:
-        """Pairs (learning rate, score) of all tries with a score."""
+        """Pairs (learning rate, score) of all tried rates with a score."""
         return tuple((t.lr, t.score) for t in self.tries if t.score)
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The lowest and the highest accuracy over the learning rates; None if fewer than two were scored."""
+        """The lowest and the highest accuracy over the learning rates; None if fewer than two rates were scored."""
         values = [found.value for _, found in self.scored]
         return (min(values), max(values)) if len(values) > 1 else None
 
@@ -54,7 +54,7 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates whose accuracy has an interval completely above the interval for the chosen rate.
+        """Learning rates with an accuracy interval that lies completely above the interval of the chosen rate.
 
         If there are any, the suite has probably chosen a poor rate.
         """
@@ -63,9 +63,9 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """True if the best rate is the lowest or the highest rate tried. Then a better rate may lie beyond.
+        """True if the best rate is the lowest or the highest rate tried. Then an untried rate may be better.
 
-        If several rates share the highest accuracy, True only if all of them are the lowest or the highest rate tried.
+        If several rates share the highest accuracy, each of them must be the lowest or the highest rate tried.
         """
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends

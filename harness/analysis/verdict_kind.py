@@ -1,4 +1,4 @@
-"""Verdicts: each has a kind, a reason, and the Records that it rests on."""
+"""Verdicts: each has a kind, a reason, and the Records that it is based on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict, with its reason and the Records that it rests on."""
+    """Verdict, with its reason and the Records that it is based on."""
 
     word: VerdictKind
     """Kind of verdict."""
     reason: str
     """Reason, as a sentence."""
     records: tuple[str, ...] = ()
-    """Ids of the Records that the verdict rests on."""
+    """Ids of the Records that the verdict is based on."""
 
 
 def joint(words: Iterable[VerdictKind]) -> VerdictKind:

@@ -1,1 +1,1 @@
-"""Models and data. One table declares them. Each of them is fetched once, verified and cached."""
+"""Models and data sets. One table declares them. Each is fetched once, verified and cached."""

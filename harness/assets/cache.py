@@ -1,7 +1,8 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
-Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/, carriers/ (wheels and sdists that users put
-there), predictions/ (files of `harness.memory_model.answer_cache`), kernels/ (compiled C++).
+A Source is a declared model or data set. Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/,
+carriers/ (wheels and sdists that users put there), predictions/ (files of `harness.memory_model.answer_cache`),
+kernels/ (compiled C++).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def carriers() -> Path:
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
     """Return the path of a source's folder in the cache.
 
-    The path contains a hash of the source's address, SHA-256, revision and member, and of `fingerprint`. So a changed
-    source gets another folder.
+    The path contains a hash of `fingerprint` and of the source's address, SHA-256, revision and member (path in an
+    archive). So a changed source gets another folder.
     """
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
@@ -86,7 +87,7 @@ def sweep() -> None:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If the destination exists already, keep that folder."""
+    """Rename a finished folder to its destination atomically. If the destination exists already, keep it."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def _asset_errors(what: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the unlocked folders in `base`. The processes that made them have ended."""
+    """Remove the unlocked folders in `base`, whose processes have ended."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:

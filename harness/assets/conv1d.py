@@ -15,8 +15,7 @@ def as_linear(model: nn.Module) -> int:
     """Replace each Conv1D of a model by a linear layer, and return the number of replaced layers.
 
     The linear layer has the same bias, and the transposed weight of shape (out, in). Most Methods and libraries adapt
-    only linear layers, so they cannot adapt a Conv1D. The command `check` does not replace Conv1D layers, because it
-    tests adapters of them too.
+    only linear layers. The command `check` does not replace Conv1D layers, because it also tests adapters of Conv1D.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
     made: dict[int, nn.Linear] = {}  # so that a shared layer stays shared

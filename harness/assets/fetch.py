@@ -68,11 +68,11 @@ def local_folder(source: Source) -> Path | None:
 
 
 def asset_use(source: Source) -> AssetUse:
-    """Return the entry of an asset in a Record.
+    """Return a source's entry in `Record.assets`: what it is, and its hash.
 
-    A local path is as the user wrote it. The entry has the SHA-256 of the wheel or sdist, if there is one. Otherwise,
-    it has the SHA-256 of the data file, of the weights, or of the config.json of a `shape:...`. A hub model has its
-    commit instead of a hash. To hash a local folder, all its files are read.
+    A local path is as the user wrote it. The hash is the SHA-256 of the wheel or sdist, if there is one. Otherwise it
+    is the SHA-256 of the data file, of the weights, or of the config.json of a `shape:...`. A hub model has its commit
+    instead of a hash. To hash a local folder, all its files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):

@@ -24,7 +24,7 @@ _ROWS = 600
 
 
 def toy_sentiment(folder: Path) -> None:
-    """Write rows.jsonl: sentences of two or three opinions. The majority is the label; labels are balanced."""
+    """Write rows.jsonl: sentences of two or three opinions. The label is the majority's opinion. Labels are balanced."""
     chance = random.Random(0)  # noqa: S311  # reproducible, not secret
     texts: dict[str, int] = {}
     while len(texts) < _ROWS:

@@ -34,7 +34,7 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task of lm-eval. Suites call it `lm-eval:TASK:FILTER@REVISION`, and may leave out FILTER and REVISION."""
+    """A task of lm-eval. In a suite, its name is `lm-eval:TASK:FILTER@REVISION`, where FILTER and REVISION are optional."""
 
     task: str
     filter: str
@@ -45,7 +45,7 @@ class TaskFile:
 
     @property
     def splits(self) -> dict[str, str]:
-        """Name of each split, by its use: `test`, and also `train` and `fewshot` if the task has them."""
+        """Use of a split (`test`, and also `train` and `fewshot` if the task has them) -> name of the split."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")

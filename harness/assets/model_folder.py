@@ -31,7 +31,7 @@ _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 def check(folder: Path, source: Source) -> Path:
     """Return `folder` if the model is complete and can be trained here.
 
-    Raises AssetError if a file is missing, or if no Cell can train this kind of model.
+    Raises AssetError if a file is missing, or if the harness cannot train this kind of model.
     """
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
@@ -74,7 +74,7 @@ def headers_sha256(folder: Path) -> str:
 def layers(folder: Path) -> set[str]:
     """Return the paths of all modules with weights, as listed in the headers of the weight files.
 
-    Unreadable files are skipped. When the model is loaded later, the reason is reported.
+    Unreadable files are skipped; the error appears when the model is loaded later.
     """
     paths = set()
     for file in _weights(folder):
@@ -118,10 +118,10 @@ def _is_dropout(key: str) -> bool:
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError if the config has an architecture that no Cell can score.
+    """Raise AssetError if the harness cannot score a model with this config's architecture.
 
-    A config that does not determine the architecture is accepted, because the Cell checks the model again. where: path
-    of the config, for the message.
+    A config that does not determine the architecture is accepted, because the model is checked again when it is loaded.
+    where: path of the config, for the message.
     """
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder") is True:
@@ -148,10 +148,7 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return a model's config. If it cannot be read, return an empty dict.
-
-    When the model is loaded later, the reason is reported.
-    """
+    """Return a model's config, or an empty dict if it cannot be read; the error appears when the model is loaded later."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -189,10 +186,10 @@ _START, _END = " = OrderedDict(", "\n)\n"
 
 
 def lacks_type(kind: str, model_type: str) -> bool:
-    """Return whether the installed transformers knows this model type, but has no model of this kind for it.
+    """Return whether the installed transformers knows this model type, but has no model of the kind `kind` for it.
 
-    kind: `causal` or `encoder`. An unknown type returns False, because its code may be in the model's folder, or the
-    Cell may run with another release.
+    kind: `causal` or `encoder`. For an unknown type, return False: its code may be in the model's folder, or the Cell
+    may run with another release of transformers.
     """
     there = _types(kind)
     return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
@@ -202,7 +199,7 @@ def lacks_type(kind: str, model_type: str) -> bool:
 def _types(kind: str) -> frozenset[str]:
     """Return the model types that transformers has for a kind of model.
 
-    If the source code of transformers has an unknown form, the set is empty.
+    They are read from the source code of transformers. If this code has an unknown form, the set is empty.
     """
     _, found, rest = _source().partition(_NAMES[kind] + _START)
     return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()

@@ -24,7 +24,7 @@ def wrong_hash(output: str) -> str:
 
 
 def offered_versions(output: str) -> tuple[str, list[str]] | None:
-    """Return a requirement that no version satisfies, and the versions that pip found. Otherwise return None."""
+    """Return a requirement that no version satisfies, and the versions that pip found. None: pip reports no such failure."""
     found = _VERSIONS.search(f"{output}\n")
     if found is None:
         return None

@@ -86,8 +86,8 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "csv": csv_records,
     "parquet": parquet_records,
 }
-"""Function that reads a data file, by the value of `rows.format`. The functions for the first two formats yield
-lines; the others yield rows as mappings."""
+"""Value of `rows.format` -> function that reads a data file. The functions for the first two formats yield lines; the
+others yield rows as mappings."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def read(source: Source, path: Path) -> list[AnyRow]:
 
 
 def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
-    """Return the first few different mistakes in a data file of a task.
+    """Return the mistakes in a data file of a task: the first few different ones.
 
     labels: number of classes, or 0 for a task without classes. test: number of test rows. trains: True if the file must
     have training rows besides the test rows.
@@ -254,8 +254,8 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""Matches a letter in the middle of a word. An `overlap_key` must end where a word ends: a text about parties does not
-contain the key `part`."""
+"""Matches a letter that follows another letter. A match at the end of a key means that the word goes on: a text about
+parties does not contain the key `part`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
@@ -314,4 +314,4 @@ def _text(text: object, name: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""Function that parses one line, by format. `_columns` parses all other formats."""
+"""Format -> function that parses one line. `_columns` parses the formats that are not listed."""

@@ -1,6 +1,6 @@
-"""Shapes: models without weights, given by a config. The config is a preset of `shapes.yaml` or a config.json.
+"""Shapes: models without weights. A shape is a preset of `shapes.yaml`, or the path of a config.json.
 
-This module imports no torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIX = "shape:"
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
-"""Address of a preset that is cut to its first blocks, e.g. `llama-65b/2-blocks`."""
+"""Address of a preset with only its first blocks, e.g. `llama-65b/2-blocks`."""
 DEPTHS = ("num_hidden_layers", "n_layer")
 """Keys for the number of blocks in a config. A config has one of them."""
 

@@ -1,4 +1,4 @@
-"""Build a model from its config on the meta device, without weights, and find names that match no layer.
+"""Build a model from its config on the meta device, without weights, and find names of layers that match no layer.
 
 `python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints one line:
 ANSWER, followed by a JSON object with the reason for each name that matches no layer.
@@ -52,7 +52,7 @@ def without_padding(model: Any) -> None:
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the names that match no adaptable layer of the model in `folder`, each with the reason."""
+    """Return those of `names` that match no adaptable layer of the model in `folder`, each with the reason."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -60,7 +60,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the names that match no adaptable layer of `model`, each with the reason."""
+    """Return those of `names` that match no adaptable layer of `model`, each with the reason."""
     from reference.shared.layers import KINDS, targets
 
     found = {}

@@ -1,4 +1,4 @@
-"""The table of models and data sets. It finds the source of a name in a suite, but fetches nothing."""
+"""The table of models and data sets. It finds the Source for a name in a suite, but fetches nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Name of a column (e.g. `prompt`) -> the values of `Rows.holds` for which rows have this column."""
+"""Name of a column -> contents (`Rows.holds`) of rows that have this column. Only rows with `answers` have a `prompt`."""
 
 
 class Rows(FrozenModel):
@@ -73,7 +73,7 @@ class Rows(FrozenModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Name of the column of each part of a row, by name of the part. The id is left out."""
+        """Part of a row, e.g. `prompt` -> name of its column in the file. The id is left out."""
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
@@ -149,7 +149,7 @@ class Source(FrozenModel):
 
     @property
     def written(self) -> str:
-        """The source as the user wrote it: a local path is relative if it was written so."""
+        """The source as the user wrote it. A local path may be relative."""
         return self._written or self.source
 
     @property
@@ -185,7 +185,7 @@ def load_table(path: Path) -> dict[str, Source]:
 
 
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
-    """Return the Source that a name in a suite stands for.
+    """Return the Source for a name in a suite.
 
     name: name of a row in the table, `org/name@revision`, `shape:NAME`, or the path of a model's folder, relative to
     `base`. kind: kind of the source if it is not in the table. A local data file must have a row in the table. Raises

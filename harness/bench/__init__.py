@@ -1,1 +1,1 @@
-"""The command `bench`: time Operations and training steps of implementations that have first passed the same checks."""
+"""The command `bench`: time Operations and training steps of implementations that have passed the same checks."""

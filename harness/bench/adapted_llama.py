@@ -1,4 +1,4 @@
-"""Training steps as in a user's program: a small Llama, an attached Method, and an optimizer."""
+"""Training steps as in a user's program: a small Llama with a Method such as LoRA, and an optimizer."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ from harness.records.record import Base, CheckResult
 SEED = 20
 LR, WEIGHT_DECAY = 1e-4, 0.0
 GATED_TOKENS = 16
-"""Number of tokens in the text on which the parity gate judges the model. Loss and gradients are judged on a whole
-batch instead."""
+"""Number of tokens in the text on which the parity gate compares the model with the reference.
+
+Loss and gradients are compared on a whole batch instead.
+"""
 
 
 def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a Llama with random weights. The weights are equal at every call."""
+    """Return a Llama with random weights, which are the same in every call. shape: sizes of the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -56,15 +58,15 @@ def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def batch(shape: Backbone, step: int, device: torch.device) -> Tensor:
-    """Return the int64 token ids of a step, shape (batch, tokens). They are equal for every implementation."""
+    """Return the int64 token ids of a step, shape (batch, tokens). All implementations get the same ids."""
     generator = torch.Generator().manual_seed(SEED + step)
     return torch.randint(0, shape.vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy of next-token prediction, as a scalar.
+    """Return the mean cross-entropy of next-token prediction, as a scalar tensor.
 
-    The scalar is float64 if the logits are float64, otherwise float32.
+    ids: int64 token ids, (batch, tokens). The scalar is float64 if the logits are float64, otherwise float32.
     """
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -84,7 +86,7 @@ class StepSetting:
 
     @property
     def step(self) -> StepBenchmark:
-        """The entry of `STEPS`, with the Method and its config."""
+        """The entry of `STEPS` with this name. It has the Method and its config."""
         return STEPS[self.name]
 
 
@@ -92,7 +94,7 @@ class AdaptedLlama:
     """A Llama with a Method attached, which takes training steps."""
 
     def __init__(self, implementation: Implementation, setting: StepSetting, packer: str = "") -> None:
-        """Build the model and attach the Method. packer: the implementation that packs a quantised base."""
+        """Build the model and attach the Method. packer: name of the implementation that packs a quantised base."""
         step, dtype = setting.step, setting.dtype
         self.shape, self.device, self.base, self.packer = setting.shape, setting.device, step.base, packer
         self.losses: list[float] = []
@@ -138,9 +140,9 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Judge the model by the parity gate that every Cell has to pass, and return the results.
+        """Return the results of the parity gate: checks against the reference that every training run must pass first.
 
-        If no check failed, the loss and the gradients of a batch are judged too.
+        If no check failed, there is one more result, for the loss and the gradients of a batch.
         """
         base = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
@@ -155,7 +157,10 @@ class AdaptedLlama:
         return logits
 
     def _loss_and_gradients(self) -> CheckResult:
-        """Judge the loss and the gradients of one batch. The adapter tensors are random, and dropout is off."""
+        """Compare the loss and the gradients of one batch with the reference.
+
+        Adapter tensors are random, and dropout is off.
+        """
         subject, case = self.subject, Case("warm", seed=SEED, factors=parity_suite.load(self.subject.method).factors())
         initial = {name: t.detach().clone() for name, t in subject.added().items()}
         warm(subject.added(), case.generator(salt=1))
@@ -172,7 +177,7 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a function that does less work than any training step. Its time is a lower bound for the time of a step.
+    """Return a function whose time is a lower bound for the time of a training step.
 
     The function runs the dense model forward on the batch of step 0, and backward to the embeddings. It trains nothing.
     """

@@ -2,8 +2,8 @@
 
 A ceiling is the highest rate of the card, e.g. in bytes per second. A crossover is the size up to which a fused kernel
 is faster than another way to compute an Operation. A tile is the part of a matrix product that one program of a kernel
-computes. A worker process measures, and sends each number as soon as it is measured. So if a kernel hangs, the numbers
-before it are not lost. Imports no torch.
+computes. A worker process measures, and sends each number at once. If a kernel hangs, the earlier numbers are therefore
+not lost. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -32,22 +32,27 @@ class CardReport:
     device: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One dict per measurement, in order. Each ceiling has `name`, `value` and `unit`. With `--crossovers`, the rows of
-    `harness.bench.tiles.measure` come first, and then the rows of `harness.bench.crossovers.measure`."""
+    """One dict per measurement, in order.
+
+    Each ceiling has `name`, `value` and `unit`. With `--crossovers`, the rows of `harness.bench.tiles.measure` come
+    first, and then the rows of `harness.bench.crossovers.measure`.
+    """
     table: dict[str, Any] = field(default_factory=dict)
-    """The card's crossovers and tiles, in the form that `harness.kernels` reads. It lacks each Operation and each dtype
-    whose measurement is not complete. Empty with `--ceilings`."""
+    """The card's crossovers and tiles, in the form that `harness.kernels` reads. Empty with `--ceilings`.
+
+    Operations and dtypes whose measurement is not complete are missing.
+    """
     file: str = ""
     """File name for `table`. Empty if `table` is empty."""
     card: str = ""
-    """Name of the card; empty for a CPU."""
+    """Name of the card, or empty for a CPU."""
     failed: str = ""
-    """Reason why the worker ended early; empty if it did not."""
+    """Reason why the worker ended early, or empty if it did not."""
     traceback: str = ""
 
     @property
     def is_rehearsal(self) -> bool:
-        """True if Triton's interpreter ran the kernels, so that the times say nothing about a card."""
+        """True if Triton's interpreter ran the kernels. The times then say nothing about a card."""
         return self.what == "crossovers" and self.device == "cpu"
 
     @property
@@ -109,7 +114,7 @@ def short_tile(tile: dict[str, int]) -> str:
 def findings(table: dict[str, Any]) -> list[str]:
     """Return one line per section of a card's table.
 
-    The lines name the crossovers of each Operation, and the number of tiles that differ from the default.
+    The lines show the crossovers of each Operation, and the number of tiles that differ from the default.
     """
     said = []
     for operation, size in CROSSOVERS.items():
@@ -135,7 +140,7 @@ def _limit(E: int, most: int | None, size: str) -> str:
 
 
 def rate(value: float, unit: str) -> str:
-    """Format a rate: bytes in GB/s, operations in TFLOP/s."""
+    """Format a rate: bytes per second in GB/s, FLOP/s in TFLOP/s."""
     return f"{value / 1e9:,.0f} GB/s" if unit == "B/s" else f"{value / 1e12:.3g} T{unit}"
 
 
@@ -144,9 +149,9 @@ def measure(
 ) -> Exit:
     """Measure the GPU or the CPU, print the numbers, and return the exit code.
 
-    patience: the worker is killed if it is silent for this many seconds. out: folder for the result files. They are a
-    JSON file of all numbers and, for a GPU, the table that `harness.kernels` reads. Raises HarnessError if a GPU was
-    requested and there is none. Raises UsageError under Triton's interpreter.
+    patience: the worker is killed if it sends nothing for this many seconds. out: folder for the result files, which
+    are a JSON file with all numbers and, for a GPU, the table that `harness.kernels` reads. Raises HarnessError if a
+    GPU was requested and there is none. Raises UsageError under Triton's interpreter.
     """
     refuse_interpreter()
     why = no_gpu() if device != "cpu" else "a CPU was requested"

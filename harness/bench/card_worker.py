@@ -1,10 +1,10 @@
 """Worker process that measures a GPU ("card") or the CPU: `python -m harness.bench.card_worker FD LINE TASK`.
 
-FD and LINE are file descriptors: the worker writes events as JSON lines to FD, and is killed when the other end of LINE
+FD and LINE are file descriptors. The worker writes events as JSON lines to FD, and is killed when the other end of LINE
 closes. TASK is a dict in JSON: `what` is `ceilings` or `crossovers`, `device` is `cpu` or `cuda`.
 
-Each event has some of these keys: `card` (name of the card), `row` (one measurement), `table` (the card's table as far
-as it is measured), `file` (file name of the table), `failed` and `traceback` (the error that ends the process).
+Each event has some of these keys: `card` (name of the card), `row` (one measurement), `table` (the card's table as
+measured so far), `file` (file name of the table), `failed` and `traceback` (the error that ends the process).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Run the measurements that `task` names, and write an event after each."""
+    """Run the measurements that `task` names, and write an event to `fd` after each."""
     if task["device"] == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # the only way in which a CPU runs the kernels
     with event_writer(fd, line) as emit:
@@ -59,7 +59,7 @@ def _run(task: dict[str, Any], emit: EventWriter) -> None:
 def _measure_crossovers(clock: Clock, emit: EventWriter) -> None:
     """Measure the tiles, then the crossovers with these tiles, always in the same order.
 
-    The kernels ignore all tables of earlier measurements. The table is emitted whenever the tiles of a dtype or the
+    The kernels ignore the tables of earlier measurements. The table is sent whenever the tiles of a dtype or the
     crossovers of an Operation are complete.
     """
     import torch

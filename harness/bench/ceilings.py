@@ -13,11 +13,11 @@ from harness.bench.timing import Clock, Run
 REPEATS = 5
 """Number of samples per rate. Only the fastest sample is used."""
 WARM_S = 0.5
-"""Seconds of load on a GPU before the samples of a rate, so that its clock frequencies have risen."""
+"""Seconds of load on a GPU before the samples of a rate. Meanwhile the GPU raises its clock frequencies."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
 """Device -> number of bytes to copy. It is more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}
-"""Device -> number of rows, and of columns, of the matrices to multiply."""
+"""Device -> number of rows, and also of columns, of the matrices to multiply."""
 
 
 def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
@@ -29,7 +29,7 @@ def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
 
 
 def of_card(clock: Clock) -> Iterator[tuple[str, float, str]]:
-    """Yield name, value and unit of each rate: a copy, a read, and a matrix product in each dtype."""
+    """Yield (name, value, unit) for each rate: a copy, a read, and a matrix product in each dtype."""
     yield "copy", _copy(clock), "B/s"
     yield "read", _read(clock), "B/s"
     halves = [torch.float16] if clock.on_gpu else []  # a CPU without instructions for it takes minutes

@@ -1,7 +1,4 @@
-"""Least numbers of bytes and FLOPs that a call needs, and formulas that several Operations share.
-
-This module imports no torch.
-"""
+"""Formulas for the least numbers of bytes and FLOPs that a call of an Operation needs. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ BLOCK8 = 256
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of a call, as two functions of its size."""
+    """Least work of a call, as two functions of the call's size."""
 
     bytes: Callable[[BenchSize, int], float]
     """Function (size, bytes per element of the call's dtype) -> number of bytes that the call must move."""
@@ -29,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """An Operation that `bench` times: how to make the arguments of a call, and the least work of a call."""
+    """An Operation that `bench` times: arguments and least work of a call."""
 
     case: Callable[[BenchSize], dict[str, Any]]
     """Function (size) -> keyword arguments for the Operation's function `arguments`, which draws the inputs."""

@@ -16,8 +16,10 @@ from harness.bench.timing import Clock, Run, pairs
 from harness.kernels.card_tables import CROSSOVERS
 
 MARGIN = 1.03
-"""Another way to compute, or another tile, replaces the default only if it is faster by more than this factor (median
-over pairs of samples)."""
+"""Factor by which another way to compute, or another tile, must be faster to replace the default.
+
+It is compared with the median ratio of times, over pairs of samples.
+"""
 PAIRS = {"cuda": 11, "cpu": 3}
 _BLOCK = 64
 _RANK = 16
@@ -27,7 +29,7 @@ _ADAPTERS = {"cuda": 4, "cpu": 2}
 
 @dataclass(frozen=True)
 class CrossoverMeasurement:
-    """Measurement of an Operation for which there is a fused kernel and another way to compute it.
+    """How to measure the crossover of an Operation that a fused kernel or another way can compute.
 
     Which of the two is faster depends on a size, e.g. on the number of tokens.
     """
@@ -35,18 +37,21 @@ class CrossoverMeasurement:
     other: str
     """Name of the other way, e.g. `separate products`."""
     by_default: Literal["fused", "other"]
-    """The way to use at sizes at which neither way is clearly faster."""
+    """The way to use where neither way is clearly faster."""
     weights: Mapping[str, Sequence[tuple[int, int]]]
-    """Type of the device -> (output features E, input features D) of each measured weight, with E ascending. The
-    weights for a CPU are small, because Triton's interpreter runs the kernels there, only as a rehearsal."""
+    """Type of the device -> (output features E, input features D) of each measured weight, with E ascending.
+
+    The weights for a CPU are small: there Triton's interpreter runs the kernels, only as a rehearsal.
+    """
     sizes: Mapping[str, Sequence[int]]
     """Type of the device -> sizes to measure, ascending. The sizes are numbers of tokens or ranks."""
     cases: Sequence[str]
-    """Uses of the Operation that are timed, e.g. `forward`. The default is replaced only at sizes at which the other
-    way is faster in every use."""
+    """Uses of the Operation that are timed, e.g. `forward`.
+
+    The default way is replaced only at sizes at which the other way is faster in every use.
+    """
     ways: Callable[[str, int, int, int, torch.device], tuple[Run, Run]]
-    """Function (case, E, D, size, device) -> two functions to time. The first calls the fused kernel, the second the
-    other way."""
+    """Function (case, E, D, size, device) -> (call of the fused kernel, call of the other way), both to be timed."""
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -87,8 +92,10 @@ def _adapters(case: str, E: int, D: int, tokens: int, device: torch.device) -> t
 
 
 _TOKENS = {_FORWARD: {"cuda": 16, "cpu": 16}, _TRAINED: {"cuda": 4096, "cpu": 16}}
-"""Case of `lora_linear` -> type of the device -> number of tokens. On a GPU, the case `forward` has few tokens, as in
-decoding, and the other case has many, as in training."""
+"""Case of `lora_linear` -> type of the device -> number of tokens.
+
+On a GPU, the forward pass alone has few tokens, as in decoding. The other case has many, as in training.
+"""
 
 
 def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tuple[Run, Run]:
@@ -103,7 +110,10 @@ def _adapted(case: str, E: int, D: int, rank: int, device: torch.device) -> tupl
 
 
 def _pass(case: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Run:
-    """Return the function to time. Unless `case` is `forward`, it also computes the gradients of `leaves`."""
+    """Return the function to time. It calls `forward` and, unless `case` is `forward`, computes gradients.
+
+    leaves: the tensors whose gradients are computed.
+    """
     if case == _FORWARD:
         return torch.no_grad()(forward)
     for leaf in leaves:
@@ -134,14 +144,14 @@ CROSSOVER_MEASUREMENTS = {
         sizes={"cuda": (16, 32, 64, 128, 256), "cpu": (4,)}, cases=(_FORWARD, _TRAINED), ways=_adapted,
     ),
 }  # fmt: skip
-"""Operation -> the measurement of its crossover. On a GPU the weights have sizes of Llama 3, and some in between."""
+"""Operation -> the measurement of its crossover. The weights for a GPU have sizes of Llama 3 and sizes in between."""
 
 
 def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
     """Yield a row for each weight, size and case of an Operation, in this order. Weights and inputs are random.
 
-    `fused_s` and `other_s` are the median seconds of the fused kernel and of the other way. `ratio` is the median, over
-    pairs of samples, of the fused kernel's time divided by the other way's time.
+    `fused_s` and `other_s` are the median seconds of the fused kernel and of the other way. `ratio` is fused time /
+    other time, the median over pairs of samples.
     """
     crossing, kind = CROSSOVER_MEASUREMENTS[operation], clock.device.type
     torch.manual_seed(0)
@@ -158,9 +168,9 @@ def measure(operation: str, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the crossovers of an Operation, as a section of the card's table, from the rows of `measure`.
+    """Return the crossovers of an Operation, as a section of the card's table. rows: the rows of `measure`.
 
-    Between two measured sizes, and wherever neither way is faster by `MARGIN`, the default way is kept.
+    The default way is kept between two measured sizes, and where neither way is faster by `MARGIN`.
     """
     size = CROSSOVERS[operation]
     found = [
@@ -171,7 +181,10 @@ def table(operation: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(operation: str, rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest size for which the fused kernel is used, from the rows of one weight. None means all sizes."""
+    """Return the largest size for which the fused kernel is used: 0 if it is never used, None if always.
+
+    rows: the rows of one weight, as `measure` yields them.
+    """
     by_size: dict[int, list[float]] = {}
     for row in rows:
         by_size.setdefault(row[CROSSOVERS[operation]], []).append(row["ratio"])

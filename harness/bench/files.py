@@ -1,6 +1,6 @@
 """Write the result files of `bench`. This module imports no torch.
 
-Paths are checked before anything runs. Each row is written as soon as it is measured.
+Paths are checked before any benchmark runs. Each row is written as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WRITABLE = "name a writable path"
 
 
 def check_writable(out: Path | None, export: Path | None) -> None:
-    """Raise UsageError if a path cannot be written, or if the folder `out` already holds results of `bench`."""
+    """Raise UsageError if a path is not writable, or if the folder `out` already holds results of `bench`."""
     if out is not None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
@@ -53,7 +53,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 class Folder:
     """Writer that puts one file per row into the folder of `--out`. Without `--out`, it writes nothing.
 
-    `finish` retries the writes that failed.
+    Writes that failed are retried by `finish`.
     """
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
@@ -62,8 +62,7 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write one row to a new file. If this fails, print the error and return, so that the next rows are still
-        measured."""
+        """Write one row to a new file. If this fails, only print the error: the next rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"

@@ -1,4 +1,4 @@
-"""Find out whether a GPU can be used, and its name. A separate process asks torch; this module does not import it."""
+"""Find out whether torch can use a GPU, and the GPU's name. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from harness.process.worker_pool import WorkerPool
 from harness.records import environment
 
 _PROBE_S = 120.0
-"""The probe of the GPU is killed if it does not answer for this many seconds."""
+"""Seconds after which the process that asks torch is killed if it has not answered."""
 NO_GPU = "no GPU"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that torch uses by default, or the reason why it uses none."""
+    """The GPU that torch uses by default, or the reason why there is none."""
 
     missing: str = ""
     """Reason why no GPU can be used. Empty if one can."""
     name: str = ""
-    """Name of the GPU or of its MIG part, as torch returns it. Kernels and tables of crossovers use the same name."""
+    """Name of the GPU or of its MIG part, as torch returns it. Kernels and tables of crossovers use this name, too."""
     note: str = ""
-    """Error of nvidia-smi, empty if there is none. torch works without nvidia-smi."""
+    """Error of nvidia-smi, or empty if there is none. torch works without nvidia-smi."""
 
 
 def find_gpu() -> Gpu:
     """Return the GPU that torch can use, or the reason why there is none.
 
-    A separate process asks torch, because other sources may be wrong. torch may be built without CUDA although the driver
-    shows a GPU. A container may have a GPU, but no nvidia-smi that works.
+    A separate process asks torch, because other sources may be wrong. torch may be built without CUDA although the
+    driver shows a GPU. A container may have a GPU, but no working nvidia-smi.
     """
     found, note = environment.gpus(), environment.gpu_error()
     if not found and not any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl")):
@@ -47,7 +47,7 @@ def no_gpu() -> str:
 
 
 def refuse_interpreter() -> None:
-    """Raise UsageError if Triton's interpreter is on: kernels would run on the CPU, and times would mean nothing."""
+    """Raise UsageError if Triton's interpreter is on. Kernels would run on the CPU, and times would mean nothing."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         what = "Triton's interpreter is on: times would be meaningless"
         raise UsageError(what, where="TRITON_INTERPRET", hint="unset it")

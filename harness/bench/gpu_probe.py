@@ -1,6 +1,6 @@
-"""Test whether torch can use a GPU, in a separate process: `python -m harness.bench.gpu_probe FD LINE {}`.
+"""Process that tests whether torch can use a GPU: `python -m harness.bench.gpu_probe FD LINE {}`.
 
-FD and LINE are file descriptors: the process writes its answer to FD, and is killed when the other end of LINE closes.
+FD and LINE are file descriptors. The process writes its answer to FD, and is killed when the other end of LINE closes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
-    """Emit an event: `unusable` is the reason why torch cannot use a GPU, and `card` the name of the GPU.
+    """Write one event to `fd` with the keys `unusable` and `card`.
 
-    If torch can use a GPU, `unusable` is an empty string. Otherwise `card` is an empty string.
+    `unusable` is the reason why torch cannot use a GPU, or empty. `card` is the name of the GPU, or empty.
     """
     with event_writer(fd, line) as emit:
         import torch

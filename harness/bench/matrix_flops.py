@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class _Counter(TorchDispatchMode):
-    """Counter of the FLOPs of all products, by torch's own formulas.
+    """Counter of the FLOPs of all matrix products, by torch's own formulas.
 
     torch's FlopCounterMode is not used, because its module hooks change the computation.
     """
@@ -30,7 +30,7 @@ class _Counter(TorchDispatchMode):
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Return the FLOPs of all matrix products that torch runs in one call of `step`.
+    """Return the FLOPs of all matrix products that torch computes in one call of `step`.
 
     Each multiplication and each addition counts as one FLOP. Products inside Triton kernels are not counted.
     """

@@ -1,4 +1,4 @@
-"""Benchmark an Operation: judge two implementations on the same call, then time them."""
+"""Benchmark an Operation: check two implementations on the same call, then time them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from harness.process.out_of_memory import shortage
 from harness.records.check import CheckId, CheckResult, Outcome
 
 CHECKS = ("outputs", "output_codes")
-"""Names of the checks that a timed call must pass. A check is run only if the Operation's parity suite contains it."""
+"""Names of the checks that a timed call must pass. Only checks in the Operation's parity suite are run."""
 GRADIENT = "backward"
-"""Name of the check that a timed backward pass must pass in addition."""
+"""Name of the additional check for a timed backward pass."""
 OVERHEAD_CALLS = 5
-"""Number of calls of tiny size. They do hardly any work. Their median time is the overhead of a call."""
+"""Number of calls on tiny tensors, which do hardly any work. Their median time is the overhead of a call."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class OperationBenchmark:
     dtype: str
     device: torch.device
     pairs: int
-    """Number of pairs of samples per benchmark."""
+    """Number of pairs of samples per benchmark. A pair is one sample of each implementation."""
     facts: dict[str, Any]
     """Facts about the machine, copied into every row."""
     announce: timing.Announce = lambda _: None
@@ -60,11 +60,11 @@ class OperationBenchmark:
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
-        """Yield the rows of one size. The first row is for the forward pass alone.
+        """Yield the result rows of one size. The first row is for the forward pass alone.
 
-        If the Operation is differentiable, a second row is for the forward and the backward pass together. Raises
-        DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused this, a
-        row with this check is yielded first, so that the other implementation is not blamed.
+        If its backward pass is timed, a second row is for the forward and the backward pass together. Raises
+        DeviceLostError if the GPU accepts no more work of this process. If a check of one implementation caused the
+        loss, a row with this check is yielded first, so that the other implementation is not blamed.
         """
         arguments, parity = self._arguments(size), list[CheckOutcome]()
         try:
@@ -96,9 +96,9 @@ class OperationBenchmark:
         parity: Sequence[CheckOutcome],
         costs: Sequence[Cost],
     ) -> BenchRow:
-        """Time the call if all checks passed, and return its row.
+        """Time the call of both implementations if all checks passed, and return the result row.
 
-        costs: the cost of the forward pass and, if it is timed, of the backward pass.
+        parity: outcomes of the checks. costs: the cost of the forward pass and, if it is timed, of the backward pass.
         """
         checks, outcome, because = judge_parity(parity)
         samples = None
@@ -121,7 +121,7 @@ class OperationBenchmark:
         )  # fmt: skip
 
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
-        """Draw the arguments of a call in the same way as the checks do, and return them on the device.
+        """Return the arguments of a call on the device, drawn in the same way as in the checks.
 
         The arguments of the last size are kept and returned again, because drawing large tensors takes longer than all
         calls with them. Each call gets a copy.
@@ -137,7 +137,7 @@ class OperationBenchmark:
         return self._drawn[size, seed]
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
-        """Run the checks of the parity suite on a call of this size, and yield their outcomes."""
+        """Run the checks in CHECKS, and GRADIENT if it is timed, on a call of this size, and yield their outcomes."""
         arguments, again = self._arguments(size), partial(self._arguments, size, suite_run.SEED + 1)
         subject = OperationSubject(self.definition, implementation, self.dtype, arguments, again)
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
@@ -147,9 +147,9 @@ class OperationBenchmark:
                 yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
-        """Return the seconds of a call of tiny size for each side (`ours`, `other`).
+        """Return the seconds of a call on tiny tensors: `ours` and `other` -> median.
 
-        A side that does not support this size is left out.
+        An implementation that does not support such small tensors is left out. backward: True to time gradients, too.
         """
         arguments, found = self._arguments(TINY), {}
         for side, implementation in (("ours", self.ours), ("other", self.other)):
@@ -167,7 +167,8 @@ class OperationBenchmark:
     def _after(self, size: BenchSize, calls: Sequence[TimedCall]) -> Iterator[CheckOutcome]:
         """After timing, run `TimedCall.check` on each call, and yield the outcomes. Stop if the GPU is lost.
 
-        If memory runs out, the check is skipped instead of failed, because memory sufficed for the timed call itself.
+        If memory runs out, the check counts as skipped, not as failed, because memory sufficed for the timed call
+        itself.
         """
         words = parity_suite.in_words(self.timed.case(size))
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())

@@ -1,4 +1,4 @@
-"""Plan the work of `bench`. Each task runs in its own process.
+"""Plan the work of `bench` as tasks. Each task runs in a process of its own.
 
 There is one task for each combination of a benchmark, a compared implementation and a dtype. A benchmark is an
 Operation or a training step. The implementations come from the installed plug-ins. This module imports no torch.
@@ -23,46 +23,51 @@ REFERENCE = "reference"
 EVERY = "all"
 """Value of `--step` that stands for all training steps."""
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-"""Device -> dtype that is used by default."""
+"""Device -> default dtype."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """The benchmarks that the user requests. Without operations and steps, every timed Operation is requested."""
+    """The benchmarks that the user requests. Without `operations` and `steps`, these are all timed Operations."""
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Names of the implementations to compare with. If empty, these are all implementations except the reference and
-    variants of a library such as `bitsandbytes-paged`. If no implementation is left, it is the reference."""
+    """Names of the implementations to compare with.
+
+    If empty: all implementations except the reference and variants of a library such as `bitsandbytes-paged`. If no
+    implementation is left: the reference.
+    """
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()
     pairs: int = 12
-    """Number of pairs of samples per benchmark."""
+    """Number of pairs of samples per benchmark. A pair is one sample of each implementation."""
     device: Device = "auto"
     ours: str = OURS
     backbone: Backbone = field(default_factory=Backbone)
     """Sizes of the model in the training steps."""
     patience: float = 900.0
-    """A worker is killed if it sends no event for this many seconds. The longest wait for an event takes minutes,
-    because the reference is slow on a CPU at the largest sizes."""
+    """Seconds after which a worker is killed if it sends no event.
+
+    An event may take minutes, because the reference is slow on a CPU at the largest sizes.
+    """
 
 
 @dataclass(frozen=True)
 class BenchTask:
-    """The work of one worker process."""
+    """The work of one worker process: one benchmark of two implementations in one dtype."""
 
     name: str
-    """Name of the benchmark, which all its rows show."""
+    """Name of the benchmark. All its result rows show this name."""
     kind: Literal["operation", "method"]
     target: str
     """The Operation or Method that both implementations implement."""
     names: tuple[str, ...]
-    """Names of the two implementations, `BenchRequest.ours` first. A task that measures memory has only one of them."""
+    """Names of the two implementations, `BenchRequest.ours` first. A task that measures memory has only one name."""
     points: tuple[str, ...]
-    """Entry points that provide the implementations."""
+    """Names of the entry points (plug-ins) that provide the implementations."""
     dtype: str
     device: str
     sizes: tuple[BenchSize, ...] = ()
@@ -75,19 +80,19 @@ class BenchTask:
     """Names of the implementations that pack the frozen weights, one for each of `names`."""
 
     def document(self, request: BenchRequest, threads: int) -> dict[str, Any]:
-        """Return the task as a dict for JSON. `harness.bench.worker` reads it."""
+        """Return the task as a dict for JSON, which `harness.bench.worker` reads."""
         return {**asdict(self), "backbone": asdict(request.backbone), "pairs": request.pairs, "threads": threads}
 
     def of_one(self, index: int) -> BenchTask:
-        """Return a copy of the task with only one of its implementations, to measure the memory of that one."""
+        """Return a copy of the task with only one implementation, for measuring its memory. index: 0 for the first."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
     def row(
         self, outcome: Literal["not-run", "failed"], because: str, number: int = 0, cause: Cause | None = None
     ) -> BenchRow:
-        """Return the row of a benchmark that has no samples.
+        """Return the result row of a benchmark without samples.
 
-        because: the reason why it has none. number: index of its size in `sizes`.
+        because: the reason why there are none. number: index of the benchmark's size in `sizes`.
         """
         shape = f"{self.sizes[number].layer} {self.sizes[number].E}x{self.sizes[number].D}" if self.sizes else "-"
         return BenchRow(
@@ -97,7 +102,7 @@ class BenchTask:
 
 
 def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[BenchTask], list[BenchRow]]:
-    """Return the tasks of a request, and a row for each benchmark that cannot run.
+    """Return the tasks of a request, and a result row for each benchmark that cannot run.
 
     no_gpu: the reason why no GPU can be used, or an empty string if one can. Raises UsageError for unknown names.
     """
@@ -111,7 +116,7 @@ def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[B
 
 
 class _Plan:
-    """The tasks of a request on one device, and a row for each benchmark that cannot run there."""
+    """The tasks of a request on one device, and a result row for each benchmark that cannot run there."""
 
     def __init__(self, request: BenchRequest, registry: Registry, device: str) -> None:
         self.request, self.registry, self.device = request, registry, device
@@ -161,9 +166,9 @@ class _Plan:
                 self._add(replace(task, packers=packers))
 
     def _others(self, name: str, kind: str, target: str) -> list[str]:
-        """Return the names of the implementations that are compared with `request.ours`.
+        """Return the names of the implementations to compare with `request.ours`.
 
-        For each requested implementation that cannot be compared, add a row with the reason.
+        For each requested implementation that cannot be compared, add a result row with the reason.
         """
         ours = self.request.ours
         offering = self.registry.names(kind, target)
@@ -187,9 +192,9 @@ class _Plan:
         return tuple(dict.fromkeys(self.registry.find(kind, target, name).point for name in names))
 
     def _add(self, task: BenchTask, no_case: str = "") -> None:
-        """Add a task. If it cannot run, add a row with the reason instead.
+        """Add a task. If the task cannot run, add a result row with the reason instead.
 
-        no_case: the reason why the task has no case to check, or an empty string.
+        no_case: the reason why there is no case to check the task on, or an empty string.
         """
         if why_not := self._unsupported(task) or no_case:
             self.rows.append(task.row("not-run", why_not))

@@ -1,8 +1,8 @@
 """Write and read JSON files in the format of pytest-benchmark. This module imports no torch.
 
-Programs such as `pytest-benchmark compare` can read the written files. In them, each timed implementation is one
-benchmark, and implementations to be compared are in one group. Files of any version of pytest-benchmark can be read, if
-they contain the names of the benchmarks and their raw rounds.
+Programs such as `pytest-benchmark compare` can read the written files. In these files, each timed implementation is one
+benchmark, and implementations to be compared are in one group. `read` takes files of any version of pytest-benchmark,
+if they contain the names of the benchmarks and their raw rounds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from harness.errors import UsageError
 from harness.records.record import Environment
 
 VERSION = "5.0.0"
-"""Version of pytest-benchmark whose file format is written."""
+"""Version of pytest-benchmark whose file format `document` writes."""
 _TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
 def document(rows: Sequence[BenchRow], environment: Environment) -> dict[str, Any]:
-    """Return, as a dict for JSON, what pytest-benchmark would have saved for the measured rows."""
+    """Return the measured rows as a dict for JSON, in the form in which pytest-benchmark saves its results."""
     return {
         "machine_info": {
             "node": platform.node(), "processor": platform.processor(), "machine": platform.machine(),
@@ -96,11 +96,11 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """Content of a file of pytest-benchmark. It holds the times of one process run."""
+    """Content of one file of pytest-benchmark: the times of one process run."""
 
     path: Path
     place: Mapping[str, str]
-    """Facts about the machine. Times may be compared only if these facts are equal."""
+    """Facts about the machine. Compare times only if these facts are equal."""
     rounds: Mapping[str, Sequence[float]]
     """Full name of a benchmark -> seconds of each round."""
 
@@ -128,9 +128,9 @@ def read(paths: Sequence[Path]) -> list[Saved]:
 
 
 def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
-    """Return the facts of a `machine_info` that must be equal before times are compared. Missing facts are left out.
+    """Return the facts of `machine_info` that must be equal if times are to be compared. Missing facts are left out.
 
-    Host name and kernel need not be equal, because a container gets a new host name each time it starts.
+    Host name and kernel are not among them, because a container gets a new host name each time it starts.
     """
     cpu = machine_info.get("cpu")
     cpu = cpu if isinstance(cpu, Mapping) else {}

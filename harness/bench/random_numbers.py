@@ -17,5 +17,5 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def normal(shape: Sequence[int], drawn_by: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of standard normal numbers. `drawn_by` draws them in float32."""
+    """Return a tensor of standard normal numbers on `device`. The generator `drawn_by` draws them in float32."""
     return torch.randn(*shape, generator=drawn_by, device=drawn_by.device).to(device, dtype)

@@ -19,45 +19,48 @@ from harness.records.record import FrozenModel, Json, Seconds
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 Cause = Literal["no-gpu", "interrupted"]
 TIMED_CALL = "timed_call"
-"""Name of the check of the timed call itself; see `harness.bench.timed_call`."""
+"""Name of the check that repeats the timed call with other values, after timing."""
 MOSTLY_CALL = 0.2
-"""Largest share of a time that may be call overhead. Above it, a ratio of times compares overheads rather than work."""
+"""Largest share of a call's time that may be overhead. Beyond it, overheads distort a ratio of times."""
 MOSTLY_LAUNCH = 0.8
-"""If the host takes at least this share of a call's time on a GPU to launch the call, the host limits the speed."""
+"""Smallest share of a call's time on a GPU at which launching by the host limits the speed."""
 TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
-"""Limit of the time that passes in another process while samples are taken on a CPU: TIMER_SHARE times the total time
-of the timed calls, plus TIMER_SLACK_S seconds for messages that are late on a busy machine. If more time passes, the
-timer of the measured process is wrong."""
+"""Limit of the time that may pass in another process while samples are taken on a CPU.
+
+The limit is TIMER_SHARE times the total time of the timed calls, plus TIMER_SLACK_S seconds for messages that are late
+on a busy machine. If more time passes, the timer of the measured process is wrong.
+"""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
-"""Fewest pairs from which an interval of the ratio can be computed."""
+"""Smallest number of pairs from which an interval of the ratio can be computed."""
 
 
 class Samples(FrozenModel):
-    """Times of two programs that run alternately. The n-th times of both programs are one pair."""
+    """Times of two programs, `ours` and `other`, that run alternately. The n-th times of both programs are one pair."""
 
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of a third program, which are a lower bound for the times of the two programs. Empty if there is no third
-    program."""
+    """Times of a third program, which are a lower bound for those of the two programs. Empty if there is none."""
     first: list[Literal["ours", "other"]]
-    """For each pair, the side that ran first."""
+    """For each pair, the program that ran first."""
     warmup: dict[str, list[Seconds]] = Field(default={})
-    """Side -> times of the warm-up before the samples."""
+    """`ours` or `other` -> times of the warm-up before the samples."""
     calls: dict[str, int] = Field(default={})
-    """Side -> number of calls per sample. A sample is the mean time of these calls."""
+    """`ours` or `other` -> number of calls per sample. A sample is the mean time of these calls."""
     overhead: dict[str, Seconds] = Field(default={})
-    """Side -> time of a call of tiny size, which does hardly any work."""
+    """`ours` or `other` -> time of a call on tiny tensors, which does hardly any work."""
     launch: dict[str, Seconds] = Field(default={})
-    """Side -> median time that the host takes to launch a call on a GPU. Empty on a CPU."""
+    """`ours` or `other` -> median time in which the host launches a call on a GPU. Empty on a CPU."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
-    """Side -> one list per sample, with the times from which the sample was computed. Empty if the samples were timed
-    directly."""
+    """`ours` or `other` -> one list per sample, with the times from which the sample was computed.
+
+    Empty if the samples were timed directly.
+    """
 
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether the samples are far shorter than the time in which they were taken.
+        """Return whether all sampled times together are far shorter than `elapsed_s` (see TIMER_SHARE).
 
-        elapsed_s: the time in which they were taken, by the clock of another process.
+        elapsed_s: seconds that the sampling took, by the clock of another process. Samples with `parts` never disagree.
         """
         if self.parts:
             return False  # gradients are drawn between these samples
@@ -76,9 +79,9 @@ class Ceilings(FrozenModel):
 
 
 class Products(FrozenModel):
-    """FLOPs of matrix products, as torch counts them, in a training step of each side and in the frozen pass.
+    """FLOPs of matrix products, as torch counts them, in a training step of `ours`, of `other`, and in the frozen pass.
 
-    The frozen pass runs forward and backward, but trains nothing.
+    The frozen pass runs the model forward and backward, but trains nothing.
     """
 
     ours: int
@@ -97,15 +100,15 @@ class BenchRow(FrozenModel):
     other: str
     outcome: Outcome
     because: str = ""
-    """Reason why the row was not measured."""
+    """Reason for an `outcome` other than `measured`. Otherwise empty."""
     cause: Cause | None = None
     """`no-gpu` or `interrupted` if the row was not measured for this reason, otherwise None."""
     differs: str = ""
-    """Text about the differences between the two computations. Empty if there are none."""
+    """Text that says how the computations of the two implementations differ. Empty if they do not."""
     judged: str = ""
-    """The size on which parity was judged. Empty if it is the timed size."""
+    """The size on which the checks compared the implementations with the reference. Empty if it is the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
-    """Results of all checks that had to pass."""
+    """Outcomes of all checks that had to pass before the times count."""
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None
@@ -115,8 +118,10 @@ class BenchRow(FrozenModel):
     limit: str = "frozen pass"
     """Name of the program whose times are in `samples.limit`."""
     products: Products | None = None
-    """FLOPs of the matrix products of a training step. None on a GPU and with a quantised base, because torch does not
-    count all products there."""
+    """FLOPs of the matrix products of a training step.
+
+    None for an Operation and for GaLore, and on a GPU or a quantised base, where torch does not count all products.
+    """
     memory: dict[str, dict[str, int]] = Field(default={})
     """Implementation -> memory of its process, in bytes. `peak_B` is the peak during a few steps, `rest_B` is the
     memory before these steps, and `bare_B` is the memory without a model."""
@@ -128,7 +133,7 @@ class BenchRow(FrozenModel):
 
     @property
     def has_unexplained_failure(self) -> bool:
-        """True if a check failed, and no known defect explains the failure."""
+        """True if a check failed, unless a known defect explains the failure."""
         return any(one.status is CheckStatus.FAIL for one in self.parity)
 
     @property
@@ -143,16 +148,16 @@ class BenchRow(FrozenModel):
 
     @property
     def limit_ratio(self) -> float | None:
-        """Time of `ours` divided by the lower bound `samples.limit`: the median over pairs. None without a lower bound."""
+        """Time of `ours` / the lower bound `samples.limit`, the median over pairs. None without a lower bound."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """`products.ours` divided by `products.frozen`. None if the FLOPs were not counted.
+        """`products.ours` / `products.frozen`. None if the FLOPs were not counted.
 
-        If all other work took no time, `limit_ratio` would have the same value.
+        `limit_ratio` would have the same value if matrix products took all the time.
         """
         return None if self.products is None else self.products.ours / self.products.frozen
 
@@ -160,22 +165,22 @@ class BenchRow(FrozenModel):
     def least_s(self) -> float | None:
         """Least possible time in seconds, by the roofline model. None if it is unknown.
 
-        It is the time to move the bytes or the time to compute the FLOPs, whichever is longer.
+        It is the longer of two times: to move the bytes, and to compute the FLOPs.
         """
         if self.ceilings is None or self.bytes is None or self.flops is None:
             return None
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the least possible time divided by the median of `seconds`.
+        """Return the least possible time (`least_s`) divided by the median of `seconds`. None if the former is unknown.
 
-        If the least possible time is unknown, return None. The share exceeds 1 if a cache holds all data.
+        The share exceeds 1 if a cache holds all data.
         """
         return None if self.least_s is None else self.least_s / median(seconds)
 
     @property
     def mostly_call(self) -> list[str]:
-        """Sides (`ours`, `other`) whose call overhead exceeds the share `MOSTLY_CALL` of their median time."""
+        """The programs (`ours`, `other`) whose call overhead exceeds the share `MOSTLY_CALL` of their median time."""
         if self.samples is None:
             return []
         times = {"ours": self.samples.ours, "other": self.samples.other}
@@ -184,7 +189,7 @@ class BenchRow(FrozenModel):
 
     @property
     def host_bound(self) -> list[str]:
-        """Sides (`ours`, `other`) whose launch by the host takes at least `MOSTLY_LAUNCH` of the median time."""
+        """The programs (`ours`, `other`) whose launch takes at least the share `MOSTLY_LAUNCH` of their median time."""
         if self.samples is None:
             return []
         times, launch = {"ours": self.samples.ours, "other": self.samples.other}, self.samples.launch
@@ -192,12 +197,12 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """Memory that training steps of `other` need, divided by the memory that steps of `ours` need. None if unknown."""
+        """Memory of training steps of `other` / memory of training steps of `ours`. None if unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 
     def step_memory(self, implementation: str) -> int | None:
-        """Return the memory that training steps need, in bytes. If it is unknown, return None.
+        """Return the memory that training steps need, in bytes. None if it is unknown.
 
         It is the peak of the process minus its memory without a model.
         """
@@ -205,7 +210,7 @@ class BenchRow(FrozenModel):
         return None if found is None else found["peak_B"] - found["bare_B"]
 
     def document(self) -> dict[str, Any]:
-        """Return a dict for JSON. It has all fields, and the numbers that are computed from the samples."""
+        """Return a dict for JSON: all fields, and the numbers that are computed from the samples."""
         made: dict[str, Any] = {}
         if self.samples is not None:
             ratio = self.ratio

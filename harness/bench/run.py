@@ -41,9 +41,14 @@ class BenchReport:
     def exit(self) -> Exit:
         """The exit code of the command.
 
-        The first condition that holds decides: 4 if the command was interrupted, 1 if a check failed, 4 if a worker
-        failed, 0 if anything was measured. If none of them holds, the code is 5. There is one exception: the code is 4
-        if the user requested only a GPU and the machine has none.
+        The first condition that holds decides:
+
+        - 4 if the command was interrupted;
+        - 1 if a check failed and no known defect explains the failure;
+        - 4 if a worker failed;
+        - 0 if anything was measured;
+        - 4 if the user requested only a GPU and the machine has none;
+        - 5 in any other case.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -73,8 +78,9 @@ class BenchReport:
 def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
     """Run the benchmarks, print the table, write the requested files, and return the exit code.
 
-    Raises UsageError for an unusable request, and under Triton's interpreter. Raises StoreError if a file cannot be
-    written, and HarnessError if only a GPU was requested and there is none.
+    as_json: print JSON instead of the table. out: folder for one file per row. export: file in the format of
+    pytest-benchmark. Raises UsageError for an unusable request, and under Triton's interpreter. Raises StoreError if a
+    file cannot be written, and HarnessError if only a GPU was requested and there is none.
     """
     refuse_interpreter()
     files.check_writable(out, export)
@@ -138,7 +144,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 
 @dataclass
 class TaskRunner:
-    """A runner of the tasks of `bench`, in worker processes."""
+    """Runs the tasks of `bench` in worker processes."""
 
     request: BenchRequest
     threads: int
@@ -152,7 +158,7 @@ class TaskRunner:
             pool.stop()
 
     def rows(self, task: BenchTask) -> Iterator[BenchRow]:
-        """Yield the rows of a task. If a benchmark fails, its row reports the failure."""
+        """Yield the rows of a task. A benchmark that fails also gets a row, which reports the failure."""
         if task.kind == "operation":
             yield from self._operation(task)
             return
@@ -189,9 +195,8 @@ class TaskRunner:
     def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
         """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
 
-        The number is the position of a size in `task.sizes`. If the process fails, a last row reports the failure.
-        There is one exception: a check fails because the GPU no longer works, and a row with this failure was already
-        yielded. Then the last event is (`lost`, reason).
+        number: position of a size in `task.sizes`. If the process fails, a last row reports the failure. If the GPU no
+        longer works and a row with the failed check was already yielded, the last event is (`lost`, reason) instead.
         """
         at, error, lost, complete, timed = 0, "", "", False, dict[str, float]()
         row: BenchRow | None = None
@@ -237,7 +242,8 @@ class TaskRunner:
     def _with_memory(self, row: BenchRow, task: BenchTask) -> BenchRow:
         """Measure the memory of a training step by each implementation. Return the row with these numbers.
 
-        Each implementation runs in a process of its own. If the row has no times, it is returned unchanged.
+        Each implementation runs in a process of its own. If a process gives no memory, the returned row is `failed`. A
+        row without times is returned unchanged.
         """
         if row.samples is None:
             return row

@@ -1,4 +1,4 @@
-"""Sizes of the layers that `bench` times, and smaller sizes for the parity checks. Imports no torch.
+"""Sizes of the layers that `bench` times, and smaller sizes for the checks. This module imports no torch.
 
 There are the layers of Llama-3-8B and Llama-3-70B, and some small layers.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Device -> largest number of elements that a weight may have in a parity check. The float64 reference holds about ten
-copies of the weight."""
+"""Device -> largest number of elements that a weight may have in a check.
+
+The float64 reference holds about ten copies of the weight.
+"""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
-"""Device -> largest number of multiplications that a matrix product may have in a parity check. The float64 reference
-computes about ten such products. Each of them takes seconds on a CPU."""
+"""Device -> largest number of multiplications that a matrix product may have in a check.
+
+The float64 reference computes about ten such products. Each product takes seconds on a CPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class BenchSize:
         return self.E * self.D
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
-        """Return the size on which parity is checked: this size, or a smaller one if the reference would be too slow.
+        """Return the size on which the checks run: this size, or a smaller one if the reference would be too slow.
 
         A smaller size has fewer rows of the weight, or fewer rows of x. The longer side of the weight stays the longer
-        one. per_token: whether the timed call has an input x.
+        side. per_token: whether the timed call has an input x.
         """
         size = self
         if size.weights > MOST_WEIGHTS[device]:
@@ -58,8 +62,10 @@ _LAYERS = {
     "70b": (("q_proj", 8192, 8192), ("k_proj", 1024, 8192), ("gate_proj", 28672, 8192), ("down_proj", 8192, 28672)),
 }
 _TOKENS = {"small": (128,), "8b": (1, 64, 4096), "70b": (1, 64, 4096)}
-"""Name of a set of layers -> numbers of rows of x with which each layer is timed. In `8b` and `70b`, 1 row is the
-decoding of one token, 64 rows are the decoding of a batch, and 4096 rows are a training step."""
+"""Name of a set of layers -> numbers of rows of x with which each layer is timed.
+
+In `8b` and `70b`, 1 row stands for decoding one token, 64 rows for decoding a batch, and 4096 rows for a training step.
+"""
 
 SHAPES = tuple(_LAYERS)
 

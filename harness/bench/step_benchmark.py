@@ -1,6 +1,7 @@
 """Benchmark the training steps of two implementations.
 
-Both must first pass the parity gate of a Cell. Then the steps of the two alternate.
+Both must first pass the parity gate: checks that compare a model with the reference. Then the steps of the two
+alternate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from harness.methods.registry import Implementation
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
-"""GaLore's parity is checked on layers with this number of inputs and of outputs, and at this rank."""
+"""Size of the layers on which GaLore's parity is checked: number of inputs and of outputs, and rank."""
 MEASURED_STEPS = 3
 """Number of steps during which the memory peak is measured."""
 
@@ -37,10 +38,11 @@ def row(
     setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any],
     announce: timing.Announce = lambda _: None,
 ) -> BenchRow:  # fmt: skip
-    """Check the parity of two implementations, time their training steps, and return the result.
+    """Check two implementations, time their training steps, and return the result.
 
-    packers: for each implementation, the name of the implementation that packs its base. facts: copied into the row.
-    announce: see `timing.pairs`.
+    packers: for each implementation, the name of the implementation that packs its quantised base, or empty. pairs:
+    number of pairs of samples. facts: copied into the row. announce: called before the first and after the last sample,
+    except for GaLore.
     """
     if setting.step.method == "galore":
         return _galore(setting, both, pairs, facts)
@@ -79,9 +81,10 @@ def row(
 
 
 def _while_device_works(sides: Iterable[Iterable[CheckOutcome]], device: torch.device) -> list[CheckOutcome]:
-    """Return the outcomes of both implementations, or of the first alone if it fails a check and loses the GPU.
+    """Return the outcomes of both implementations, or of the first alone if its failed check loses the GPU.
 
-    sides: outcomes of each implementation. Raises DeviceLostError if the GPU is lost although no check has failed.
+    sides: for each implementation, the outcomes of its checks. Raises DeviceLostError if the GPU is lost although no
+    check has failed.
     """
     found: list[CheckOutcome] = []
     for outcomes in sides:
@@ -145,7 +148,7 @@ class _Galore:
         return implementation(model, config, torch.Generator().manual_seed(SEED))
 
     def draw(self) -> None:
-        """Draw the next gradient. The time of a step does not include this."""
+        """Draw the next gradient. This is not part of the time of a step."""
         like = self.weight
         like.grad = random_numbers.normal(like.shape, self.generator, like.device, like.dtype)
 
@@ -158,7 +161,7 @@ class _Galore:
 class _Products:
     """A program that computes only the two matrix products that every GaLore step on a square weight needs.
 
-    Its time is a lower bound for the time of GaLore's step. like: the weight whose gradients the program uses.
+    Its time is a lower bound for the time of GaLore's step. like: provides the gradients.
     """
 
     def __init__(self, like: _Galore) -> None:
@@ -176,12 +179,11 @@ class _Products:
 
 
 def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
-    """Check the parity of two implementations of GaLore, time their steps, and return the result.
+    """Check two implementations of GaLore, time their steps, and return the result.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
-    gives one sample: the mean time of a step if one of `GALORE_GAP` steps refreshes the projector. For parity, both
-    implementations must pass all checks of the Method's parity suite on the timed device. The layers of these checks
-    are smaller than the timed weight.
+    gives one sample: the mean time of a step, weighted as if one of `GALORE_GAP` steps refreshed the projector. Before
+    timing, both implementations must pass all checks of GaLore's parity suite on the timed device, with smaller layers.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -206,7 +208,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
 
 
 def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
-    """Return a sentence about how the SVDs of two implementations differ, or an empty string if they are equal.
+    """Return a sentence that says how the SVDs of two implementations differ, or an empty string if they are equal.
 
     The sentence also compares how much of a random gradient the two projections keep.
     """
@@ -252,7 +254,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean seconds of a step, if one in `GALORE_GAP` steps is a refresh.
+    """Return the mean seconds of a step, weighted as if one of `GALORE_GAP` steps were a refresh.
 
     times: the seconds of each step of one cycle.
     """

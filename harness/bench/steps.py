@@ -1,4 +1,4 @@
-"""The training steps that `bench` can time: their Methods, configs, and model. Imports no torch."""
+"""The training steps that `bench` can time: their Methods, configs and model. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 GALORE_GAP = 200
 """Number of steps from one refresh of GaLore's projector to the next (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
-"""Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs. The rest of a step
-without a refresh works on small matrices."""
+"""Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs.
+
+All other work of a step without a refresh is on small matrices.
+"""
 CYCLE = 11
-"""Number of steps in a timed cycle: one refresh and ten ordinary steps. Training has one refresh in `GALORE_GAP` steps,
-so the times are weighted accordingly."""
+"""Number of steps in a timed cycle: one refresh and ten ordinary steps.
+
+In training, one of `GALORE_GAP` steps is a refresh. The times are weighted accordingly.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class StepBenchmark:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Method's Config."""
     base: str = ""
-    """Quantisation of the frozen weights, e.g. `nf4`; empty if they are not quantised."""
+    """Quantisation of the frozen weights, e.g. `nf4`, or empty if they are not quantised."""
     fallback: dict[str, Any] | None = None
-    """Config for an implementation that does not support `config`. If it is used, the row says how the computations
-    differ."""
+    """Config for an implementation that does not support `config`.
+
+    If it is used, the result row says how the computations differ.
+    """
 
 
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
@@ -63,6 +69,6 @@ STEPS: dict[str, StepBenchmark] = {
     "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),
 }
-"""Value of `--step` -> the step. The value names Method and base in the same way as the names of Cells."""
+"""Value of `--step` -> the training step. The value names Method and base, such as `lora on nf4`."""
 FORMER_NAMES = {"lora-nf4": "lora on nf4"}
-"""Former name of a step, which `--step` still accepts -> its present name."""
+"""Former name of a step -> its present name. `--step` accepts both."""

@@ -1,4 +1,4 @@
-"""Write the results of `bench` as a table of aligned text. Notes follow below it. Imports no torch."""
+"""Write the results of `bench` as a table of aligned text, with notes below it. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _memory(row: BenchRow) -> str:
 def _parity(row: BenchRow) -> str:
     """Return the text of the column `parity`.
 
-    The text names the last check that passed before timing, and says how many more checks passed. Then come the largest
-    error, as a share of its tolerance, and the known defects.
+    It names the last check that passed before timing, and says how many more checks passed. It also has the largest
+    error, as a share of the error's tolerance, and the known defects.
     """
     passed = [one for one in row.parity if one.status is CheckStatus.PASS and one.check != TIMED_CALL]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)

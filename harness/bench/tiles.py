@@ -1,8 +1,8 @@
 """Measure which tile of a matrix product is fastest on a GPU ("card"). Needs Triton.
 
 A tile is the part of the output that one program of the kernel computes. For each shape in `SHAPES`, the search tries
-only the few candidates of `harness.kernels.triton.support.gemm_tiles`. It always runs in the same order, and the
-default stays unless another tile is clearly faster.
+the few candidates of `harness.kernels.triton.support.gemm_tiles`, always in the same order. The default stays unless
+another tile is clearly faster.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ SHAPES = {
     "cuda": ((16, 32, 64, 256, 1024, 2048, 4096, 8192), ((1024, 4096), (4096, 4096), (14336, 4096))),
     "cpu": ((16,), ((64, 64),)),
 }
-"""Device -> the measured values of M, and the measured pairs (N, K). The output has M rows and N columns, and each of
-its elements is a sum of K terms. A call uses the tile of the measured shape in the same bucket (`tuned_tiles.bucket`),
-if the default tile of both shapes is the same."""
+"""Device -> the measured values of M, and the measured pairs (N, K).
+
+The output has M rows and N columns, and each of its elements is a sum of K terms. A call with another M or N uses the
+tile of the measured shape whose M and N round up to the same numbers (`tuned_tiles.bucket`), if both shapes have the
+same default tile.
+"""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float16,)}
 RANK = 64
-"""Rank of the low-rank term in the measured products. 64 is the largest block of ranks, and needs the most shared
-memory."""
+"""Rank of the low-rank term in the measured products. A kernel's iteration handles at most so many ranks, and then needs
+the most shared memory."""
 _COMPILER_FAILED = "PassManager::run failed"
 """Text of the RuntimeError that Triton raises if a pass of its compiler fails."""
 
@@ -43,7 +46,7 @@ class ChosenTile:
 
     tile: GemmTile
     ratio: float
-    """Time of the default tile divided by the time of this tile: the median over pairs. 1 if this is the default tile."""
+    """Time of the default tile / time of this tile, the median over pairs. 1 if this is the default tile."""
     refused: dict[str, str]
     """Candidate tile, as text -> reason why it was not timed."""
 
@@ -52,10 +55,10 @@ def choose(
     default: GemmTile, candidates: Sequence[GemmTile], ratio: Callable[[GemmTile, GemmTile], float],
     reason: Callable[[GemmTile], str],
 ) -> ChosenTile:  # fmt: skip
-    """Return the fastest tile. A tile is replaced only by one that is faster by more than `MARGIN`.
+    """Return the fastest tile. Another tile replaces the default only if it is faster by more than `MARGIN`.
 
-    The winner must beat the default again in a second series. ratio: measures the time of the first tile / the time of
-    the second. reason: returns the reason why a candidate cannot be used, or an empty string.
+    The winner must beat the default again in a second series. ratio: measures (time of the first tile) / (time of the
+    second). reason: returns the reason why a candidate cannot be used, or an empty string.
     """
     best, refused = default, {}
     for candidate in candidates:
@@ -91,8 +94,8 @@ def measure(clock: Clock) -> Iterator[dict[str, Any]]:
 class _Product:
     """Two matrix products of one shape: one with the weight as in a forward pass, one with the weight transposed.
 
-    The first product also has all optional tensors for which tiles are tuned. So no call with a tile needs more
-    registers than the first product.
+    The first product has all optional tensors for which tiles are tuned. No call with the same tile needs more
+    registers.
     """
 
     def __init__(self, clock: Clock, M: int, N: int, K: int, dtype: torch.dtype, default: GemmTile) -> None:
@@ -117,9 +120,10 @@ class _Product:
         ]
 
     def reason(self, tile: GemmTile) -> str:
-        """Return the reason why a tile cannot be used: it does not compile, spills registers or changes the result.
+        """Return the reason why a tile cannot be used, or an empty string.
 
-        The outputs are filled with NaN first, so that a tile that does not write all of them is noticed.
+        A tile cannot be used if it does not compile, spills registers or changes the result. The outputs are filled
+        with NaN first, so that missing elements are noticed.
         """
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
@@ -154,10 +158,10 @@ class _Product:
 
 
 def section(rows: Sequence[dict[str, Any]], stamp: dict[str, Any]) -> dict[str, Any]:
-    """Return the section `tiles` of a card's table, from the `rows` of `measure`.
+    """Return the section `tiles` of a card's table. rows: the rows of `measure`.
 
     In the section, `shapes` is the number of all rows, and `rows` has only the rows whose tile is not the default.
-    stamp: what the tiles depend on, as `tuned_tiles.stamp` returns it.
+    stamp: the result of `tuned_tiles.stamp`; the tiles are valid only for this stamp.
     """
     changed = [row for row in rows if row["tile"] != row["default"]]
     standing = "measured by `peft-harness bench --crossovers`"

@@ -1,9 +1,9 @@
-"""The call of an Operation that a benchmark times, and a check of this very call after it was timed.
+"""The call of an Operation that a benchmark times, and a check of this very call after timing.
 
-The parity checks use other tensors than the timed call. So an implementation may pass them and still return a wrong
-result in the timed call. Public leaderboards of kernels met four such results: a result that was cached for the same
-tensors; zeros after some calls; a tensor that is computed only when it is read; and a tensor that another thread or
-stream is still writing.
+The parity checks use other tensors than the timed call. An implementation may therefore pass them and still return a
+wrong result in the timed call. Public leaderboards of kernels met four such results: a result that was cached for the
+same tensors; zeros after some calls; a tensor that is computed only when it is read; and a tensor that another thread
+or stream is still writing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PIECE = 2**24
 class TimedCall:
     """A call of an Operation on tensors that no other code uses.
 
-    backward: if true, the call also computes the gradients of all differentiable arguments, for random gradients of the
-    outputs. Otherwise it runs under `torch.no_grad`.
+    backward: True to compute also the gradients of all differentiable arguments, for random gradients of the outputs.
+    If False, the call runs under `torch.no_grad`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TimedCall:
                 )
 
     def __call__(self) -> tuple[object, tuple[Tensor | None, ...]]:
-        """Return the outputs, and the gradients of the leaves, which are the differentiable arguments."""
+        """Return the outputs, and the gradients of the differentiable arguments (`leaves`)."""
         if not self.leaves:
             with torch.no_grad():
                 return self.function(**self.arguments), ()
@@ -62,26 +62,29 @@ class TimedCall:
         return returned, torch.autograd.grad(outputs, list(self.leaves.values()), self.dys, allow_unused=True)
 
     def results(self) -> dict[str, Tensor]:
-        """Call, and return the outputs and gradients (`grad x`) by name. A missing gradient counts as zero."""
+        """Call the Operation. Return outputs and gradients by name, e.g. `grad x`.
+
+        A missing gradient counts as zero.
+        """
         returned, gradients = self()
         found = zip(self.leaves.items(), gradients, strict=True)
         grads = {f"grad {name}": torch.zeros_like(leaf) if g is None else g for (name, leaf), g in found}
         return self.operation.named(returned) | grads
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Overwrite the tensors of the arguments in place. values: by the names of `operation_call.flatten`."""
+        """Overwrite the tensors of the arguments in place. values: tensors by the names of `operation_call.flatten`."""
         with torch.no_grad():
             for name, tensor in operation_call.flatten(self.arguments).items():
                 tensor.copy_(values[name])
 
     def check(self, dtype: str, fresh: Arguments, case: Case) -> CheckResult:
-        """Write new values into the tensors of the timed call, call it again, and check the results.
+        """Write new values into the tensors of the timed call, call the Operation again, and check the results.
 
-        The results must be ordinary tensors, must not be equal to the results with the old values, and must agree with
-        a call on other tensors with the new values. They agree if they are equal to the last bit or, because a kernel
-        may sum in another order, as accurate as the checks `outputs` and `backward` demand. The results are copied
-        before any other work waits for the device. Afterwards this object has no tensors any more, so that large ones
-        are in memory only once. fresh: arguments with the new values, of the same shapes.
+        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, must differ from
+        the results with the old values, and must agree with a call on other tensors with the new values. They agree if
+        they are equal to the last bit or, because a kernel may sum in another order, as accurate as the checks
+        `outputs` and `backward` demand. The results are copied before any other work waits for the device. Afterwards
+        this object has no tensors any more, so that large tensors are in memory only once.
         """
         subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
         old = _digests(self.results())

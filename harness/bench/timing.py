@@ -1,6 +1,6 @@
-"""Time two programs in alternating order: A B, B A, A B ...
+"""Time two programs, A and B, in alternating order: A B, B A, A B ...
 
-A slow phase of the machine then affects both programs alike.
+A slow phase of the machine then affects both programs equally.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from harness.bench.results import Samples
 Run = Callable[[], object]
 Side = Literal["ours", "other"]
 Announce = Callable[[Literal["begin", "end"]], object]
-"""Function that is called with `begin` before the first sample, and with `end` after the last one."""
+"""Function that is called with `begin` before the first sample, and with `end` after the last sample."""
 SIDES: tuple[Side, Side] = ("ours", "other")
 
 WARMUP = 3
 """Number of calls of each program before its first sample."""
 LEAST_S = 0.005
-"""Shortest duration of a sample on a CPU, in seconds. If a call is shorter, it is repeated, and the sample is the mean
-time of these calls."""
+"""Shortest duration of a sample on a CPU, in seconds.
+
+A shorter call is repeated, and the sample is the mean time of the calls.
+"""
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""Bytes to write to flush the L2 cache, or twice the size of the cache if that is more."""
+"""Smallest number of bytes to write to flush the L2 cache. Twice the size of the cache is written if this is more."""
 WARM_S = 0.1
-"""Seconds of load on a GPU before pairs of samples, so that its clock frequencies have risen."""
+"""Seconds of load on a GPU before pairs of samples. Meanwhile the GPU raises its clock frequencies."""
 HEAD_START = 2_000_000
-"""Number of clock cycles that the GPU waits before a timed call: about a millisecond. The host queues the call during
-this wait. Queueing takes up to half of the wait. Without the wait, the measured time of a small call would be the time
-in which the host queues it."""
+"""Number of clock cycles that the GPU waits before a timed call: about a millisecond.
+
+The host queues the call during this wait. Queueing takes up to half of the wait. Without the wait, the measured time of
+a small call would be the time that the host takes to queue the call.
+"""
 
 
 class Clock:
@@ -54,14 +58,14 @@ class Clock:
         self._flush = torch.empty(_flush_bytes(device) // 4, dtype=torch.int32, device=device) if self.on_gpu else None
 
     def warm_up(self, run: Run, seconds: float) -> None:
-        """On a GPU, call `run` for `seconds` without pause, because the clock frequencies of an idle card are low."""
+        """On a GPU, call `run` for `seconds` without pause, because the clock frequencies of an idle GPU are low."""
         started = perf_counter()
         while self.on_gpu and perf_counter() - started < seconds:
             run()
             torch.cuda.synchronize(self.device)
 
     def sample(self, run: Run, calls: int = 1) -> float:
-        """Call `run` as many times as `calls` says. Return the mean seconds of a call."""
+        """Call `run` `calls` times. Return the mean seconds of a call."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
         started = perf_counter()
@@ -70,7 +74,7 @@ class Clock:
         return (perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
-        """Return how many calls a sample needs, if one call takes `seconds`."""
+        """Return the number of calls for one sample, if one call takes `seconds`."""
         return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
 
     def _event(self, run: Run, flush: torch.Tensor) -> float:
@@ -88,7 +92,7 @@ class Clock:
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
-    """Yield the order of `ours` and `other` for each of `count` pairs. The order is reversed from pair to pair.
+    """Yield the order of `ours` and `other` for each of `count` pairs. Each pair reverses the previous order.
 
     The order of the first pair is random. Python's garbage collector is off until the last pair is done.
     """
@@ -109,8 +113,8 @@ def pairs(
 ) -> Samples:  # fmt: skip
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
-    limit: a third program, timed once after each pair. overhead: copied into the result. single: if true, a sample is
-    always one call, even a short one. announce: called before the first and after the last sample, so that another
+    limit: a third program, timed once after each pair. overhead: copied into the result. single: True for samples of
+    one call each, even if it is short. announce: called before the first and after the last sample, so that another
     process can measure how long the sampling takes.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
@@ -136,5 +140,5 @@ def pairs(
 
 
 def _flush_bytes(device: torch.device) -> int:
-    """Return the bytes to write so that nothing of an earlier call is left in the card's L2 cache."""
+    """Return the number of bytes to write so that no data of an earlier call is left in the GPU's L2 cache."""
     return max(FLUSH_B, 2 * int(torch.cuda.get_device_properties(device).L2_cache_size))

@@ -1,4 +1,4 @@
-"""Decide from the checks of two implementations whether their times may be reported. Imports no torch."""
+"""Decide from the checks of two implementations whether their times may be reported. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from harness.records.check import Outcome as CheckVerdict
 def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:
     """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it must not.
 
-    In the returned checks, known defects are marked. Each implementation must pass at least one check and fail none;
-    skipped checks are ignored. There is one exception. Some libraries compute 8-bit codes that are not the nearest
-    codes. If this is a known defect, the benchmark is measured all the same, and the row names the defect.
+    parity: outcomes of the checks of both implementations. In the returned checks, known defects are marked. Each
+    implementation must pass at least one check and fail none; skipped checks are ignored. If a check is unsupported,
+    the outcome is `not-run`. One known defect does not prevent measuring, and the row names it: some libraries compute
+    8-bit codes that are not the nearest codes.
     """
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:
@@ -36,10 +37,10 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
 
 
 def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
-    """Return the row. If the timer of the measured process was wrong, return a copy with a failed check and no samples.
+    """Return the row or, if the timer of the measured process was wrong, a copy with a failed check and no samples.
 
-    elapsed_s: seconds that passed in this process while the samples were taken. On a GPU the row is returned unchanged,
-    because its samples are times between events of the device, and the host waits between them on purpose.
+    elapsed_s: seconds that passed in this process while the other process took the samples. On a GPU the row is
+    returned unchanged: its samples are times between events of the device, and the host waits between them on purpose.
     """
     if row.samples is None or row.device != "cpu" or not row.samples.disagrees(elapsed_s):
         return row

@@ -1,8 +1,7 @@
 """Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
-FD is a file descriptor. The worker writes one JSON line per event to it. LINE is the file descriptor of a pipe. The
-worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to
-stderr.
+FD and LINE are file descriptors. The worker writes one JSON line per event to FD, and is killed when the other end of
+LINE closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to stderr.
 
 The events are: `begin` and `end` (position of a size in the task), `timing` (`begin` or `end` of the samples), `row`
 and `memory` (results), `missing` (reason why nothing was measured), `failed` (error that ends the process), `lost`
@@ -25,7 +24,7 @@ from harness.process.event_pipe import EventWriter, event_writer
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Run one task and write its events. task: the document of a `harness.bench.planning.BenchTask`."""
+    """Run one task and write its events to `fd`. task: the result of `BenchTask.document`."""
     # This must precede the import of torch, because torch.set_num_threads does not reach every copy of OpenMP.
     os.environ["OMP_NUM_THREADS"] = str(task["threads"])
     with event_writer(fd, line) as emit:
@@ -88,7 +87,7 @@ def _run(task: dict[str, Any], emit: EventWriter) -> None:
 def _missing(implementations: list[Implementation]) -> str:
     """Import the modules that the implementations require.
 
-    If one is not installed, return a sentence that names it. Otherwise, return an empty string.
+    If a module is not installed, return a sentence that names it. Otherwise, return an empty string.
     """
     for one in implementations:
         for module in one.requires:

@@ -1,1 +1,1 @@
-"""Measure one Cell in its own process: load, quantise, attach, check, train, evaluate, time."""
+"""Measure one Cell, i.e. one training setup, in its own process: load, quantise, attach, check, train, evaluate, time."""

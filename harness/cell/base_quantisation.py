@@ -1,4 +1,8 @@
-"""Pack a Cell's base in 4 bits, and keep what the parity gate needs to judge the packed codes."""
+"""Quantise the base model of a Cell to 4 bits, and keep the data by which the parity gate judges the 4-bit codes.
+
+The parity gate compares the adapted model with a float64 reference before training. A model is large if it is too large
+to be copied (`harness.conformance.subject.is_small`).
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ from reference.shared.layers import kind_of
 
 @dataclass
 class PackedBase:
-    """The packed layers of a model. The keys of every dict are paths of layers."""
+    """The packed (4-bit) layers of a model. The keys of every dict are paths of layers."""
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
     """The codes and constants that the reference quantiser gives for each layer; empty for a large model."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """For each layer of a large model, the verdict on its codes, and the number of codes that depend on rounding
-    (ties). Both are computed while the layer is packed. Empty for a small model."""
+    """For a large model: path -> (verdict on the layer's codes, number of codes that depend on rounding, i.e. ties).
+    Both are computed while the layer is packed. Empty for a small model."""
     note: str = ""
     """A sentence for the Record: how many layers and weights are packed."""
 
@@ -42,12 +46,12 @@ def pack(
     *,
     judge: bool = True,
 ) -> PackedBase:
-    """Pack the layers at `paths` in place and return their packed forms.
+    """Pack the layers at `paths` in place (to 4 bits), and return their packed forms.
 
-    The layers are packed one by one, so that at most one of them is in memory both as a dense and as a packed layer.
-    ready: an iterator that gives some modules their weights and then yields the paths of these modules. It is None if
-    all modules already have weights. judge: whether to keep what the parity gate needs to judge the codes. Raises
-    UsageError if a layer is not linear. This happens before any layer is packed.
+    The layers are packed one by one, so that at most one layer is in memory both as a dense and as a packed layer.
+    ready: an iterator that gives a group of modules their weights, and then yields the paths of this group. None: all
+    modules already have weights. judge: whether to keep the data by which the parity gate judges the codes. Raises
+    UsageError, before any layer is packed, if one of the layers is not linear.
     """
     paths = list(paths)
     for path in paths:

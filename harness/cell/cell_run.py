@@ -1,4 +1,7 @@
-"""The state of a running Cell. If the Cell fails, its Record still contains this state."""
+"""The state of a running Cell. If the Cell fails, its Record (the file with its results) still contains this state.
+
+The parity gate compares the adapted model with a float64 reference. Only a Cell that passes its gate is measured.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ class CellRun:
     baseline_B: int
     """Memory of the process before it loads the model, in bytes."""
     gate_key: str = ""
-    """Key of the Cell's parity gate, see `harness.cell.gate_key`. Empty if the Cell never shares its gate."""
+    """Key of the Cell's parity gate (see `harness.cell.gate_key`). Empty if the Cell never shares the result of its gate."""
     gate: Gate | None = None
-    """The parity gate, once it has ended."""
+    """Result of the parity gate; None until the gate has ended."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     typed_notes: list[Note] = field(default_factory=list)
@@ -57,17 +60,17 @@ class CellRun:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the base."""
+        """The dtype of the base model."""
         return DTYPES[self.cell.dtype]
 
     @property
     def known_gate(self) -> KnownGate | None:
-        """The parity gate of an earlier Cell, whose result this Cell reuses. None if it runs its own."""
+        """The parity gate of an earlier Cell, whose result this Cell reuses. None if this Cell runs its own gate."""
         known = self.job.known_gate
         return known if known is not None and known.key == self.gate_key else None
 
     def require(self, results: Sequence[CheckResult]) -> None:
-        """Store the results of checks. Raises NonconformingError if a check failed."""
+        """Add results of checks to `checks`. Raises NonconformingError if one of these checks failed."""
         self.checks += results
         failed = next((result for result in results if result.outcome is Outcome.FAIL), None)
         if failed is not None:

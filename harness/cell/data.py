@@ -1,4 +1,7 @@
-"""The data of a Cell: training batches, texts for the parity gate (probe texts), and the scorer."""
+"""The data of a Cell: training batches, probe texts, and the scorer.
+
+Probe texts are the few texts on which the parity gate compares logits of the adapted model with a reference.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +37,15 @@ from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Number of texts on which the parity gate compares logits (probe texts), for an encoder and for a causal model. A
-causal model gets fewer, because it returns more logits per text."""
+"""Number of probe texts, for an encoder and for a causal model. A causal model gets fewer, because it returns more
+logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 _COMPARED = 8
 """Number of training batches on which the loss of an imported adapter is computed."""
 
 
 class CellData:
-    """The data of a Cell's task: the training batches, the texts for the parity gate (probe texts), and the scorer."""
+    """The data of a Cell's task: the training batches, the probe texts, and the scorer."""
 
     def __init__(self, job: Job, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = job.cell, job.task
@@ -99,7 +102,7 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the model's logits on the texts for the parity gate. The logits are differentiable.
+        """Return the model's logits on the probe texts. The logits are differentiable.
 
         For a causal model, only the logits of the last position are computed.
         """
@@ -198,7 +201,7 @@ class RandomData:
 
     Every text has `max_tokens` tokens. The tokens depend on the seed, not on the Method. In a causal model, every token
     except the first has a loss. For an encoder, the labels are random too. The constructor raises UsageError if
-    `max_tokens` exceeds the model's positions.
+    `max_tokens` is larger than the model's number of positions.
     """
 
     cut_examples = None

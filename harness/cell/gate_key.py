@@ -1,8 +1,9 @@
-"""Keys of parity gates. A key is a hash of everything that the result of a gate depends on.
+"""Keys of parity gates. The gate compares a Cell's adapted model with a reference, before the Cell is measured.
 
-Cells with equal keys share the result of one gate. A gate runs the adapted layers, and the whole model on a few texts,
-with random adapter tensors. It takes no optimizer step. So the seed, the optimizer, the schedule and the texts are not
-part of a key: they change the numbers that are compared, but not the code that runs. Imports no torch.
+Cells with equal keys share the result of one gate. A key is a hash of everything on which the result depends. A gate
+runs the adapted layers, and the whole model on a few texts, with random adapter tensors. It takes no optimizer step. So
+the seed, the optimizer, the schedule and the texts are not part of a key: they change the numbers that are compared,
+but not the code that runs. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _LEFT_OUT = (
     "PEFT_HARNESS_NIGHT",
 )  # fmt: skip
 """Variables that begin with one of `_VARIABLES`, but change no result. CUDA_VISIBLE_DEVICES chooses a device. Not every
-run sets OMP_NUM_THREADS, so the key has the number of threads instead. PEFT_HARNESS_API_KEY is a secret,
-PEFT_HARNESS_CACHE is a folder, and the last two mark processes."""
+run sets OMP_NUM_THREADS, so the key has the number of threads instead. PEFT_HARNESS_API_KEY is a secret, and
+PEFT_HARNESS_CACHE is a folder. PEFT_HARNESS_CHILD and PEFT_HARNESS_NIGHT mark processes."""
 
 
 def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
-    """Return the part of a Cell's key that is known before its process starts.
+    """Return the part of a gate's key that is known before the Cell's process starts.
 
-    The result is empty for a Cell that never shares its gate. A Cell with an imported adapter never shares it, because
-    the gate compares the tensors of this adapter. A Cell with `compile` never shares it, because the gate also compiles
-    the model before the measured steps.
+    Return an empty string for a Cell that never shares its gate. A Cell with an imported adapter never shares its gate,
+    because the gate compares the tensors of this adapter. A Cell with `compile` never shares its gate, because the gate
+    also compiles the model before the measured steps.
 
     `max_tokens` is part of the key, because long texts may run other code than short texts. The number of labels is
     part of the key, because it is the size of the model's last layer.
@@ -53,7 +54,7 @@ def of_cell(cell: Cell, model: Asset, task: JobTask, device: str) -> str:
 def of_process(job: Job, provider: Provider, environment: Environment) -> str:
     """Return the complete key of a job's gate: `of_cell`, plus the machine, software and variables of this process.
 
-    The result is empty for a Cell that never shares its gate.
+    Return an empty string for a Cell that never shares its gate.
     """
     known = of_cell(job.cell, job.model, job.task, job.device)
     if not known:

@@ -1,4 +1,7 @@
-"""Check a finished adapter in a Cell: its logits against the reference, and its loss against the logged losses."""
+"""Check an imported adapter, which a Cell evaluates instead of training one.
+
+Its logits are compared with the reference, and its loss with the losses that its training logged.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from harness.records.record import CheckResult
 _PROBE_TOKENS = 64
 """Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""The loss may lie outside the range of the logged losses by at most this many standard deviations of the losses of
+"""How far the adapter's loss may lie outside the range of the logged losses, in standard deviations of the loss between
 batches."""
 
 
@@ -44,11 +47,11 @@ class _Evaluated:
 
 
 def checks(run: CellRun, model: nn.Module, folder: Path, data: CellData | RandomData) -> Iterator[CheckResult]:
-    """Yield two checks of an imported adapter: of the logits after loading it anew, and of the logits of `model`.
+    """Yield the results of two checks: one loads the adapter anew, the other uses `model`, which the Cell evaluates.
 
-    `model` is the model that the Cell evaluates. Both checks compare logits on the probe texts of `data` with the
-    logits that the reference computes from the adapter file in float64. If the reference does not implement the
-    adapter's config, the only result is a skipped check `reference` with the reason. folder: folder of the adapter.
+    Both checks compare logits on the probe texts of `data` with float64 logits, which the reference computes from the
+    adapter file. If the reference does not implement the adapter's config, the only result is a skipped check
+    `reference` with the reason. folder: folder of the adapter.
     """
     base, case = Path(run.job.model.path), Case("trained", seed=run.cell.seed)
     evaluated = _Evaluated(run.cell.method, run.cell.dtype)
@@ -84,9 +87,9 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def notes(facts: Imported) -> list[str]:
-    """Return notes for the Record about the adapter.
+    """Return sentences for the Record about an imported adapter.
 
-    They state its origin, what is not known of its training, and the usual files that its folder lacks.
+    They state the adapter's origin, what is not known of its training, and the usual files that its folder lacks.
     """
     found = [f"{facts.origin}; the Cell loaded it and trained nothing"]
     found += [f"not known of the imported training: {facts.not_known}"] if facts.unknown else []
@@ -94,7 +97,10 @@ def notes(facts: Imported) -> list[str]:
 
 
 def compare_loss(model: nn.Module, facts: Imported, data: CellData | RandomData) -> LossAgreement:
-    """Compare the loss of `model` on training texts of the task with the second half of the logged losses."""
+    """Compare the loss of `model` on training texts of the task with the second half of the logged losses.
+
+    If there is no logged loss, or too few training texts, the result has the reason instead of numbers.
+    """
     if not facts.logged:
         return LossAgreement(because="the folder has no logged training loss")
     if isinstance(data, RandomData):

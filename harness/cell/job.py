@@ -1,4 +1,7 @@
-"""The job of a worker: one Cell, and the local path of each of its assets. A worker fetches nothing."""
+"""The job of a worker process: one Cell (one setup to measure), and the local path of each of its models and data sets.
+
+A worker fetches nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class ImportedAdapter(FrozenModel):
 
 
 class KnownGate(FrozenModel):
-    """The parity gate of an earlier Cell of the run. A Cell with the same key reuses the result of this gate."""
+    """The parity gate of an earlier Cell of the run. A Cell with the same key reuses the result of this gate.
+
+    The gate compares the adapted model with a reference before training.
+    """
 
     key: str
     """Hash of everything that the result of the gate depends on."""
@@ -75,7 +81,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """Way in which the worker's process starts, in the words of `Record.start`. Empty until it is chosen."""
+    """How the worker's process starts: a value of `Record.start`. Empty until the runner has chosen."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""
@@ -83,12 +89,13 @@ class Job(FrozenModel):
     gpu: str = ""
     """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
     imported: ImportedAdapter | None = None
-    """The adapter that is loaded. None for a Cell that trains, or that evaluates the base."""
+    """The finished adapter that the Cell loads. None for a Cell that trains, or that evaluates the base model."""
     known_gate: KnownGate | None = None
-    """Parity gate of an earlier Cell, whose result this Cell reuses if the keys of both gates are equal. Otherwise None."""
+    """Parity gate of an earlier Cell. This Cell reuses its result if the keys of both gates are equal. None: no such
+    Cell."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
-        """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""
+        """Return the Record of this attempt. outcome: values of the Record's fields that the job does not determine."""
         outcome = {"imported": self.imported.facts if self.imported else None} | outcome
         return Record(
             run=self.run, cell_id=self.cell.cell_id, attempt=self.attempt, cell=self.cell, device=self.device,

@@ -1,4 +1,7 @@
-"""Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency, serve."""
+"""Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency, serve.
+
+The phase `parity` is the parity gate: it compares the adapted model with a reference, before anything is measured.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +51,16 @@ class Attached:
     logits: Callable[[], Tensor]
     """Function that returns the adapted model's logits on the texts of the parity gate, in inference mode."""
     base_logits: Tensor | None
-    """The logits on the texts of the parity gate, before the adapter was attached. They are deleted after the gate. None
-    if the Cell reuses the gate of an earlier Cell."""
+    """The logits on the texts of the parity gate, before the adapter was attached. They are deleted after the gate.
+    None if the Cell reuses the result of an earlier Cell's gate."""
     start: dict[str, Tensor]
     """Name of each trained tensor -> copy of its initial value."""
 
 
 def measure(run: CellRun, predict: Predict) -> Measurements:
-    """Run the phases of a Cell and return its measurements.
+    """Run the phases of a Cell and return its measurements. predict: function that predicts the Cell's memory.
 
-    Raises CellOutcomeError if a phase ends the Cell, and passes on every other error.
+    Raises CellOutcomeError if a phase ends the Cell. All other errors pass through.
     """
     cell = run.cell
     loaded = _load(run)
@@ -113,8 +116,8 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 def _load(run: CellRun) -> models.Loaded:
     """Load and return the model.
 
-    If the model is only a config.json without weights, the weights are random. `_quantise` draws them later if the base
-    is quantised.
+    If the model is only a config.json without weights, it gets random weights: here, or in `_quantise` if the base
+    model is quantised.
     """
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
@@ -133,7 +136,7 @@ def _load(run: CellRun) -> models.Loaded:
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
-    """Pack the layers at `paths` in place if the Cell's base is quantised. Return the packed layers."""
+    """Pack the layers at `paths` in place (to 4 bits) if the Cell's base is quantised. Return the packed layers."""
     base, model = run.cell.base, loaded.model
     if base.quantization == "none":
         return base_quantisation.PackedBase()
@@ -150,7 +153,7 @@ def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_qua
 def _attach(
     run: CellRun, loaded: models.Loaded, data: Data, config: Any, paths: list[str], packed: base_quantisation.PackedBase
 ) -> Attached:
-    """Attach the implementation to the model and return the adapted model."""
+    """Attach the Cell's implementation of its Method to the model, and return the adapted model."""
     cell, model = run.cell, loaded.model
     with run.clock.phase("attach"):
         model.eval()
@@ -204,7 +207,8 @@ def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
 def _gate(run: CellRun, attached: Attached, data: Data) -> list[CheckResult]:
     """Run the parity gate, and return the results of its checks.
 
-    An imported adapter keeps its own tensors, and only the logits of the whole model are compared.
+    If the Cell has an imported adapter, this adapter keeps its own tensors, and only the logits of the whole model are
+    compared.
     """
     subject, base = attached.subject, run.cell.base
     if imported := run.job.imported:
@@ -216,10 +220,9 @@ def _gate(run: CellRun, attached: Attached, data: Data) -> list[CheckResult]:
 
 
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
-    """Free the weights that no matrix product of the adapted model uses. Return the object that restores them.
+    """Free the weights that no matrix product of the adapted model uses. Return the object that restores the weights.
 
-    The weights are restored before the latencies are measured. If the weights cannot be saved elsewhere, they stay in
-    memory.
+    `_time` restores them before it measures latencies. If the weights cannot be saved elsewhere, they stay in memory.
     """
     folder = Path(run.job.folder)
     try:
@@ -242,7 +245,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
     """Check the merged model, and measure and return the latencies.
 
-    If memory runs out, the Cell does not fail. The returned latencies then have a reason instead of times. If the suite
+    If memory runs out, the Cell does not fail: the returned latencies have a reason instead of times. If the suite
     requests no latencies, only the merged model is checked, in a phase called `merge`, and the list is empty.
     """
     model: Any = subject.model

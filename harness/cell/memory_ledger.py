@@ -30,7 +30,8 @@ def parameters(adapted: Adapted, head: Mapping[str, nn.Parameter], model: nn.Mod
 def memory(run: CellRun, subject: Subject, trained: Trained | None, predicted: Predicted | str) -> Memory:
     """Return the bytes of weights, adapter, gradients and optimizer states.
 
-    trained: None if nothing was trained. predicted: the predicted memory, or the reason why there is no prediction.
+    trained: result of the training; None if nothing was trained. predicted: the predicted memory, or the reason why
+    there is no prediction.
     """
     added = subject.added()
     adapter = {id(tensor) for tensor in added.values()}

@@ -1,4 +1,4 @@
-"""Exceptions that end a Cell with a status. They are outcomes, not crashes. Imports no torch."""
+"""Exceptions that end a Cell with a status, e.g. because a check failed. Such a Cell has not crashed. Imports no torch."""
 
 from __future__ import annotations
 

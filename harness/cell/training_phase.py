@@ -1,4 +1,4 @@
-"""Train a Cell: warm-up, steps, checks of changed and unchanged tensors, and the memory of one more step."""
+"""Train a Cell: warm-up, steps, checks of changed and unchanged tensors, and a count of the memory of one more step."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def train(
     """Train adapter and head on the batches of `data`, and return the results.
 
     start: name of each trained tensor -> copy of its initial value. The function empties this dict, which frees the
-    copies. Raises NonconformingError if a frozen tensor changed, and Untrained, with the names, if a tensor of the adapter
-    or the head kept its first value in all steps. Also raises the errors of `loop.train`.
+    copies. Raises NonconformingError if a frozen tensor changed. Raises Untrained if a tensor of the adapter or the
+    head kept its first value in all steps; the message names these tensors. Also raises the errors of `loop.train`.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())

@@ -1,4 +1,4 @@
-"""For a Method without a reference: read its layers and initial values from the attached model."""
+"""Read the layers and initial values of a Method from the attached model, if no reference implements the Method."""
 
 from __future__ import annotations
 

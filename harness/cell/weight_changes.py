@@ -19,7 +19,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return a dict of the trained tensors that are weights of the adapted layers themselves, by name."""
+    """Return name -> tensor for the trained tensors that belong to the model itself: weights of adapted layers."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
@@ -34,10 +34,10 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
-    """Return the result of a check, which passes if `violations` is empty.
+    """Return the result of the check `name`, which passes if `violations` is empty.
 
-    violations: names of tensors. what: text about the violation, e.g. `changed`. If the check fails, the message
-    consists of the names and this text.
+    violations: names of tensors. what: what is wrong with these tensors, e.g. `changed`. If the check fails, the
+    message consists of the names and this text.
     """
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",
@@ -50,9 +50,9 @@ def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> C
 
 
 class UpdateTracker:
-    """A comparison of trained tensors with their initial values after each step, until each of them has changed.
+    """A comparison of trained tensors with their initial values after each step, until each tensor has changed.
 
-    Comparing after the last step would not suffice: AdaLoRA resets pruned values to zero, their initial value.
+    Comparing only after the last step would not suffice: AdaLoRA resets pruned values to zero, their initial value.
     """
 
     def __init__(self, start: Mapping[str, Tensor], select: Callable[[Tensor], Tensor]) -> None:

@@ -1,1 +1,1 @@
-"""Claim ledger: numbers and properties printed in papers, recomputed from models and code. Files: `suites/claims/`."""
+"""Claim ledger: numbers and properties that papers state, recomputed from models and code. Files: `suites/claims/`."""

@@ -1,4 +1,8 @@
-"""Checks of the measure names and arguments in a claim file. Each error has its line. Imports no torch."""
+"""Checks of the measure names and arguments in a claim file. Each error has its line. Imports no torch.
+
+A measure is a function that computes a number or checks a property. In a claim file, a table holds rows, and each row
+is a claim. A KeyPath is a place in the file: the keys and list positions that lead to a value.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Arguments:
         self.document, self.problems = document, problems
 
     def problem(self, way: KeyPath, what: str, hint: str) -> None:
-        """Add a problem at the place `way` of the file, but only once if several claims share it."""
+        """Add a problem at the place `way` of the file. A problem that several claims share is added once."""
         one = Problem(self.document.where(*way), what, hint)
         if one not in self.problems:
             self.problems.append(one)
@@ -32,8 +36,7 @@ class Arguments:
     def measure(self, name: str | None, way: KeyPath) -> Measure | None:
         """Return the measure called `name`.
 
-        If no measure has this name, add a problem. Then return the measure with the closest name, or None if no name is
-        close.
+        If there is none, add a problem, and return the measure with the closest name, or None if no name is close.
         """
         if name and name not in measures():
             self.problem(way, f"unknown measure `{name}`", did_you_mean(name, measures()))
@@ -46,7 +49,7 @@ class Arguments:
         """Check the arguments of a measure. Return the measure and its arguments as a MeasureRequest.
 
         If the arguments have problems, add the problems and return None. at: place of the arguments in the file. also:
-        further places where an argument may stand, because a row inherits arguments from its table.
+        further places where an argument may stand: a row inherits arguments from its table.
         """
         before = len(self.problems)
         plain = {key: value for key, value in arguments.items() if key not in measure.nested}
@@ -91,7 +94,10 @@ class Arguments:
             )
 
     def _nested(self, measure: Measure, key: str, written: Any, way: KeyPath) -> Any:
-        """Check an argument that must be a quantity or a list of quantities. Return it in parsed form."""
+        """Check the argument `key`, which must be a quantity or a list of quantities. Return it in parsed form.
+
+        A quantity is a printed number, or a request for another measure.
+        """
         nested = measure.nested[key]
         if nested.is_list != isinstance(written, list):
             form = "a list of quantities: [a, b]" if nested.is_list else "one quantity, no list"
@@ -102,9 +108,9 @@ class Arguments:
         return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
 
     def _quantity(self, written: Any, way: KeyPath, dimensions: tuple[Dimension, ...]) -> Any:
-        """Read a quantity, which is a printed number or a request for another measure. Return it.
+        """Parse a quantity: a printed number, or a request for another measure. Return a Fraction or a MeasureRequest.
 
-        If `written` is neither, add a problem and return None.
+        If `written` is neither, add a problem and return None. dimensions: allowed dimensions of the other measure.
         """
         if (number := exact(written)) is not None:
             return number

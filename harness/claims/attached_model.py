@@ -1,6 +1,7 @@
 """Models on the meta device, with a Method's reference attached, to count tensors without data.
 
-The architecture of a model comes from a preset or a config.json. Imports torch only when a model is built.
+A model's architecture comes from a preset of `harness/assets/shapes.yaml` or from a config.json. Imports torch only
+when a model is built.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def sides(layer: Any) -> tuple[int, int]:
 
 @contextmanager
 def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any]:
-    """Attach a Method's reference to a model and yield the adapted model. Detach it at the end of the context.
+    """Attach a Method's reference to a model and yield the adapted model. At the end of the context, detach it.
 
     Raises ValueError for a config that does not fit the model.
     """
@@ -108,7 +109,7 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
-    """Return name -> shape of the trained and of the frozen tensors of a Method that has no reference.
+    """Return name -> shape for the trained tensors, and for the frozen tensors, of a Method that has no reference.
 
     peft attaches the Method to a new model. Raises ValueError with peft's message if peft refuses the config.
     """
@@ -129,10 +130,10 @@ def _peft_tensors(name: str, split: str, method: str, config: str) -> tuple[Shap
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return name -> shape for tensors that may share storages. Each storage counts once.
+    """Return name -> shape for storages. Tensors that share a storage count once.
 
-    The name of an entry is the name of the first tensor in the storage. If the tensors in a storage are slices of a
-    larger tensor, the shape is the shape of the larger tensor.
+    The entry of a storage has the name of its first tensor. If the tensors in a storage are slices of a larger tensor,
+    the shape is the shape of the larger tensor.
     """
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
@@ -153,7 +154,7 @@ def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[st
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
     """Return name -> shape for the frozen tensors that a Method adds to a model. Takes the same arguments as `trained`.
 
-    A tensor that layers share, such as VeRA's pair of projections, occurs once.
+    A tensor that layers share, such as either of VeRA's two projections, occurs once.
     """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 

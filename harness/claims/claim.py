@@ -1,4 +1,7 @@
-"""A claim of a paper, its source, and the measure that decides it. Imports no torch."""
+"""A claim of a paper, its source, and the measure (a function) that computes our result. Imports no torch.
+
+A claim states a figure, i.e. a printed number, or a property, which is true or false.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ class MeasureRequest:
 
 @dataclass(frozen=True)
 class Reading:
-    """Another way to read a claim: with a convention, rank or unit that differs from what the paper states."""
+    """Another way to read a claim: with another convention, rank or unit than the paper's."""
 
     under: str
-    """The differing convention, rank or unit, in words."""
+    """The convention, rank or unit of this reading, in words."""
     request: MeasureRequest
 
 
@@ -50,13 +53,13 @@ class Claim:
     dimension: Dimension
     request: MeasureRequest
     figure: Printed | None = None
-    """The printed figure; None for a property."""
+    """The printed figure; None if the claim states a property."""
     rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
-    """Readings to try in this order if the paper's own reading does not reproduce the claim."""
+    """Other readings, to be tried in this order if the paper's own convention, rank or unit does not reproduce the claim."""
     scale: str = ""
-    """Description of our measurement if it is smaller than the paper's; otherwise empty. A different result at a
-    smaller scale does not refute the claim."""
+    """Description of our measurement if it is smaller than the paper's, e.g. a smaller model; otherwise empty. A
+    different result at a smaller scale does not refute the claim."""
     headline: str = ""
     """Short name of the paper's main claim that this claim supports, e.g. `no added latency`; empty if there is
     none."""
@@ -69,7 +72,7 @@ class Claim:
 
     @property
     def rule(self) -> str:
-        """The rule of comparison in words, if it is looser than rounding; otherwise empty.
+        """The rule by which our result is compared with the figure, in words. Empty for the rule `nearest`.
 
         It is also empty for a figure with a relation such as `<`.
         """

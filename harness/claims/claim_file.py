@@ -1,6 +1,7 @@
 """Read claim files, `suites/claims/PAPER.yaml` or a user's own. Imports no torch.
 
-All errors are reported at once, with their lines.
+All errors are reported at once, with their lines. An entry of `claims:` is a claim, or a table whose `rows:` are
+claims.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _SMALL = "small scale"
 
 
 class OtherwiseKeys(Keys):
-    """One entry of `otherwise:`, another way to read a claim. It changes the claim's measure and arguments."""
+    """One entry of `otherwise:`, another way to read a claim. `with:` replaces single arguments of the claim.
+    `measure:` replaces the measure and all arguments."""
 
     under: Word | None = None
     measure: Word | None = None
@@ -48,7 +50,7 @@ class OtherwiseKeys(Keys):
 
 
 class RowKeys(Keys):
-    """One entry of `rows:`, a claim that inherits missing keys from the entry of `claims:` around it."""
+    """One entry of `rows:`, which is a claim. Keys that it lacks are taken from the table around it."""
 
     id: Id | None = None
     sentence: Word | None = None
@@ -79,7 +81,7 @@ class FileKeys(Keys):
     version: Word | None = None
     about: str = ""
     shared: Any = None
-    """Any content. Nothing reads it: here a claim file can define YAML anchors."""
+    """Any content, for YAML anchors of the file. Nothing reads it."""
     claims: list[ClaimKeys] | None = Field(default=None, min_length=1)
 
 
@@ -89,7 +91,7 @@ def names() -> list[str]:
 
 
 def paths(papers: Iterable[str]) -> list[Path]:
-    """Return the claim files of papers. A paper may have a second file, with the claims that need Records.
+    """Return the claim files of `papers`. A paper may have a second file, with the claims that need Records of runs.
 
     Raises UsageError for an unknown paper.
     """
@@ -135,7 +137,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _ClaimFileReader:
-    """Reader of one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
+    """Reader of one claim file. `problems` lists the errors. `ids` lists the place and the id of each claim."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -161,7 +163,7 @@ class _ClaimFileReader:
                 self.problem(way, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
 
     def _rows(self, table: ClaimKeys, way: KeyPath) -> list[tuple[RowKeys, KeyPath]]:
-        """Return the rows of a table, each with its place in the file. An entry without rows counts as a row."""
+        """Return the rows of a table, each with its place in the file. An entry without `rows` is its own only row."""
         if table.rows is None:
             return [(table, way)]
         if table.printed:
@@ -169,7 +171,7 @@ class _ClaimFileReader:
         return [(row, (*way, "rows", index)) for index, row in enumerate(table.rows)]
 
     def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
-        """Return the claim that a row of a table makes. If there are errors, add them to the problems and return None.
+        """Return the claim in a row of a table. If the row has errors, add them to `problems` and return None.
 
         way: place of the table in the file. at: place of the row.
         """
@@ -225,7 +227,7 @@ class _ClaimFileReader:
 
     @staticmethod
     def _filled(sentence: str, printed: str, arguments: Mapping[str, Any]) -> str:
-        """Return a table's sentence with the row's values in place of `{printed}`, `{rank}`, `{model}` and so on."""
+        """Return a table's sentence with the values of a row in place of `{printed}`, `{rank}`, `{model}` and so on."""
         config = arguments.get("config", {})
         flat = {**arguments, **(config if isinstance(config, dict) else {}), "printed": printed}
         for key, value in flat.items():

@@ -24,8 +24,8 @@ _PATIENCE_S = 1800.0
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
     """Judge claims in `jobs` parallel processes [default: one per core, at most 8]. Return the judged claims in order.
 
-    Claims about one model share a process, which builds the model once. runs: folders of runs. Their Records are used
-    before published Records.
+    Claims about one model share a process, which builds the model once. runs: folders of runs, whose Records are
+    preferred to published Records.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
@@ -51,7 +51,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
 
 
 def _wait(worker: Subprocess) -> str:
-    """Wait until a worker ends. Return the reason to report for measures that it has not computed."""
+    """Wait until a worker ends. Return the reason to report for the measures that the worker did not compute."""
     if worker.wait(_PATIENCE_S) is None:
         return f"not computed within {_PATIENCE_S:.0f} s"
     worker.close()  # so that all its output is read

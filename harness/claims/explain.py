@@ -1,6 +1,6 @@
 """Texts of the command `explain` about claims. Imports no torch.
 
-There is a text about the form of a claim file, and about each measure, verdict and claim.
+The topics are: the form of a claim file, the rules of rounding, each measure, each verdict and each claim.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ROUNDING = {
     "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper "
     "mentions in passing",
 }
-"""Value of a claim's key `rounding` -> explanation of this rule. The three looser rules are always shown next to our
-result."""
+"""Value of a claim's key `rounding` -> explanation of this rule. If a claim has another rule than `nearest`, every
+report shows the rule next to our result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:

@@ -10,7 +10,7 @@ from harness.claims.measure import MeasureResult, Number
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its least and its largest possible value. For an exact number, all three are equal."""
+    """A number, and the least and the largest value that it may have. For an exact number, all three are equal."""
 
     value: Fraction
     least: Fraction
@@ -23,9 +23,9 @@ class Interval:
 
     @classmethod
     def printed(cls, value: Number, last: Number) -> Interval:
-        """Return the interval of all numbers that round to a printed figure. `value` is the figure.
+        """Return the interval of all numbers that round to the printed figure `value`.
 
-        last: one unit of the figure's last digit; 0 if the figure is exact.
+        last: one unit of the figure's last digit, e.g. 0.1 for 2.5; 0 if the figure is exact.
         """
         exact, half = Fraction(value), Fraction(last) / 2
         return cls(exact, exact - half, exact + half)

@@ -1,4 +1,7 @@
-"""Judge a claim by the results of its measures. Imports no torch."""
+"""Judge a claim by the results of its measures. Imports no torch.
+
+A reading is a way to understand a claim: with the paper's own convention, rank and unit, or with others.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,12 @@ MEANING = {
 
 
 STAND_IN = "by a stand-in: "
-"""Beginning of the reason of a verdict if the claim was reproduced at a smaller scale than the paper's."""
+"""Beginning of `JudgedClaim.why` if the claim was reproduced at a smaller scale than the paper's."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Outcome of a measure that could not be computed, in place of a result."""
+    """Replaces the result of a measure that could not be computed."""
 
     why: str
     """The reason why there is no result."""
@@ -84,8 +87,7 @@ class JudgedClaim(FrozenModel):
     """Reason of the verdict."""
     note: str
     rule: str | None = None
-    """The rule of comparison in words, if it is looser than rounding; otherwise empty. None in ledgers of an older
-    version."""
+    """The rule of comparison in words, if it is looser than rounding; otherwise empty. None in files of an older version."""
     scale: str = ""
     """Description of our measurement if it is smaller than the paper's (counted operations instead of a time, a small
     model); otherwise empty."""
@@ -102,7 +104,7 @@ class JudgedClaim(FrozenModel):
     def got(self) -> str:
         """Our result as part of a sentence; empty without a result.
 
-        If the rule of comparison is looser than rounding, the sentence names the rule.
+        If the rule of comparison is looser than rounding, the text names the rule.
         """
         is_property = any(isinstance(one.value, bool) for one in self.tried)
         rule = f" (rule: {self.rule})" if self.rule else ""
@@ -149,7 +151,7 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Return the result. If an error prevented it, add the place of the claim, `file:line`, to the reason."""
+    """Return the answer. If an error prevented the result, add the place of the claim, `file:line`, to the reason."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
@@ -158,7 +160,7 @@ def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Mi
 def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
     """Return, in words, how the printed figure must be read to agree with the result; None if no reading agrees.
 
-    An empty string stands for the plain reading. Another reading, for example, takes MB for MiB.
+    An empty string means: as printed. Another way to read a figure is, for example, to take MB for MiB.
     """
     if claim.figure is None:
         return "" if found.value else None
@@ -169,8 +171,8 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 def _open(claim: Claim, found: MeasureResult) -> bool:
     """Return whether a result leaves the claim undecided.
 
-    A range leaves it undecided if only a part of the range agrees with the claim. A property leaves it undecided if
-    `found.most` is true.
+    A range leaves the claim undecided if only a part of the range agrees with the claim. For a property, `found.most`
+    says whether the claim is undecided.
     """
     if claim.figure is None or found.most is None:
         return bool(found.most)
@@ -180,7 +182,7 @@ def _open(claim: Claim, found: MeasureResult) -> bool:
 def _allowed(claim: Claim, found: MeasureResult) -> str:
     """Return, as text, the range of results that the paper's rounded figures allow.
 
-    If the claim agrees with the whole range, or with no part of it, return an empty string.
+    If all values in this range agree with the claim, or none of them, return an empty string.
     """
     if claim.figure is None or found.within is None:
         return ""
@@ -210,8 +212,8 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 def plain(value: Any) -> Any:
     """Return a value in a form that JSON can store.
 
-    A request becomes a dict, as do nested requests. A fraction becomes a number, or text if no decimal number is equal
-    to the fraction.
+    A MeasureRequest becomes a dict, as do the requests inside it. A Fraction becomes a number, or text such as `2/3` if
+    no decimal number is equal to it.
     """
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}

@@ -36,10 +36,10 @@ class MeasureResult:
     """The arithmetic, so that a reader can repeat it."""
     most: Number | None = None
     """The largest possible value, if the paper omits something or the measurement is uncertain. `value` is then the
-    least possible value. For a property, True means that it is undecided."""
+    least possible value. For a property, True means that the property is undecided."""
     within: tuple[Number, Number] | None = None
-    """Range of values that the rounding of the paper's figures allows. None if the value is not computed from rounded
-    figures of a paper."""
+    """Least and largest value that the rounding of the paper's figures allows. None if the value is not computed from
+    rounded figures of a paper."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ function gets a Fraction."""
 Quantities = Annotated[list[Any], Nested(is_list=True)]
 """A parameter that is a list of Quantities."""
 Count = Annotated[Any, Nested(("count", "number", "ratio"))]
-"""A Quantity that counts things."""
+"""A Quantity that is a count, a plain number or a ratio."""
 Counts = Annotated[list[Any], Nested(("count", "number", "ratio"), is_list=True)]
 """A list of Counts."""
 Sizes = Annotated[list[Any], Nested(("bytes",), is_list=True)]

@@ -27,8 +27,8 @@ from harness.claims import attached_model
 from harness.conformance.subject import DTYPES
 
 _FEW = 2
-"""Number of blocks after which every further block has the same count. The first block may differ, because nothing may
-need the gradient of its input."""
+"""A model with more blocks is counted with this number of blocks and with one more. The first block may differ from the
+others, because nothing may need the gradient of its input."""
 _FLAT_MASK = ("deberta", "deberta-v2")
 """Model types whose attention mask has one number per token; other masks have one number per pair of tokens."""
 
@@ -51,9 +51,9 @@ class MetaStep:
 
 @dataclass(eq=False)
 class _Saved:
-    """Storage of a tensor that autograd saves.
+    """The storage of a tensor that autograd saves.
 
-    The object does not keep the tensor itself: even a detached tensor would refer to the tensor from which it comes.
+    The object does not keep the tensor itself, because even a detached tensor refers to the tensor from which it comes.
     """
 
     storage: Any
@@ -61,7 +61,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Count for a whole step: operations or bytes, as a sum over the first blocks and each further block."""
+    """Count for a whole step: operations or bytes. It is the sum of the first blocks and of all further blocks."""
 
     few: int
     """Count of the first blocks, at most two, and of everything outside of blocks."""
@@ -90,8 +90,8 @@ def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch:
 def operations(request: MetaStep) -> StepCounts:
     """Count the operations (multiplications and additions) of all matrix products with torch's FlopCounterMode.
 
-    Raises ValueError for a config that does not fit the model. Raises ValueError, too, for texts with more tokens than
-    the model has positions.
+    Raises ValueError for a config that does not fit the model, and for texts with more tokens than the model has
+    positions.
     """
     return _of_all_blocks(request, _operations)
 
@@ -155,7 +155,7 @@ def _attached(request: MetaStep, blocks: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _loss(model: nn.Module, adapted: Any, request: MetaStep) -> Tensor:
-    """Return the mean loss over tokens (for a classifier: over texts) with the Method's own term."""
+    """Return the mean loss over tokens (for a classifier: over texts), plus the Method's own loss term."""
     ids = torch.zeros(request.batch, request.tokens, dtype=torch.long, device="meta")
     config: Any = model.config
     flat = config.model_type in _FLAT_MASK

@@ -1,4 +1,7 @@
-"""Parsing of figures that papers print, and comparison with computed numbers, in exact fractions. Imports no torch."""
+"""Parsing of figures (numbers that papers print), and comparison with computed numbers, in exact fractions.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,8 @@ class Rounding:
     """The rule that decides whether a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
-    """`nearest`: the number rounds to the figure. `cut`: the number, cut off after the printed digits, is the figure.
-    `magnitude`: the nearest power of ten is the same. `about`: the difference is at most `within`."""
+    """`nearest`: the number rounds to the figure. `cut`: the number with its further digits cut off is the figure (1.59
+    and `1.5`). `magnitude`: both have the same nearest power of ten. `about`: the difference is at most `within`."""
     within: Fraction = Fraction(0)
     """Largest allowed difference for the rule `about`, as a share of the printed figure."""
 
@@ -80,8 +83,7 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "equal to the printed figure",
 }  # fmt: skip
-"""Rule of `Rounding` -> description for a report. The description of `about` holds only for `within` = 0; see
-`Rounding.words`."""
+"""Rule of `Rounding` -> description for a report. For `about` with a tolerance, `Rounding.words` makes another text."""
 NEAREST = Rounding()
 
 
@@ -129,11 +131,11 @@ def shortly(written: Any) -> str:
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
-    """Return, in words, the reading under which the figure agrees with a computed number.
+    """Return, in words, how the figure must be read to agree with a computed number; None if no reading agrees.
 
-    The empty string stands for the plain reading. Other readings take MB for MiB, or take the digits as cut off instead
-    of rounded. If the figure agrees under no reading, return None. most: if given, the number is known only to lie
-    between `value` and `most`. Then one reading must agree with all numbers in this range.
+    An empty string means: as printed. Other readings take MB for MiB, or take the figure's digits as cut off instead of
+    rounded. most: if given, the computed number is a range from `value` to `most`, and one reading must agree with all
+    numbers in this range.
     """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     for words, one, rule in _readings(printed, rounding):
@@ -145,7 +147,7 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
     """Return whether the figure agrees with some numbers between `value` and `most`, but not with all of them.
 
-    The same readings are tried as in `agrees`.
+    The figure is read in the same ways as in `agrees`.
     """
     if agrees(printed, value, rounding, most) is not None:
         return False
@@ -199,7 +201,7 @@ def _power(value: Fraction) -> int:
 def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
     """Return a computed number as text.
 
-    unit: the unit of the printed figure. Only the text of counts and times uses it.
+    unit: the unit of the printed figure. It is used only for counts and times.
     """
     exact = f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"
     if dimension == "bytes":

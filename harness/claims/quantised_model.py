@@ -20,7 +20,7 @@ class Quantised:
     """Numbers of elements of a model under QLoRA, and the paths of its linear layers."""
 
     weights: Counter[int]
-    """Size in elements -> number of 4-bit weights of that size."""
+    """Size in elements -> number of 4-bit weight matrices of that size."""
     adapters: int
     """Number of trainable elements in the adapters."""
     rest: int

@@ -1,6 +1,6 @@
-"""Search for the Records that decide a claim. Imports no torch.
+"""Search for the Records (files with the results of runs) that decide a claim. Imports no torch.
 
-Runs that the caller names come first. If none of them is suitable, the newest suitable published run is used.
+The first run that has all Cells of a claim is used. Runs that the caller names come first, then the published runs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def look_in(runs: Iterable[Path]) -> None:
 
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
-    """Return the complete runs of a suite. `suite` is its name or file.
+    """Return the complete runs of a suite. suite: its name, or the path of its file.
 
-    The runs given to `look_in` come first, then the published ones. Each of these groups has the newest run first.
+    The runs given to `look_in` come first, and then the published runs. Within each of the two groups, newer runs come
+    first.
     """
     folder = published_runs()
     published = sorted(path.parent for path in folder.glob("*/run.json")) if folder else []
@@ -73,7 +74,7 @@ def cell(suite: str, entry: str) -> Cell:
 
 
 def comparable(*sides: Sequence[Record]) -> None:
-    """Raise ValueError unless all Records have the same model, texts and budget."""
+    """Raise ValueError unless all Records have the same model, task, dtype, test items and training budget."""
     first = sides[0][0].cell
     for record in (one for side in sides for one in side):
         if unequal := ranking.why_not_comparable(first, record.cell):

@@ -19,10 +19,10 @@ _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 def chosen(
     claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str], *, headlines: bool = False
 ) -> list[_Claim]:
-    """Return the claims that are in one of these tiers and have one of these id prefixes.
+    """Return the claims whose tier is in `tiers` and whose id begins with one of `ids`.
 
     An empty sequence allows every tier or every id. headlines: return only claims that support a main claim of their
-    paper (`Claim.headline`). Raises UsageError for a prefix without claims, and if `headlines` leaves no claim.
+    paper (`Claim.headline`). Raises UsageError if no claim has a given id prefix, or if `headlines` leaves no claim.
     """
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
@@ -42,7 +42,7 @@ def chosen(
 def _hint(start: str, known: Sequence[str]) -> str:
     """Return a hint for an id prefix that matches none of the known ids.
 
-    The hint names the papers whose claims have this prefix. If there are none, it names the most similar ids.
+    The hint names the papers whose claims have this prefix. If there are no such papers, it names the most similar ids.
     """
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):

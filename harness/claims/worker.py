@@ -1,7 +1,7 @@
 """Worker process that computes measures: `python -m harness.claims.worker LINE REQUESTS ANSWERS [RUN]...`.
 
 LINE is the file descriptor of a pipe. The worker dies when the other end of the pipe closes. REQUESTS and ANSWERS are
-JSON Lines files. RUN is a run folder, whose Records are preferred to published ones.
+JSON Lines files. RUN is a run folder, whose Records (results) are preferred to published ones.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
     TypeError, ValueError, re.error,
 )  # fmt: skip
-"""Errors that transformers and the references raise if a model or a config does not fit. Each error fails only its own
-claim."""
+"""Errors that transformers and the references raise if a model or a config does not fit. Only the claim that caused the
+error fails."""
 
 
 _UNUSED = ("torchao",)
-"""Packages that are hidden from transformers, which would import them if they are installed. Only a claim about an
-implementation needs them."""
+"""Packages that are hidden from transformers, because it would import them if they are installed. Only claims about an
+implementation need them."""
 _LARGEST = 1e300
 """Largest number that a report can show."""
 
@@ -75,7 +75,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """Return an error's message as part of a sentence.
 
-    Some messages, e.g. of a KeyError, are not written for users. Then the name of the error's type comes first.
+    If the message is not written for users, e.g. of a KeyError, the name of the error's type comes first.
     """
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 _JUDGE_S = 60.0
-"""Largest CPU time for the judgement of one adapter, in seconds. An adapter with 36,864 tensors takes 5 s."""
+"""Limit of CPU time for judging one adapter, in seconds. An adapter with 36,864 tensors takes 5 s."""
 _WRONG = ("differs", "raises")
-"""Verdicts about the logits of a loader that are failures."""
+"""Verdicts on a loader's logits that count as failures."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Report:
     path: Path
     adapter: AdapterFile
     folder: Path | None
-    """Folder of the base model. None if the adapter is judged without it."""
+    """Folder of the base model. None if the adapter was judged without a base."""
     base_class: str
     """Name of the class of the base model. Empty if the adapter was judged without a base."""
     findings: Sequence[Finding]
@@ -44,7 +44,7 @@ class _Report:
 
     @property
     def exit(self) -> Exit:
-        """Exit code.
+        """Exit code of `check PATH`.
 
         FAIL if the file does not conform, or if a loader raises an error or computes other logits than the reference.
         NOTHING_COMPARED if a finding prevented the comparison of the file with the base model.
@@ -54,7 +54,7 @@ class _Report:
         return Exit.NOTHING_COMPARED if any(one.leaves_all for one in self.findings) else Exit.PASS
 
     def document(self) -> dict[str, object]:
-        """Return the JSON document."""
+        """Return the report as a JSON document."""
         return {
             "schema": 1, "exit": int(self.exit), "adapter": str(self.path),
             "base": None if self.folder is None else str(self.folder), "base_class": self.base_class or None,
@@ -69,10 +69,10 @@ def check(
 ) -> Exit:
     """Judge an adapter, print the findings and how known loaders read it, and return the exit code.
 
-    base_model: folder of the base. By default, base_model_name_or_path if that is a folder. Without a base, the file is
-    judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a base, the logits
-    of the loaders are compared with the reference. patience: seconds without a result after which a loader counts as
-    hanging. Raises UsageError if the adapter or the base cannot be read.
+    base_model: folder of the base. By default, the adapter's base_model_name_or_path if that is a folder. Without a
+    base, the file is judged by itself. loaders: names of loaders; if there are none, HF peft. If the file conforms to a
+    base, the logits of the loaders are compared with the reference. patience: seconds without a result after which a
+    loader counts as hanging. Raises UsageError if the adapter or the base cannot be read.
     """
     adapter = AdapterFile.read(path)
     folder = base_model or adapter.local_base
@@ -98,7 +98,9 @@ def check(
 
 
 def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
-    """Yield the cases of the JUnit file: conformance, each finding, and each loader. A note is a skipped case."""
+    """Yield the cases of the JUnit file: conformance, each finding, and each loader. Harmless findings are skipped
+    cases.
+    """
     if not any(one.nonconforming for one in report.findings):
         yield "conforms", "", ""
     for one in report.findings:
@@ -109,7 +111,10 @@ def _cases(report: _Report) -> Iterator[tuple[str, str, str]]:
 
 
 def _judge(path: Path, adapter: AdapterFile, folder: Path | None) -> tuple[_Report, Any]:
-    """Judge an adapter without running a loader. Return the report and the base model without weights, or None."""
+    """Judge an adapter without running a loader.
+
+    Return the report, and the base model without weights, or None if the adapter was judged without a base.
+    """
     base, notes = _base(adapter, folder)
     try:
         with time_limit(_JUDGE_S):
@@ -124,7 +129,10 @@ def _judge(path: Path, adapter: AdapterFile, folder: Path | None) -> tuple[_Repo
 
 
 def _base(adapter: AdapterFile, folder: Path | None) -> tuple[Any, list[Finding]]:
-    """Return the base model without weights, and notes. If no class fits the adapter's task, return None and a note."""
+    """Return the base model without weights, and notes. Without a folder, return None and no notes.
+
+    If no class fits the adapter's task, return None and a note.
+    """
     if folder is None:
         return None, []
     try:

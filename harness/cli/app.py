@@ -45,7 +45,7 @@ _FILE_HINTS = {
     errno.ELOOP: "the links lead in a circle; name another path",
     errno.ENOTDIR: "a part of the path is a file; name another path",
 }
-"""Hint for an OSError, by its number. The system raises these errors for paths that a user has named."""
+"""Number of an OSError -> hint. The system raises these errors for paths that a user has named."""
 
 
 class _Group(click.Group):
@@ -63,7 +63,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and return its exit code.
 
-        If stdout was closed by its reader, return INFRASTRUCTURE, where click would return 1.
+        If the reader of stdout has closed it, return INFRASTRUCTURE. click would return 1, which means a finding.
         """
         try:
             return super().invoke(ctx)

@@ -25,7 +25,7 @@ _SHOWN = 20
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a JSON document with one row per name of each kind, such as `methods`. No kinds means all kinds."""
+    """Return a JSON document with one row per name of each kind, such as `methods`. Without kinds, it has all kinds."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:

@@ -105,8 +105,8 @@ def check(
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
-    tested. With --with, it runs the same checks once per environment, and shows which results differ; an environment that
-    does not exist is made first.
+    tested. With --with, the same checks run once per environment, and the output shows which results differ. An environment
+    that does not exist is made first.
     """
     if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
         raise UsageError("applies to implementations only", where="--device", hint="leave it out")

@@ -36,9 +36,9 @@ def check(
 ) -> Exit:
     """Check a training loop, print the report, write the requested files, and return the exit code.
 
-    environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks the
-    loop's library, the environment that suites/environments.yaml or a user's file declares for the loop is used, if it
-    has been made.
+    environment: name or requirement of the environment in which to check; empty for this Python. If this Python lacks
+    the loop's library, the check uses the environment that suites/environments.yaml or a user's file declares for the
+    loop, if this environment exists.
     """
     command.refuse_unfit_files(junit, html)
     loop_settings.load(loop)  # reports mistakes before anything runs

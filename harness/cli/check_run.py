@@ -1,4 +1,7 @@
-"""Run the command `check`: compare implementations with their references. Only its worker processes import torch."""
+"""Run the command `check`: compare implementations with their references. Only its worker processes import torch.
+
+A parity suite is a file in suites/parity with the cases and checks of one target, e.g. a Method or an Operation.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ from harness.report import check_terminal, check_versions
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """Implementations, Methods, Operations and options of a check. An empty sequence of names stands for all names."""
+    """Arguments and options of a check. An empty sequence of names or dtypes stands for all of them."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
@@ -101,9 +104,9 @@ def publish(report: CheckReport, as_json: bool, junit: Path | None, html: Path |
 def judge(request: CheckRequest) -> CheckReport:
     """Run the requested checks in worker processes, and return the report.
 
-    If the request names no environments, an implementation whose libraries are not installed runs in the environment
-    that suites/environments.yaml or a user's file declares for it, if it has been made. Raises UsageError for unknown
-    names.
+    If the request names no environments, some implementations may need libraries that this Python lacks. Each of them
+    runs in the environment that suites/environments.yaml or a user's file declares for it, if this environment exists.
+    Raises UsageError for unknown names.
     """
     if request.environments:
         reports = []
@@ -117,11 +120,11 @@ def judge(request: CheckRequest) -> CheckReport:
 
 
 def _with_declared_environments(report: CheckReport, missing: Collection[Target], request: CheckRequest) -> CheckReport:
-    """Check targets whose libraries this Python lacks, and return the report with the results.
+    """Check the targets `missing`, and return `report` with their results.
 
-    missing: these targets. Each is checked in the environment that suites/environments.yaml or a user's file declares
-    for its implementation. If this environment has not been made, the target stays skipped, and the reason names the
-    command that makes the environment.
+    missing: targets whose libraries this Python lacks. Each is checked in the environment that suites/environments.yaml
+    or a user's file declares for its implementation. If this environment does not exist, the target stays skipped, and
+    the reason names the command that makes the environment.
     """
     found = homes.of({name for name, *_ in missing})
     skipped, there = dict(report.skipped), dict[Path, set[str]]()
@@ -200,7 +203,7 @@ def _was_fully_tried(
 ) -> bool:
     """Return whether all checks that could show a known defect were tried.
 
-    A defect that did not show is reported as a finding only if this is true.
+    If so, a defect that did not show is reported as a finding.
     """
     by_dtype = all(
         dtype in request.dtypes
@@ -215,7 +218,7 @@ def _was_fully_tried(
 
 
 def _tried_part(defect: Defect, request: CheckRequest) -> Defect:
-    """Return the defect without the checks that need `--wide`, unless the request has this option."""
+    """Return the defect. Without the option `--wide`, leave out its checks that need this option."""
     if request.breadth.is_wide:
         return defect
     wide = checks.names_of_wide()
@@ -226,7 +229,7 @@ def _may_show(defect: Defect, implementation: Implementation) -> bool:
     """Return whether the checks of an implementation could show a known defect.
 
     If the defect names a target (e.g. a Method), only implementations of this target can show it. Otherwise, the
-    targets in its check ids decide. For an implementation of a base, these ids name a Method, so they decide nothing.
+    targets in its check ids decide. But these ids name no base, so any implementation of a base can show the defect.
     """
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
@@ -266,10 +269,10 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
 def _tasks(
     wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return the worker tasks, and the reason for each target that is skipped.
+    """Return the worker tasks, and the skipped targets: target -> reason.
 
-    A task has only targets of one entry point, so that its process imports one plug-in. If there are fewer entry
-    points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
+    A task has only targets of one entry point, so that its process imports one plug-in. If there are fewer entry points
+    than `jobs`, the targets of each entry point are divided into several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -308,7 +311,7 @@ def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
     """Return why an implementation has no case in its parity suite for the requested dtypes and device.
 
-    If there is such a case, return an empty string.
+    If it has a case, return an empty string.
     """
     if request.device not in one.devices:
         option = "--op" if one.kind == "operation" else "--method"
@@ -363,7 +366,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Yield a message for each requested implementation that offers none of the requested targets."""
+    """Yield a message for each requested implementation that implements none of the requested targets."""
     for name in request.implementations:
         offers = [i for i in registry.implementations if i.name == name]
         if offers and not any(_is_requested(i, request) for i in offers):

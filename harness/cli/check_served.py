@@ -39,15 +39,15 @@ class ServedRequest:
     patience: float = 120.0
     """Seconds to wait for one answer."""
     echo: bool = False
-    """True if the log-probabilities of the prompts' tokens are compared too."""
+    """True to compare the log-probabilities of the prompts' tokens, too."""
     seed: int = 0
 
 
 def check(request: ServedRequest, as_json: bool) -> Exit:
     """Compare the server's answers with the adapters, print the report, and return the exit code.
 
-    Raises UsageError for wrong options, a wrong model or a server that cannot be compared, and ServerError if the server
-    stops before its rounding errors are known. A later error ends the requests, and the report has the results so far.
+    Raises UsageError for wrong options, a wrong model or a server that cannot be compared. Raises ServerError if the
+    server stops before its rounding errors are measured. If it stops later, the report has the results so far.
     """
     from harness.conformance.served.comparison import AnswerComparison
 
@@ -139,7 +139,10 @@ def _send_all(session: Session, echo: bool) -> None:
 
 
 def _add_long(session: Session, base: Path, tokenizer: prompts.Tokenizer | None, longest: int | None) -> None:
-    """Add a long prompt to the session. longest: largest number of tokens of a prompt and its answer on the server."""
+    """Add a long prompt to the session, or a note if there is no room for one.
+
+    longest: largest number of tokens that the server accepts for a prompt and its answer together.
+    """
     room = prompts.room(base, longest)
     tokens = prompts.LONG + prompts.TOKENS if room is None else room
     if session.texts and tokenizer is not None:

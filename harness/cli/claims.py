@@ -53,8 +53,8 @@ def claims(
 
     Without PAPER and --file, computes the claims of all papers. Prints for each claim its source, the printed value, our
     value and a verdict. `peft-harness explain claims` describes the format of a claim file. A claim that needs Records takes
-    those of the newest complete run of its suite: a run given by --run (a folder, an id, the start of an id, or `latest`),
-    otherwise a published run.
+    them from the newest complete run of its suite: first among the runs that --run names (a folder, an id, the start of an
+    id, or `latest`), then among the published runs.
 
     \b
     Exit codes:

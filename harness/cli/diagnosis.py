@@ -40,11 +40,11 @@ class Diagnosis:
     """`no`: something cannot run. `note`: worth knowing, but everything can run. `ok`: all is well."""
     detail: str
     summary: str = ""
-    """Text that findings of the same group and state may share. The summary shows all findings with this text in one
-    line: their number and the text."""
+    """Text that several findings of one group and state may have. The summary shows these findings in one line: their
+    number and the text."""
     shown: str = ""
-    """Name of the finding in a line that it shares with others. If empty, the line counts the finding but does not name
-    it."""
+    """Name of the finding in a line that several findings share. If it is empty, the line counts the finding without a
+    name."""
 
 
 def report(as_json: bool, verbose: bool = False) -> Exit:

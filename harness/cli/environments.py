@@ -36,9 +36,8 @@ def create(name: str | None, requirement: str | None, file: Path | None, dry_run
 def ensure_all(texts: Sequence[str], index: IndexOptions) -> list[MadeEnvironment]:
     """Return the environments for names or requirements, in order and without duplicates. Make those that do not exist.
 
-    texts: requirements, and names of environments (also of those that were made from a user's file). All texts are
-    checked before anything is made. Raises UsageError for an unknown name or version, and for two environments with the
-    same versions.
+    texts: requirements or names of environments; a name may come from a user's file. All texts are checked before
+    anything is made. Raises UsageError for an unknown name or version, and for two environments with the same versions.
     """
     known = {one.name: one.file.spec for one in folder.made() if one.is_current} | table.load()
     specs = [table.resolve(text, known) for text in texts]
@@ -92,7 +91,7 @@ def _state(environment: MadeEnvironment) -> str:
 
 
 def remove(names: Sequence[str]) -> Exit:
-    """Remove all environments with these names, also those that another Python made."""
+    """Remove all environments with these names, including those that another Python made."""
     for environment in [one for name in dict.fromkeys(names) for one in _named(name)]:
         folder.remove(environment)
         print_lines([f"removed {environment.name}: {_size(environment)}"])
@@ -113,7 +112,10 @@ def repair(name: str, index: IndexOptions) -> Exit:
 
 @contextmanager
 def _interruption(state: str) -> Iterator[None]:
-    """Raise HarnessError after Ctrl-C or SIGTERM. state: state of the environment, for the error message."""
+    """Turn Ctrl-C or SIGTERM inside the context into a HarnessError.
+
+    state: state of the environment, for the error message.
+    """
     try:
         with handle_termination():
             yield

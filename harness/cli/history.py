@@ -124,10 +124,10 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Confirm or refute suspected changes by pairs of runs.
 
-    Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that
-    was longer in the last night than before. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
-    `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if
-    canaries raise the alarm too often on this machine, no verdict is written.
+    Takes each unconfirmed change of a time, and each step time that was longer in the last night than before. Runs
+    `gate --pairs` with the revisions before and after the change. Writes the verdict `regressed`, `improved` or
+    `refuted` to the history, like `history confirm`; an undecided change stays open. The first comparison includes a
+    canary, a revision against itself. If canaries raise the alarm too often on this machine, no verdict is written.
 
     \b
     Exit codes:
@@ -150,8 +150,8 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
 def reset(cell: str, metric: str, night: str, reason: str, author: str | None, folder: Path) -> Exit:
     """Accept a new level.
 
-    Detection in this series starts again on that night. CELL is a cell_id or the start of one; `*` means every Cell or
-    metric. The decision is stored in resets.jsonl with its author, time and reason: commit it to git.
+    Detection in the series of CELL and METRIC starts again on the given night. CELL is a cell_id or the start of one; `*`
+    means every Cell or metric. The decision is stored in resets.jsonl with its author, time and reason: commit it to git.
     """
     from harness.regression.history import decisions
 
@@ -171,8 +171,9 @@ def reset(cell: str, metric: str, night: str, reason: str, author: str | None, f
 def confirm(cell: str, metric: str, night: str, verdict: Any, evidence: str, author: str | None, folder: Path) -> Exit:
     """Record the verdict on a change.
 
-    Use this after pairs of runs of both revisions have decided it. The verdict is stored in confirmations.jsonl (commit it
-    to git) and applies to a change of that series up to two nights away.
+    Use this command after pairs of runs of both revisions have decided the change. The verdict is stored in
+    confirmations.jsonl (commit it to git). It applies to a change in the series of CELL and METRIC, at most two nights
+    before or after the given night.
     """
     from harness.regression.history import confirm_manually, decisions
 

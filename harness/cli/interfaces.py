@@ -68,7 +68,10 @@ def of_method(name: str) -> Iterator[str]:
 
 
 def _optimizer_state(adapted: Adapted) -> Iterator[str]:
-    """Yield the state of the Method's own optimizer after a step, if it has one: each entry by name."""
+    """Yield lines about the state of the Method's own optimizer after a step: the name and form of each entry.
+
+    If the Method has no optimizer of its own, yield nothing.
+    """
     if (optimizer := adapted.optimizer(1e-3, 0.0)) is None:
         return
     for parameter in adapted.parameters():
@@ -81,7 +84,7 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
 
 
 def _layers(plan: MethodSuite) -> Iterator[str]:
-    """Yield the kinds of layers in the Cases, and the rule that layers and models must allow copy.deepcopy."""
+    """Yield the kinds of layers in the Cases, and rules for implementations about copy.deepcopy and about caches."""
     yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
@@ -115,7 +118,7 @@ def _arithmetic(name: str) -> Iterator[str]:
 
 
 def _work(adapted: Adapted) -> Iterator[str]:
-    """Yield a line for each optional function, such as `regularizer`, that the Method's reference defines."""
+    """Yield a line for each optional function of the Method's reference, such as `regularizer`."""
     for name in ("regularizer", "optimizer", "after_step", "merge", "unmerge"):
         function = getattr(type(adapted), name)
         if function is not getattr(AdaptedModel, name):
@@ -124,7 +127,7 @@ def _work(adapted: Adapted) -> Iterator[str]:
 
 
 def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
-    """Yield the cases that `check` tries without an option, each with its dtypes."""
+    """Yield the cases that `check` tries by default, each with its dtypes."""
     dtypes: dict[str, list[str]] = {}
     for case in sample.fixed(plan, FEW, plan.dtypes):
         dtypes.setdefault(str(case), []).append(case.dtype)

@@ -17,7 +17,7 @@ _OLDEST_MINOR = 11
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str) -> int:
-    """Return a size in bytes."""
+    """Return a size such as `60MiB` in bytes."""
     from harness.memory_model import size_units
 
     try:

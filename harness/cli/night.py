@@ -16,7 +16,7 @@ _UNITS = {"s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    """Return a duration in seconds: a number, or a number with the unit s, m or h. Without a value, return None."""
+    """Return the seconds in `value`: a number, or a number with the unit s, m or h. Without a value, return None."""
     if value is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
@@ -52,8 +52,8 @@ def night(
 ) -> Exit:
     """Find out within minutes whether the harness is right and fast on a card.
 
-    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings of the card, operations and
-    training steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison
+    Runs, most valuable first: checks of all GPU kernels in every dtype, the ceilings (highest rates) of the card, operations
+    and training steps beside other libraries, the papers' claims about hardware, a matrix of all methods, and a comparison
     of equal runs. Each part (one command) is a process of its own, so that a kernel that hangs or crashes ends only its
     part. Results are written at once, and the page index.html shows them at any time. One part compares the matrix with
     the baseline of the card. Ctrl-C ends the run, and keeps what was measured. At the end, `next:` lists the commands

@@ -21,7 +21,7 @@ class _NamedPath(click.Path):
     """A path that must not be empty. An unset variable in a script gives an empty path, which Python takes for `.`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the Path. Report wrong use if it is empty."""
+        """Return the Path. Raises BadParameter if `value` is empty."""
         if value == "":
             self.fail("the name is empty; name a file or a folder", param, ctx)
         return super().convert(value, param, ctx)
@@ -61,13 +61,13 @@ _GRAMMAR = """
 
 
 def author(default: str | None = None) -> Callable[[_C], _C]:
-    """Return the option `--author` of a command that records a decision."""
+    """Return the option `--author` of a command that records a decision. default: its value if it is not given."""
     text = "Who decides this.  [default: git's user.name and user.email]"
     return click.option("--author", default=default, metavar="NAME", help=text)
 
 
 def print_document(document: Any, as_json: bool, lines: Callable[[Any], Sequence[str]]) -> None:
-    """Print a document as JSON, or the lines that the function `lines` makes of it."""
+    """Print a document: as JSON, or as the lines that `lines(document)` returns."""
     if as_json:
         print_json(document)
     else:
@@ -77,7 +77,7 @@ def print_document(document: Any, as_json: bool, lines: Callable[[Any], Sequence
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
     """Check a number of seconds that the user gave, and return it unchanged.
 
-    Raises BadParameter unless the number is finite and above 0. click's FloatRange would accept NaN and infinity.
+    Raises BadParameter for NaN, infinity, 0 and negative numbers. click's FloatRange would accept NaN and infinity.
     """
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
@@ -90,7 +90,7 @@ def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str 
 
 
 def cells(name: str, help_: str) -> Callable[[_C], _C]:
-    """Return an option that selects Cells by an expression (see `suites.expand.select`)."""
+    """Return an option called `name` that selects Cells by an expression, e.g. `method=lora`. help_: its help text."""
     return click.option(name, multiple=True, callback=join, metavar="EXPR", help=help_)
 
 

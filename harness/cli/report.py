@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.records.store import Run
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
-"""Exit codes, the most serious first. A finding is more serious than a missing Cell; see `analysis.run_verdict`."""
+"""Exit codes, the most serious first. A finding is more serious than a missing Cell."""
 
 
 @click.command()
@@ -43,8 +43,9 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None,
     """Write the HTML report of runs.
 
     Also prints a summary of each run, except with another --format. RUN is a folder, an id, the start of an id, or
-    `latest`. Several runs are compared with each other: the losses of their common Cells must be equal bit by bit. The exit
-    code is that of the most serious verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
+    `latest`. Several runs are compared with each other: the losses of their common Cells must be equal bit by bit. The
+    exit code is that of the most serious verdict. The comparison counts as 1 if a difference has no known cause, and as
+    5 if no Cell was repeated.
     """
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all
@@ -80,5 +81,5 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, svg: Path | None,
 
 
 def _page_name(runs: Sequence[Run]) -> str:
-    """Return the file name of a page. The page of several runs does not replace the page of the first run."""
+    """Return the file name of the page. The page of several runs gets another name than the page of the first run alone."""
     return "report.html" if len(runs) == 1 else f"report-with-{'-'.join(run.manifest.run for run in runs[1:])}.html"

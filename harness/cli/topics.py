@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Topic = tuple[str, Callable[[], str]]
 _NEAR = 0.75
-"""Smallest similarity of a name that is suggested. `foobar` and `forward` have 0.62."""
+"""Smallest similarity (0 to 1) of a name that is suggested. `foobar` and `forward` have 0.62."""
 _KINDS = (
     "methods and keys of their `config:`, operations, checks, claims, measures, known defects, optimizers, keys"
     " of `training:`, commands, verdicts, errors, statuses (ok, oom), exit codes (0 to 5) and terms (Cell, Record)"
@@ -154,7 +154,7 @@ def _of_checks() -> Iterator[Topic]:
 
 
 def _loop_checks() -> dict[str, str]:
-    """Return the rule of each check of a training loop, by name. The file is parsed, since its import would take seconds."""
+    """Map the name of each check of a training loop to its rule. Parses the file, because importing it takes seconds."""
     functions = [
         one for one in ast.parse(_LOOP_CHECKS.read_text(encoding="utf-8")).body if isinstance(one, ast.FunctionDef)
     ]
@@ -166,7 +166,7 @@ def _loop_checks() -> dict[str, str]:
 
 
 def _check(name: str, rule: str) -> str:
-    """Return a text with the rule of a check, and a command that runs the check in few cases."""
+    """Return a text with the rule of a check, and a command that runs the check on one target in one dtype."""
     example = _example(name)
     command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
     return _titled(f"check {name}", "\n".join([rule, *_forms(name), *(["", *command] if command else [])]))
@@ -214,14 +214,14 @@ def _defects(wanted: str) -> Iterator[Topic]:
 
 
 def _defect_ids() -> set[str]:
-    """Return the ids of the known defects. Their file is searched as text, since parsing it takes long."""
+    """Return the ids of the known defects. The function searches the text of their file, because parsing takes long."""
     from harness.conformance.findings import defects
 
     return set(re.findall(r"\bid: *([\w-]+)", defects.path().read_text(encoding="utf-8")))
 
 
 def _commands() -> Iterator[Topic]:
-    """Yield one topic per command, with the first paragraph of its help, and one per command of a group."""
+    """Yield one topic per command and per subcommand, e.g. `env list`. The text is the first paragraph of the help."""
     from harness.cli import app
 
     for name, command in app.commands.commands.items():

@@ -1,4 +1,4 @@
-"""A Case: one seeded input for the checks of a Method or an Operation."""
+"""A Case: one seeded input for the checks of a Method, an Operation or a loader."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _T = TypeVar("_T")
 
 
 class AttachFresh(Protocol):
-    """Type of the function that attaches the implementation under test to a model once more."""
+    """Type of `Case.attach_fresh`: a function that attaches the implementation under test to a model again."""
 
     def __call__(self, *, seed: int = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any) -> Subject:
-        """Attach the implementation under test once more, and return the new Subject.
+        """Attach the implementation under test again, and return the new Subject.
 
         seed: seed of the generator that the implementation's `attach` gets. square: True for a model whose two layers
-        have the same shape. model: a model from which an earlier adapter was detached; by default, a new model.
-        config: values of the Method's config that replace those of the case.
+        have the same shape. model: a model from which an earlier adapter was detached; by default, a new model. config:
+        values that replace those of the case in the Method's config.
         """
 
 
@@ -33,42 +33,42 @@ class AttachFresh(Protocol):
 class Case:
     """One seeded input for the checks, in one state of the subject.
 
-    The subject is the implementation under test, attached to a model.
+    The subject is under test: an implementation attached to a model, an Operation with its arguments, or a loader.
     """
 
     state: str
     """State of the implementation under test: `init` (as attached), `warm` (with random adapter tensors) or `trained`.
-    An Operation has the state `call`."""
+    For an Operation, it is always `call`, and for a loader `loaded`."""
     tokens: int = 16
     """Number of rows in a layer's input."""
     magnitude: str = "normal"
-    """Magnitude of the numbers in a layer's input, by a name from `comparison.magnitudes`."""
+    """Size of the numbers in a layer's input, by its name, such as `large`. `comparison.magnitudes` lists the names."""
     seed: int = 0
     run_model: Callable[[], Tensor] | None = None
     """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""
     base_output: Tensor | None = None
-    """Output of the model for the inputs of `run_model`, computed before attaching."""
+    """Output of the model for the inputs of `run_model`, before the implementation was attached."""
     forward: Callable[[nn.Module], Tensor] | None = None
     """Function that runs a given model on the inputs of `run_model`, and returns an output from which gradients can be
     computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Function that takes the model of a Subject that `attach_fresh` returned, and returns the function `forward` for that
-    model."""
+    """Function that takes a model from `attach_fresh`, and returns the function `forward` that fits this model."""
     walks: int = 0
-    """Number of random walks (random sequences of calls) to try. If it is 0, other long tests are left out too."""
+    """Number of random walks (random sequences of calls) to try. If it is 0, checks also leave out other long tests."""
     is_drawn: bool = False
-    """True for a random case. There are many of these, so checks repeat a call a hundred times in them, not a thousand, and
-    do not repeat calls of a large layer."""
+    """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
+    instead of a thousand, and never repeat calls of a large layer."""
     is_brief: bool = False
-    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then repeat calls less often."""
+    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then do not repeat an Operation's
+    call many times."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None
     """Function that attaches the implementation once more, to a model with the same weights. None if this is
     impossible, as with the model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Check name -> largest error, as a multiple of the reference's own rounding error. For a check without an entry,
-    NOISE_FACTOR is used."""
+    """Check name -> largest allowed error, as a multiple of the reference's own rounding error. A check without an
+    entry uses NOISE_FACTOR."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -84,10 +84,10 @@ class Case:
         return None if self.attach_fresh is None else self.attach_fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
-        """Return `compute(subject, self)`. The first call computes the result, and further calls return it again.
+        """Return `compute(subject, self)`. The first call computes the result. Later calls return the stored result.
 
-        This is valid because a Case stands for one state of the subject. A copy made by `dataclasses.replace` computes
-        its own result.
+        The stored result stays valid, because a Case stands for one state of the subject. A copy of the Case made by
+        `dataclasses.replace` computes its own result.
         """
         key = compute, id(subject)
         if key not in self._computed:

@@ -1,4 +1,4 @@
-"""Selection of the cases that `check` tries. No torch."""
+"""Selection of the cases that `check` tries. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class CaseSelection:
     """Options of `check` that decide which cases of a Method, an Operation or a loader are tried."""
 
     full: bool = False
-    """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
+    """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects a part of
+    them."""
     drawn: int = 0
     """Number of random cases in addition to the fixed sample."""
     seed: int = 0

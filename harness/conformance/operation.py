@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _KEPT = 4
-"""Number of latest judgements that a KnownResults keeps."""
+"""Number of judgements that a KnownResults keeps. It drops older ones."""
 Arguments = dict[str, Any]
 """Keyword arguments of a call: tensors, numbers, dtypes, and lists of them."""
 Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
@@ -25,7 +25,9 @@ Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
 
 @dataclass(frozen=True)
 class Operation:
-    """An Operation: its arguments, its reference, and the judgement of its outputs."""
+    """A kernel-level function such as `nf4_dequantize`, with its reference and the rules to draw arguments and judge
+    outputs.
+    """
 
     name: str
     outputs: tuple[str, ...]
@@ -43,7 +45,7 @@ class Operation:
     judge: Judge | None = None
     """Function that judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
 
-    If None, every output must be within the noise floor around the float64 reference.
+    If None, every output must be as close to the float64 reference as the policy `noise-floor` demands.
     """
     codes: Judge | None = None
     """Function like `judge` that judges only the outputs that hold quantisation codes, for the check `output_codes`.
@@ -63,9 +65,9 @@ class Operation:
 
 
 class KnownResults:
-    """Cache of the reference's results and of judgements for the arguments of one case, which several checks need.
+    """Cache for the arguments of one case. It holds the reference's results and judgements, which several checks need.
 
-    The implementation never gets these tensors, nor the arguments themselves: it is called with copies.
+    The implementation never gets the cached tensors or the original arguments. It is called with copies.
     """
 
     def __init__(self) -> None:
@@ -154,7 +156,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return a copy of nested dicts, lists and tuples, with `change` applied to every item that is none of these."""
+    """Return a copy of nested dicts, lists and tuples, with `change` applied to each item that is none of these."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}

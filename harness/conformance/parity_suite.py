@@ -27,17 +27,19 @@ Kind = Literal[
     "conv2d-pointwise", "experts"
 ]  # fmt: skip
 GROUPS = 2
-"""Number of groups of a convolution of the kind `conv2d-grouped`."""
+"""Number of groups in a convolution whose kind is `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep", "tied"]
-"""Forms of the ParityModel, the model on which Methods are tried. `plain` has two targets. `wide` also has a larger layer
-that must not be adapted. `deep` has ten targets. `tied` has three, two with one weight, and is frozen before attaching."""
+"""Forms of the ParityModel, on which Methods are tried. `plain` has two layers to adapt. `wide` adds a larger layer
+that must not be adapted. `deep` has ten to adapt. `tied` has three, of which two share a weight; all its parameters are
+frozen."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
-"""The sample combines the first MAIN_MAGNITUDES values of Magnitude with other settings. The rest are tried alone."""
+"""The sample of `check --wide` combines the first MAIN_MAGNITUDES values of Magnitude with other settings, and tries the
+rest alone."""
 WeightSize = Literal["normal", "large", "small", "tiny"]
-"""Size of the weights of the ParityModel. `large` is 256 times as large as `normal`, and `small` a 256th. Usual guards
-against a division by zero would count `tiny` weights as 0."""
+"""Size of the ParityModel's weights. `large` is 256 times `normal`, and `small` is `normal` / 256. `tiny` weights are
+so small that usual guards against a division by zero treat them as 0."""
 
 
 class CaseShape(FrozenModel):
@@ -92,34 +94,34 @@ class MethodSuite(_Tolerant):
 
     method: str
     base: str = ""
-    """Name of the base quantisation that this suite judges. Its cases put the reference's adapter on the packed base.
+    """Name of the base quantisation that this suite judges, such as `nf4`. The reference adapts the packed base.
 
     Empty if the suite judges the Method.
     """
     follows: str = "the paper"
-    """The authority that the reference follows in these cases, in words: the paper, or a library where the paper leaves
-    something open."""
+    """Source that the reference follows, in words: the paper, or a library where the paper leaves something open."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     shapes_of_typical: list[CaseShape] = Field(default=[])
-    """Further shapes. Each is tried once, with the config, kind of layer and dtype of the typical example."""
+    """Further shapes. Each is tried once, with the config, kind of layer and dtype of the suite's most ordinary case."""
     settings: dict[str, SettingRange] = Field(default={})
-    """Name of a setting -> the range for its random values, if the range in the Method's Config is too wide."""
+    """Name of a setting -> narrower range for its random values, if the range in the Method's Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
-        With `wanted.full` these are all combinations, and the last item of this list. Otherwise they are a selection:
+        With `wanted.full`, all combinations are tried, and then the cases of the last item below. Otherwise:
 
         - The first kind of layer, which is the only one that many implementations support, is tried with every config
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
-        - The typical example is tried again with a `tied` model and with each of `shapes_of_typical`.
+        - The most ordinary case is tried again with each of `shapes_of_typical` and, if its layers are linear and no
+          base is judged, with a `tied` model.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -170,13 +172,13 @@ class MethodCase:
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
 
-    Such a case tries only the checks that depend on sizes and settings. It tries a check with `States.ALL` only in the
-    suite's last state, where the check sees most.
+    Such a case tries only the checks that depend on sizes and settings. Checks that otherwise run in every state
+    (`States.ALL`) run only in the suite's last state, where they notice most.
     """
     drawn: bool = False
     """True if Hypothesis drew the case."""
     typical: bool = False
-    """True for one case of the suite, with few settings. Some checks that take long are tried only in this case."""
+    """True for the suite's most ordinary case. Without `--wide`, some long checks of a Method run only in this case."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -224,7 +226,7 @@ class LoaderSuite(_Tolerant):
         """Yield the suite's cases in each dtype of the suite that is also in `dtypes`.
 
         All adapters are read in the first dtype. With `wanted.is_wide`, some adapters are also read in the other
-        dtypes; with `wanted.full` too, all adapters are read in every dtype.
+        dtypes. With `wanted.full`, all adapters are read in every dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         for dtype in there if wanted.is_wide else there[:1]:
@@ -249,9 +251,9 @@ class OperationCase:
     drawn: bool = False
     """True if Hypothesis drew the case."""
     is_long: bool = False
-    """True if the tensors are so long that checks which call the Operation many times are left out."""
+    """True if the tensors are very long. Checks that call the Operation many times are then left out."""
     typical: bool = False
-    """True for the suite's most ordinary case in its main dtype. See `MethodCase.typical`."""
+    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -281,7 +283,7 @@ def _drops(config: Values) -> bool:
 
 
 def _is_random(config: Values) -> bool:
-    """Return whether training mode draws random numbers with this config."""
+    """Return whether the layer draws random numbers in training mode with this config."""
     return any(value for name, value in config.items() if name.endswith("dropout"))
 
 
@@ -292,16 +294,16 @@ def _oddness(values: Values) -> tuple[int, int]:
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
-    """Return the dtype in which all examples are tried: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
+    """Return the main dtype of a suite: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
     return "float32" if "float32" in dtypes else dtypes[0]
 
 
 def _fits(config: Values, kind: Kind) -> bool:
     """Return whether a layer of this kind accepts a config of the suite.
 
-    Stacked experts have no dropout. Only linear layers have a magnitude per input feature. Neither experts nor
-    embeddings have a bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must
-    be a multiple of GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
+    Stacked experts have no dropout. Only linear layers have a magnitude per input feature. Experts and embeddings have
+    no bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must be a multiple of
+    GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
     """
     if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
         return False
@@ -313,11 +315,10 @@ def _fits(config: Values, kind: Kind) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return the index of `dtype`, and the slice of a list of examples that is tried in `dtype`.
+    """Return a number for `dtype`, and the slice of each list of the suite (such as its configs) to try in `dtype`.
 
-    there: dtypes of the suite. wanted: those that are requested. All examples are tried in the main dtype (see
-    `_main`), whose index is the last. In each of the n other dtypes, every n-th example is tried, from the index of
-    that dtype on.
+    there: dtypes of the suite. wanted: requested dtypes. The main dtype (see `_main`) has the number n and tries whole
+    lists. The n other dtypes have the numbers 0 to n - 1, and number k tries the items k, k + n, k + 2n and so on.
     """
     whole = _main(wanted)
     others = [one for one in there if one != whole]
@@ -344,7 +345,7 @@ def kind_of(name: str) -> TargetKind:
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a Method, an Operation, a quantised base or the loaders. Raises the errors of `load`."""
+    """Read any parity suite by its name. Raises UsageError if there is none, and SuiteError if it has mistakes."""
     match kind_of(name):
         case "operation":
             return load_operation(name)

@@ -1,6 +1,6 @@
-"""Power of the checks: the smallest wrong scaling and the fewest extra roundings that each check notices.
+"""Measure the power of the checks: the smallest wrong scaling and the fewest extra roundings that each check notices.
 
-`check --self-test --power` prints it, so that a user knows what a pass excludes.
+`check --self-test --power` prints the result. It tells a user which mistakes a pass rules out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LIMITS = forks.Limits(cpu_s=600, memory_b=8 << 30)
 
 @dataclass(frozen=True)
 class Power:
-    """The smallest mistakes that one check notices in one dtype, over the cases that `check` tries by default."""
+    """The smallest mistakes that one check notices in one dtype, in the cases that `check` tries by default."""
 
     target: str
     check: str
@@ -54,8 +54,8 @@ class Power:
     """Smallest relative error of the scaling that the check notices. None if it notices none, or if there is no
     scaling."""
     roundings: int | None
-    """Fewest extra roundings of the result that the check notices. None for float64, or if it notices none of
-    ROUNDINGS."""
+    """Fewest extra roundings of the result that the check notices. None for float64, or if the check notices none of
+    the numbers in ROUNDINGS."""
 
     def __str__(self) -> str:
         scaling = "-" if self.scaling is None else f"{self.scaling:.0e}"
@@ -78,7 +78,8 @@ def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
 
 
 def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
-    """Yield one Power for each target, each check of CHECKS in its parity suite, and each dtype of this suite.
+    """Yield one Power for each combination of a target, a check of CHECKS in its parity suite, and a dtype of this
+    suite.
 
     targets: names of Methods and Operations. Other names are ignored.
     """
@@ -169,7 +170,7 @@ def _scaled(target: str, error: float) -> Implementation | None:
 
 
 def _rounded(target: str, dtype: str, number: int) -> Implementation:
-    """Return the reference, computed in float64. Every result is rounded `number` times before it is rounded to `dtype`."""
+    """Return the reference, computed in float64. It rounds every result `number` extra times, and then to `dtype`."""
     right, own = self_test.implementation(target, PatchedCopy(self_test.source_module(target))), DTYPES[dtype]
 
     def rounded(y: Any) -> Any:
@@ -194,21 +195,26 @@ def _rounded(target: str, dtype: str, number: int) -> Implementation:
 
 
 def _forward(layer: nn.Module, wide: nn.Module, rounded: Callable[[Any], Any], x: Tensor) -> Any:
-    """Run `wide`, a float64 copy of `layer`, with the tensors that `layer` has now. Return the rounded result."""
+    """Run `wide`, a float64 copy of `layer`, with the present tensors of `layer`. Return the rounded result."""
     tensors = {name: _wide(t, t.dtype) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
     wide.train(layer.training)
     return rounded(functional_call(wide, tensors, (_wide(x, x.dtype),)))
 
 
 def _wide(one: Any, own: torch.dtype) -> Any:
-    """Convert a tensor of dtype `own` to float64, and the dtype `own` to torch.float64. Return anything else unchanged."""
+    """Convert a tensor of dtype `own` to float64. Convert the dtype `own` itself to torch.float64. Return anything else
+    unchanged.
+    """
     if isinstance(one, Tensor):
         return one.double() if one.dtype == own and one.is_floating_point() else one
     return torch.float64 if one is own else one
 
 
 def _round(y: Tensor, dtype: torch.dtype, number: int) -> Tensor:
-    """Round y `number` times to the precision of `dtype`, each time scaled by another factor, and finally to `dtype`."""
+    """Round y `number` times to the precision of `dtype`, and finally convert it to `dtype`.
+
+    For each rounding, y is multiplied by another factor, rounded, and divided by the factor.
+    """
     for index in range(number):
         factor = 1.1 + 0.07 * index
         y = (y * factor).to(dtype).double() / factor

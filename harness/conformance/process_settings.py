@@ -73,7 +73,7 @@ else:
 def set_deterministic(on: bool, *, warn_only: bool = False) -> None:
     """Do what `torch.use_deterministic_algorithms` does, but without importing torch's compiler.
 
-    The compiler has a setting of its own for this, which is changed only if the compiler is already imported.
+    The compiler has its own setting for determinism. It is changed only if the compiler is already imported.
     """
     if "torch._inductor.config" in sys.modules:
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
@@ -93,11 +93,11 @@ def list_changes(before: dict[str, object]) -> list[str]:
 
 @contextmanager
 def others() -> Iterator[list[str]]:
-    """Give some settings other values inside the context, and restore all settings at its end.
+    """Change some settings inside the context, and restore all settings at its end.
 
-    These settings may have any value while a program attaches an adapter: torch's default dtype, the recording of
-    gradients, the number of threads, determinism, the filling of fresh memory and cudnn's search for the fastest algorithm.
-    The yielded list gets a description of each change that is made inside the context.
+    A program may have any value of these settings while it attaches an adapter: torch's default dtype, the recording of
+    gradients, the number of threads, determinism, the filling of fresh memory and cudnn's search for the fastest
+    algorithm. At the end, the yielded list gets a description of each change that the code inside the context made.
     """
     with restored():
         torch.set_default_dtype(torch.float64 if torch.get_default_dtype() != torch.float64 else torch.float32)
@@ -112,7 +112,10 @@ def others() -> Iterator[list[str]]:
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Restore all settings at the end of the context. The yielded list then gets a description of each change."""
+    """Restore all settings at the end of the context.
+
+    The yielded list then gets a description of each setting that the code inside the context changed.
+    """
     before, changes = snapshot(), list[str]()
     try:
         yield changes
@@ -129,8 +132,8 @@ def restore(before: dict[str, object]) -> None:
 
 
 def seed(value: int) -> None:
-    """Seed torch without the delay of torch.manual_seed, which records the call stack for a GPU that is initialised
-    later.
+    """Seed torch as torch.manual_seed does, but faster: torch.manual_seed also records the call stack for GPUs that are
+    not initialised yet.
     """
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
@@ -140,8 +143,8 @@ def seed(value: int) -> None:
 def find_seeding(act: Callable[[], object]) -> list[str]:
     """Describe each random number generator that `act` seeds. Restore the states of all generators.
 
-    `act` is called twice, from different states of the generators. A generator that returns the same next number both
-    times was seeded, because drawing alone would keep the states different.
+    `act` is called twice, with different states of the generators. If a generator returns the same next number after
+    both calls, `act` has seeded it. Code that only draws numbers would leave the states different.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
@@ -155,9 +158,7 @@ def find_seeding(act: Callable[[], object]) -> list[str]:
 
 
 def _draw_after(act: Callable[[], object], value: int) -> dict[str, float]:
-    """Seed every generator with `value`, call `act`, and map the name of each generator to the number that it returns
-    next.
-    """
+    """Seed every generator with `value` and call `act`. Map the name of each generator to its next number."""
     seed(value)
     random.seed(value)
     np.random.seed(value)  # the generator that older code draws from

@@ -1,8 +1,8 @@
 """Self-test: check, in this process, that the expected checks catch the planted faults.
 
-Each fault is planted in a copy of the reference, and the checks that should catch it try this copy in one case. If one of
-them does not catch it, all checks try it in their order, because some faults show only after other calls. The checks also
-try the correct reference in the same case, and must not fail there.
+Each fault is planted in a copy of the reference, and the checks that should catch it try this copy in one case. If one
+of them misses the fault, all checks of the suite try the copy in order, because some faults show only after other
+calls. The checks also try the correct reference in the same case, and must not fail there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FaultVerdict:
 
     fault: Fault
     caught: tuple[str, ...]
-    """Names of the expected checks that failed. A check that only raised an exception is left out."""
+    """Names of the expected checks that failed, without those that only raised an exception."""
 
     @property
     def missed(self) -> tuple[str, ...]:
@@ -50,14 +50,13 @@ class FaultVerdict:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Results of the self-test: the verdict on each fault, and checks that work wrongly or catch nothing."""
+    """Results of the self-test: the verdict on each fault, and checks that fail wrongly or catch nothing."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
-    """Failures of the correct reference, as `target/check (case)`. The target is a Method, an Operation, a quantised
-    base or the loaders."""
+    """Failures of the correct reference, as `target/check (case)`."""
     idle: Sequence[str] = field(default=())
-    """Names of the checks that catch no fault."""
+    """Names of the checks that catch no fault, without those that are tried only for adapters without a reference."""
 
     @property
     def caught(self) -> int:
@@ -66,10 +65,10 @@ class SelfTestReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code.
+        """The exit code. The first of these rules that applies decides.
 
-        It is 1 if an expected check missed a fault, if the correct reference failed, or if a check caught no fault.
-        Otherwise it is 5 if there are no faults, else 0.
+        1: an expected check missed a fault, the correct reference failed, or a check caught no fault. 5: there are no
+        faults. 0: otherwise.
         """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL
@@ -138,7 +137,8 @@ def check(as_json: bool) -> Exit:
 def _caught(fault: Fault) -> tuple[str, ...]:
     """Return the names of the expected checks that catch a fault, each once, in the suite's order.
 
-    A check that ends with an exception is left out, because a mistyped fault raises an exception in every check.
+    A check that ends with an exception does not count: a fault with a typing error would raise an exception in every
+    check.
     """
     caught: dict[str, None] = {}
     for names in (fault.expected, None):
@@ -154,7 +154,7 @@ def _failures(
 ) -> Iterator[CheckOutcome]:
     """Try an implementation in the fault's case, and yield the outcome of every check that fails.
 
-    names: the checks that are tried; None for all of the suite.
+    names: the checks that are tried; None for all of the suite or, for a loader, the expected ones.
     """
     case, plan = fault.case.of_kind(implementation.kind), _plan(implementation.target)
     if names is None and isinstance(plan, parity_suite.LoaderSuite) and fault.expected:
@@ -182,7 +182,9 @@ def _plan(target: str) -> parity_suite.ParitySuite:
 
 
 def require_targets(names: Iterable[str], option: str) -> None:
-    """Raise UsageError for a name that has no parity suite. option: the option that the error message blames."""
+    """Raise UsageError for a name that has no parity suite. option: the command-line option to name in the error
+    message.
+    """
     for name in names:
         if name not in parity_suite.names():
             hint = did_you_mean(name, parity_suite.names(), "targets")
@@ -195,9 +197,7 @@ def _kind(target: str) -> TargetKind:
 
 
 def source_module(target: str) -> str:
-    """Return the dotted name of the module that implements a Method or another target. The self-test changes a copy of
-    it.
-    """
+    """Return the dotted name of the module with the reference of a target, such as a Method."""
     fixed: dict[TargetKind, str] = {
         "base": "reference.operations.nf4",
         "loader": "harness.methods.reference_loader",
@@ -207,7 +207,7 @@ def source_module(target: str) -> str:
 
 
 def implementation(target: str, copy: PatchedCopy) -> Implementation:
-    """Return an Implementation of the target that calls this copy of the target's source module."""
+    """Return an Implementation of the target that runs the code in `copy`, a changed copy of the target's module."""
     kind = _kind(target)
     function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":

@@ -51,7 +51,7 @@ class ExpectedCodes:
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
-    """Mask of the elements so close to the middle of two levels that the last bit of a division decides the code."""
+    """Mask of the elements so close to the middle between two levels that the last bit of a division decides the code."""
     bias: Tensor | None
 
     @classmethod
@@ -75,10 +75,10 @@ def is_small(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Original:
-    """The model before attaching. It is a copy, because an implementation may write into the weights that it adapts."""
+    """The model before attaching: a copy, because an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """The copy. None if the model is too large to be copied.
+    """Copy of the model. None if the model is too large to be copied.
 
     In that case, checks use the layers in `Subject.bases`, after `crc32` has shown that attaching did not change them.
     """
@@ -131,7 +131,7 @@ class Subject:
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
     """Path of a layer -> the codes that the reference quantiser gives for its original weight."""
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """Path of a layer -> (judgement of its codes, number of codes that differ only by a tie).
+    """Path of a layer -> (judgement of its codes, number of codes that differ because two levels are equally near).
 
     Used instead of `expected_codes` for models that are too large to hold all expected codes at once.
     """
@@ -145,7 +145,7 @@ class Subject:
     """
 
     def __post_init__(self) -> None:
-        """Fix the choice of experts in stacked experts, so that checks can call these modules with the input alone."""
+        """Fix which stacked experts each token uses, so that checks can call such a module with the input alone."""
         for path, base in self.bases.items():
             if kind_of(base) == "experts":
                 adapted = self.adapted.layers.get(path)
@@ -243,7 +243,7 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with these values. Lists become tuples, and a string for a tuple becomes a 1-tuple.
+    """Return the Method's Config with these values. Lists, and strings for fields that are tuples, become tuples.
 
     Raises TypeError for an unknown key.
     """
@@ -261,7 +261,7 @@ def attach_reference(
 ) -> Adapted:
     """Attach the reference to `model` and return the result.
 
-    If `names` is given, these layers replace the config's targets. A config without targets ignores `names`.
+    If the config has targets and `names` is not None, `names` replaces these targets.
     """
     if names is not None and any(f.name == "targets" for f in fields(config)):
         config = replace(config, targets=tuple(names))
@@ -294,12 +294,12 @@ def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
 def initial_tensors(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the reference's initial adapter tensors over `bases`, by name. If the config has no targets, return {}.
+    """Return the reference's initial adapter tensors for the layers `bases`, by name; {} if the config has no targets.
 
     Random tensors are drawn from `generator`. Every implementation starts from these tensors, so that training runs can
     be compared step by step (see `load_start`). For PiSSA, the residual of the weight is included, since it fits only
-    the factors of the same SVD. If there are more than LARGEST_COPY numbers, the result is empty for a Method with a
-    residual, and omits base weights that train (GaLore).
+    the factors of the same SVD. If the tensors have more than LARGEST_COPY numbers, the result is {} for a Method with
+    a residual, and lacks base weights that train (GaLore).
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
@@ -315,9 +315,9 @@ def initial_tensors(
 
 
 def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> set[str]:
-    """Return the names of the initial tensors over `bases` that the reference draws at random.
+    """Return the names of the initial adapter tensors that the reference draws at random for the layers `bases`.
 
-    The set is empty if the start is an SVD of the weight.
+    The set is empty if the initial tensors come from an SVD of the weight.
     """
     if method_info(method).spec.start_from_weight:
         return set()
@@ -328,7 +328,7 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
-    """Map the names of the reference's trainable tensors over `bases` to their shapes.
+    """Map the names of the reference's trainable tensors for the layers `bases` to their shapes.
 
     If the config has no targets, the result is empty.
     """
@@ -337,7 +337,7 @@ def initial_shapes(
 
 
 def _quick_start(method: str, config: Any) -> Any:
-    """Return a config with which the reference attaches quickly. The initial values differ, but not the shapes."""
+    """Return a config with which the reference attaches quickly. It changes the initial values, but no shapes."""
     return replace(config, **method_info(method).spec.quick_start)
 
 

@@ -1,4 +1,4 @@
-"""Problems of a parity suite's file: names of checks, of settings and of config keys that do not exist. No torch."""
+"""Find problems in a parity suite's file: names of checks, settings or config keys that do not exist. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.methods.spec import methods
 def of_checks(
     document: yaml_validation.Document, names: Sequence[str], tolerances: Collection[str]
 ) -> Iterator[Problem]:
-    """Yield a problem for each name that is not a check, and for each tolerance of a check that the suite does not try."""
+    """Yield a problem for each of `names` that is not a check, and for each tolerance of a check that is not in `names`."""
     known = checks.docstrings()
     for index, name in enumerate(names):
         if name not in known:
@@ -29,7 +29,9 @@ def of_checks(
 def of_settings(
     document: yaml_validation.Document, method: str, configs: Sequence[Mapping[str, Any]], settings: Collection[str]
 ) -> Iterator[Problem]:
-    """Yield a problem for each key of `configs` and `settings` that the Method lacks, and for each invalid value."""
+    """Yield a problem for each invalid value, and for each key of `configs` and `settings` that the Method does not
+    have.
+    """
     fields = methods()[method].fields if method in methods() else {}
     for index, config in enumerate(configs):
         for key, value in config.items():

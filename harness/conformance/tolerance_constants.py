@@ -1,4 +1,4 @@
-"""Tolerance constants: the numbers that decide pass or fail, each with its reason. The module does not import torch."""
+"""Constants of the tolerances: the numbers that decide pass or fail, each with its reason. Imports no torch."""
 
 from __future__ import annotations
 

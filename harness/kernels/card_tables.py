@@ -1,10 +1,10 @@
-"""Tables of measured tuning values per card (GPU): crossovers, and tiles of matrix products.
+"""Tables of measured tuning values for each card (GPU): crossovers, and tiles of matrix products.
 
-A crossover is the largest size for which an Operation uses its fused kernel; see `harness.kernels.crossover`. A table
-is a JSON file in `crossovers/`: `default.json`, or a file with the name of a card (see `file_name`) that `peft-harness
-bench --crossovers` has measured. If the environment variable PEFT_HARNESS_CROSSOVERS names a folder, the tables in this
-folder take precedence, so that a measured table can be tried without changing the package. This module imports no
-torch.
+A crossover is the largest size for which an Operation uses its fused kernel; see `harness.kernels.crossover`. A tile is
+the part of a matrix product that one program of a kernel computes. A table is a JSON file in `crossovers/`.
+`default.json` is for every card. `peft-harness bench --crossovers --out DIR` measures a card, and writes the card's
+table, such as `nvidia-h100-80gb-hbm3.json`. To try a new table without changing the package, set the environment
+variable PEFT_HARNESS_CROSSOVERS to its folder: tables in this folder take precedence. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 VARIABLE = "PEFT_HARNESS_CROSSOVERS"
 DEFAULT = "default.json"
-"""File name of the default table. It has every crossover, and no tiles.
+"""File name of the default table, which has every crossover and no tiles.
 
-A value that a card's own table lacks comes from the default table.
+If a card's own table lacks a crossover, the default table gives it.
 """
 CROSSOVERS = {"nf4_linear": "tokens", "multi_lora_linear": "tokens_per_adapter", "lora_linear": "rank"}
-"""Operation -> the size that the Operation's crossover limits. Rows of a table have the crossover under this name."""
+"""Operation -> the size that is compared with its crossover. A table's rows have the crossover under this name."""
 TILES = "tiles"
 _KEYS = ("card", "torch", "triton", *CROSSOVERS, TILES)
 PACKAGED = Path(__file__).with_name("crossovers")
@@ -40,7 +40,7 @@ _HINT = "measure the card again by `peft-harness bench --crossovers --out DIR`, 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A JSON value in a table, with its file and key, so that error messages can name them."""
+    """A JSON value in a table. Error messages name its file and its key."""
 
     file: Path
     key: str
@@ -48,7 +48,7 @@ class Entry:
     value: Any
 
     def wrong(self, expected: str) -> ValueError:
-        """Return the error for a wrong value. expected: what the value must be, such as `a list`."""
+        """Return the error for a wrong value. expected: a description of right values, such as `a list`."""
         got = repr(self.value)[:80]
         return ValueError(f"{self.file}: {self.key or 'table'}: must be {expected}, got {got}; hint: {_HINT}")
 
@@ -94,14 +94,14 @@ class Entry:
 def file_name(card: str) -> str:
     """Return the file name of a card's table, such as `nvidia-h100-80gb-hbm3.json`.
 
-    card: name of the GPU. Empty for the CPU, whose table is `cpu.json`.
+    card: name of the GPU, or empty for the CPU, whose table is `cpu.json`.
     """
     return f"{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-') or 'cpu'}.json"
 
 
 @cache
 def card(device: torch.device) -> str:
-    """Return the name of a GPU, as its driver says it. For any other device, return an empty string."""
+    """Return the name of a GPU as its driver reports it. For any other device, return an empty string."""
     import torch  # late, because `night` names cards and starts fast
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -113,10 +113,9 @@ _only: tuple[Entry, ...] | None = None
 
 @contextmanager
 def only_tables(*only: Entry) -> Iterator[None]:
-    """Let kernels read only the given tables and `default.json` inside the context, on every card.
+    """Inside the context, let kernels on every card read only the given tables and `default.json`.
 
-    Measurements use this context, so that an older table for the card can neither change their result nor make them
-    fail.
+    Measurements use this context. An older table for the card then has no effect on them, even if it has mistakes.
     """
     global _only
     before, _only = _only, only
@@ -132,7 +131,7 @@ def only_tables(*only: Entry) -> Iterator[None]:
 def tables(on: str) -> tuple[Entry, ...]:
     """Return the tables for a card in the order of precedence. The default table comes last.
 
-    on: name of the card. Empty for the CPU, whose table `cpu.json` is for Triton's interpreter.
+    on: name of the card, or empty for the CPU. The CPU's table, `cpu.json`, is for Triton's interpreter.
 
     The files and the variable PEFT_HARNESS_CROSSOVERS are read once per process, because every call of a kernel needs
     the tables. If the variable names a folder without a table for the card, a RuntimeWarning says so. Raises ValueError
@@ -160,7 +159,7 @@ def _of_card(file: Path, on: str) -> Entry:
 
 
 def read(file: Path) -> Entry:
-    """Return the table in a file. Raises ValueError if it is not JSON, or if it has a key twice or an unknown key."""
+    """Return the table in a file. Raises ValueError if it is no JSON object, has an unknown key, or has a key twice."""
     try:
         value = json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: _object(file, pairs))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def crossover_of(operation: str, on: str, E: int) -> float:
     """Return the crossover of an Operation for a weight (E, D). Infinity means that all sizes use the fused kernel.
 
-    on: name of the card; empty for the CPU. Each row of a table has the smallest E to which the row applies. Among the
-    rows that apply, the one with the largest such E decides. If no row of a table applies, the next table decides.
+    on: name of the card, or empty for the CPU. A row of a table applies to weights whose E is at least the row's E. Of
+    the rows that apply, the one with the largest E decides. If no row of a table applies, the next table decides.
     Raises ValueError for a table with a mistake.
     """
     return next(size for table in tables(on) for least, size in limits(table, operation) if least <= E)
@@ -38,7 +38,7 @@ def limits(table: Entry, operation: str) -> list[tuple[int, float]]:
     """Return a table's rows for an Operation as pairs (smallest E, crossover), with the largest E first.
 
     E is the number of outputs of a layer. The result is empty if the table lacks the Operation. Raises ValueError for a
-    row that is not as expected, for two rows with the same E, and for an unknown key.
+    section without rows, a wrong or missing value, two rows with the same E, and an unknown key.
     """
     if operation not in table:
         return []
@@ -60,9 +60,9 @@ def _size(given: Entry) -> float:
 
 
 def is_lora_fused(rank: int, E: int, mask: torch.Tensor | None, device: torch.device) -> bool:
-    """Return whether the fused Triton kernel computes a LoRA layer of E outputs. device: a device that supports Triton.
+    """Return whether the fused Triton kernel computes a LoRA layer with E outputs.
 
-    With a dropout mask, the result is True for every rank: the fused kernel then avoids a masked copy of x, and the
-    crossover was measured without a mask.
+    With a dropout mask, the result is True for every rank. The fused kernel then avoids a masked copy of x, and the
+    crossover was measured without a mask. device: a device that supports Triton.
     """
     return mask is not None or rank <= crossover_of("lora_linear", card(device), E)

@@ -1,4 +1,4 @@
-"""Dispatch of Operations: to Triton on a GPU, to Triton's interpreter if this is on, and otherwise to torch."""
+"""Choose where Operations run: in Triton on a GPU or in Triton's interpreter, otherwise in torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of the Triton kernels; float64 runs in torch on every device."""
+"""Dtypes that the Triton kernels take. With float64, torch computes on every device."""
 
 
 @cache
@@ -30,18 +30,19 @@ def _compiles() -> bool:
 def by_triton(*tensors: Tensor) -> bool:
     """Return whether Triton computes with these tensors.
 
-    All tensors must be on a GPU, unless Triton's interpreter is on. Floating tensors must have one of `TRITON_DTYPES`.
+    True if Triton is installed, and all tensors are on a GPU or Triton's interpreter is on. In both cases, floating
+    tensors must have one of `TRITON_DTYPES`.
     """
     runs = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
     return runs and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())
 
 
 def multiplied_by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton multiplies matrices of these tensors.
+    """Return whether Triton computes matrix products of these tensors.
 
-    Triton does so where `by_triton` is true, except for float32 on a GPU. Without TF32 no matrix unit multiplies
-    float32, and cuBLAS is faster. Only torch knows whether the user allows TF32. The interpreter also multiplies
-    float32, so that tests cover these kernels in every dtype.
+    The result is that of `by_triton`, but False for float32 on a GPU. Without TF32, no matrix unit multiplies float32,
+    and cuBLAS is faster. Only torch knows whether the user allows TF32. The interpreter multiplies float32, too, so
+    that tests cover these kernels in every dtype.
     """
     return by_triton(*tensors) and (interpreted() or not any(t.dtype == torch.float32 for t in tensors))
 
@@ -49,6 +50,6 @@ def multiplied_by_triton(*tensors: Tensor) -> bool:
 def frozen(*tensors: Tensor | None) -> bool:
     """Return whether no tensor requires a gradient.
 
-    The kernels of adapted layers require a frozen base, because they compute no gradients of the base.
+    Kernels of adapted layers require a frozen weight and bias, because they compute no gradients of the two.
     """
     return not any(t is not None and t.requires_grad for t in tensors)

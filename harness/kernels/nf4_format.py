@@ -13,16 +13,16 @@ from torch import Tensor
 BLOCK2 = 256
 """Number of absmax values per block of double quantisation."""
 ZERO = 7
-"""Code of the value 0. This code also pads an odd number of codes to whole bytes."""
+"""Code of the value 0. An odd number of codes is padded with this code to whole bytes."""
 
 
 @cache
 def levels() -> Tensor:
-    """Return the 16 levels, ascending from -1 to 1, float32 (16,), on the CPU.
+    """Return the 16 levels of NF4, ascending from -1 to 1, float32 (16,), on the CPU.
 
-    The result is cached: do not write to it. The levels are zero and quantiles of the normal distribution: eight above
-    zero and seven below. On each side, the probabilities are evenly spaced in float32 from 0.9677083 down to 1/2, which
-    is excluded. 0.9677083 is 1 - (1/30 + 1/32) / 2.
+    The result is cached: do not write to it. The levels are zero, eight positive quantiles of the normal distribution,
+    and the negatives of seven others. All are divided by the largest. The probabilities of the eight, and those of the
+    seven, are evenly spaced in float32 from 0.9677083 = 1 - (1/30 + 1/32) / 2 down to 1/2, without 1/2.
     """
 
     def upper(count: int) -> list[float]:
@@ -35,9 +35,9 @@ def levels() -> Tensor:
 
 
 def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[int]) -> None:
-    """Raise ValueError unless `packed` and `constants` fit a tensor of this shape.
+    """Raise ValueError unless `packed` and `constants` fit a weight of this shape.
 
-    `packed` must have one byte per two elements, and `constants` one number per block of elements.
+    `packed` must have one byte per two elements, and `constants` one number per block of `block` elements.
     """
     count = prod(shape)
     if block < 1 or packed.numel() != -(-count // 2) or constants.numel() != -(-count // block):
@@ -48,7 +48,7 @@ def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[i
 
 
 def check_second_sizes(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> None:
-    """Raise ValueError unless `absmax2` has one number per block of `codes`, and `offset` is one number."""
+    """Raise ValueError unless `absmax2` has one number per `block` codes, and `offset` is one number."""
     if block < 1 or absmax2.numel() != -(-codes.numel() // block) or offset.numel() != 1:
         raise ValueError(
             f"{codes.numel()} codes in blocks of {block} need {-(-codes.numel() // max(block, 1))} constants and 1 offset, "

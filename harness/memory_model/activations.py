@@ -3,7 +3,7 @@
 The estimate counts the bytes that autograd saves in transformers' Llama. Each block saves, per token:
 
     2 norms        2 (4 D + 4)            each norm saves its input and an inverse root, both in float32
-    attention      s (2 Q + 2 K) + 4 H    q, k, v, the output, and a logarithm per head; no T x T matrix
+    attention      s (2 Q + 2 K) + 4 H    q, k, v, the output, and a log-sum-exp per head; no T x T matrix
     MLP            3 s F                  gate, silu(gate), up
 
 The symbols are:
@@ -19,19 +19,19 @@ The symbols are:
 
 A Method may add:
 
-    s D    for a norm's output, if an adapted layer saves it as its input
-    s F    for the MLP's product, if an adapted layer saves it as its input
+    s D    for a norm's output, if an adapted layer saves this output
+    s F    for the MLP's product, if an adapted layer saves this product
     s D    for a norm's normalised input, if the norm's weight trains
 
 Adapted layers save further tensors, which `harness.memory_model.saved_activations` measures. Outside the blocks, the
-last norm saves its input. For each token with a loss, the logits, their logarithms and the gradient of the logarithms
+last norm saves its input. For each token with a loss, the logits, their log-softmax and the gradient of the log-softmax
 take V (s + 2 max(s, 4)) bytes.
 
 Blocks before the first trained layer save nothing. With gradient checkpointing, each block saves only its input, s D,
 and one block at a time is recomputed. The sines and cosines of positions, which all blocks share, are not counted.
 
-For a block of GPT-2 in 16 bits, the same count gives 34 D bytes per token without the attention's matrix. This agrees
-with eq. 1 of Korthikanti et al. 2022, arXiv:2205.05198.
+For a block of GPT-2 in 16 bits, this way of counting gives 34 D bytes per token without the attention's matrix. This
+agrees with eq. 1 of Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """Memory that the layers of a Llama save for the backward pass with one Method: numbers of blocks, layers and bytes."""
+    """Counts that decide how many bytes a Llama with one Method saves for the backward pass."""
 
     blocks: int
     """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""
@@ -96,8 +96,8 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the number of bytes for each token with a loss.
+    """Return the bytes that the output layer and the loss need for each token with a loss.
 
-    They hold the token's logits, the logarithms of the logits, and the gradient of these logarithms.
+    These are the bytes of the token's logits, of their log-softmax, and of the gradient of the log-softmax.
     """
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

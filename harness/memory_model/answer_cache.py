@@ -1,4 +1,4 @@
-"""Cache on disk for the answers to requests to count bytes or to simulate a training step. Imports no torch.
+"""Cache on disk for the answers to each `CountRequest` and `StepRequest`. Imports no torch.
 
 An entry is the file `predictions/KEY.json` in the cache folder. KEY is a hash of all facts that the answer depends on.
 The entry also holds these facts, so that `read` ignores a broken or foreign file, and `write` replaces it.
@@ -26,7 +26,7 @@ Request = Mapping[str, Any]
 """A `CountRequest` or a `StepRequest`. It may have further keys with facts that the answer depends on."""
 
 MOST = 4096
-"""Largest number of entries, of a few KB each. If there are more, the oldest are removed."""
+"""Largest number of entries, of a few KB each. If there are more, `write` removes the oldest."""
 _VARIABLES = ("PEFT_HARNESS_COMPILE", "TRITON_INTERPRET")
 """Environment variables that decide which code a training step runs."""
 
@@ -109,7 +109,7 @@ def _surroundings() -> dict[str, Any] | None:
 def _is_own(cell: Mapping[str, Any] | None) -> bool:
     """Return whether the Implementation of a Cell is part of the harness's own distribution.
 
-    cell: None for a request without a Cell. Such a request uses only reference Implementations, so the result is True.
+    cell: None for a request without a Cell. The result is then True: the request uses only reference Implementations.
     """
     if cell is None:
         return True

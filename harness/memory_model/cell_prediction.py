@@ -1,6 +1,6 @@
 """Predict the memory of one Cell from its model's config.json and its batches. The Cell's worker runs this code.
 
-A prediction from the cache (`answer_cache`) is the same as a new one.
+Predictions are cached (`answer_cache`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness.records.record import Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
-    """Predict the memory of a Cell, and the peak of its training step over `batches`.
+    """Predict the memory of a Cell and, on a CPU, the peak of a training step over the largest of `batches`.
 
     Return the prediction, or the reason why there is none.
     """
@@ -63,7 +63,7 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
 def _sha256(parts: Sequence[Batch]) -> str:
     """Return the SHA-256 of the content of batches.
 
-    The content matters, because a step may run other code if the mask hides no token.
+    The content matters: a step may run different code if the attention mask hides no token.
     """
     digest = hashlib.sha256()
     for part in parts:

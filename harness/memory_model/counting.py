@@ -35,11 +35,11 @@ from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
 _Counted = tuple[MethodCount, tuple[Any, ...] | None]
-"""Count of one config, and the fields of its `SavedActivations`. The fields are None if there is no closed form."""
+"""Count of one config, and the fields of its `SavedActivations`. None replaces the fields if there is no closed form."""
 
 
 _FACTORIES = (torch.empty, torch.randn, torch.zeros)
-"""torch functions with which Methods create an adapter's tensors. `SkipRandomDraws` creates these on its device.
+"""torch functions that Methods call to create an adapter's tensors. `SkipRandomDraws` passes its `device` to them.
 
 Tables of values, such as NF4's levels, come from other functions.
 """
@@ -80,7 +80,7 @@ def count(
 ) -> ModelCount:
     """Count the bytes of a model for every config of each Method. The arguments are documented in `CountRequest`.
 
-    If a target matches no layer of any Method, the result has only `misfits`. Raises ValueError for a model that
+    If a target matches no layer that can be adapted, the result has only `misfits`. Raises ValueError for a model that
     transformers does not know, and AssetError for an unreadable checkpoint.
     """
     lacks = models.lacks(checkpoint)
@@ -154,7 +154,7 @@ def _with_activations(counted: MethodCount, saved: tuple[Any, ...] | None, shape
 def default_targets(model: nn.Module) -> list[str]:
     """Return the shortest names that match every linear layer except the output layer, and no other module.
 
-    Each name is an end of a layer's dotted path, such as `q_proj` or `self_attn.q_proj`.
+    Each name is a suffix of a layer's dotted path, such as `q_proj` or `self_attn.q_proj`.
     """
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
@@ -162,7 +162,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def _ends(path: str) -> list[str]:
-    """List the ends of a dotted path, from the shortest to the whole path."""
+    """List the suffixes of a dotted path, the shortest first: `a.b.c` -> `c`, `b.c`, `a.b.c`."""
     parts = path.split(".")
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
@@ -197,8 +197,9 @@ def count_method(
 ) -> _Counted:
     """Attach the reference of a Method, count its bytes, detach it, and return the counts.
 
-    The second result has the fields of `SavedActivations`. It is None for a model without a Llama's blocks, and if an
-    adapted layer is not linear. names: targets to use if the config has no targets.
+    The second result has the fields of `SavedActivations`. It is None if the model has no Llama blocks, or if an
+    adapted layer is not linear. names: targets to use if the config has no targets. head: parameters of the model's
+    head.
     """
     rank = config.get("rank")
     if method in UNREFERENCED:
@@ -240,7 +241,7 @@ def count_method(
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Map each base that the Method supports to the number of bytes of everything except the adapter.
+    """Map each base that the Method supports, e.g. `nf4`, to the number of bytes of everything except the adapter.
 
     every: bytes of everything except the adapter, with unpacked weights. frozen: weights of the adapted layers that a
     4-bit base would pack. calls: whether the adapted layers call the layers that they wrap. If they do not, the Method

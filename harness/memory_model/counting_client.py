@@ -22,8 +22,8 @@ TIMEOUT_S = 600.0
 def answer_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     """Return the answer to each request, or the reason why the child process failed.
 
-    Equal requests get the same answer. One child answers all requests that are not in the cache (`answer_cache`). An
-    answer is None if the child ran out of time before it.
+    One child answers all requests that are not in the cache (`answer_cache`), and equal requests only once. An answer
+    is None if the child's time ran out before it.
     """
     keys = [_key(request) for request in requests]
     distinct = dict(zip(keys, requests, strict=True))
@@ -83,7 +83,7 @@ def _merged(requests: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _part(request: Mapping[str, Any], merged: Mapping[str, Any], counted: Any) -> Any:
-    """Return the answer to `request`, selected from the answer to a merged request.
+    """Return the answer to `request`, as a part of `counted`.
 
     merged: a request that `_merged` has made from `request` and others. counted: the answer to `merged`.
     """

@@ -1,7 +1,7 @@
-"""Compute the peak memory of a training step. A dry step runs the Cell's loop on fake tensors and counts their bytes.
+"""Compute the peak memory of a training step by a dry step: run the Cell's loop on fake tensors, and count their bytes.
 
-When the dry step begins, the optimizer has its states, and there are no gradients. `harness.cell.training.counted_step`
-begins in the same way. No weights are loaded, so the model may have any size. Run dry steps in a separate process
+A dry step begins, like `harness.cell.training.counted_step`, with the optimizer's states and without gradients. No
+weights are loaded, so the model may have any size. Run dry steps in a separate process
 (`harness.memory_model.isolated_step`), because libraries cache tensors.
 """
 
@@ -109,12 +109,10 @@ def longest_batches(cell: Cell, kind: str, loss_tokens: int) -> list[Batch]:
 
 
 def peak(step: DryStep, parts: Sequence[Batch]) -> int:
-    """Return the peak memory of a step over the micro-batches `parts`, in bytes.
-
-    The batches themselves are not counted.
+    """Return the peak memory of a step over the micro-batches `parts`, in bytes, without the batches themselves.
 
     The peak of each stage is linear in the number of blocks. So the peak of a model with many equal blocks is
-    extrapolated from two models with few blocks. Errors of libraries that do not support fake tensors are raised.
+    extrapolated from two models with few blocks. A library that does not support fake tensors raises its own error.
     """
     blocks = _depth(step.config)
     # The first part starts without gradients. All later parts start with gradients, so the largest has the highest peak.
@@ -130,7 +128,7 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
-    """Return the number of blocks. If the config lacks it, or has a list with an entry per block, return None."""
+    """Return the number of blocks, or None if the config lacks it or has a list with an entry per block."""
     number = next((config[key] for key in shapes.DEPTHS if key in config), None)
     listed = any(isinstance(value, list) and len(value) == number for value in config.values())
     return None if listed or not isinstance(number, int) else number
@@ -139,7 +137,7 @@ def _depth(config: Mapping[str, Any]) -> int | None:
 def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
     """Run the step on fake tensors, and return the peak of each stage in bytes. `_staged` defines the stages.
 
-    uniform: whether to return None if the model's blocks are not equal, or if a target is not in this model.
+    uniform: if true, return None for a model whose blocks are not equal, or that lacks a target.
     """
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
@@ -194,8 +192,8 @@ def _fill(model: nn.Module) -> None:
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
     """Replace layers by 4-bit layers if the Cell has a 4-bit base, and attach the Method.
 
-    Return the adapted model, and a list of tensors that must exist during the step. For a base in nf4-dq, a Cell's
-    worker keeps decoded quantisation constants, and these tensors have the same sizes.
+    Return the adapted model, and tensors that must exist during the step: for a base in nf4-dq, one per replaced layer.
+    A Cell's worker keeps the layer's decoded quantisation constants, and the tensor has their size.
     """
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)
@@ -230,7 +228,7 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _converting() -> AbstractContextManager[None]:
-    """Return a context in which `module.to(dtype)` writes to fake parameters.
+    """Return a context in which `module.to(dtype)` assigns the converted data to the old parameters.
 
     Otherwise torch would swap the parameters, and a swap fails for tensors with weak references.
     """
@@ -254,8 +252,8 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 def _few_chunks() -> AbstractContextManager[None]:
     """Return a context in which an optimizer with 8-bit moments updates only three chunks of a large tensor.
 
-    They are the first, the second and the last of thousands of chunks. The peak stays the same: the second chunk begins
-    while the results of the first exist, and the omitted chunks would begin in the same way.
+    A large tensor has thousands of chunks, and the three are the first, the second and the last. The peak stays the
+    same: the second chunk begins while the results of the first exist, as the omitted chunks would.
     """
     every = adamw8bit_step.firsts
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))

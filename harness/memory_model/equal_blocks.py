@@ -1,9 +1,8 @@
 """Compute the counts (bytes, parameters) of a model with many equal blocks from copies with one and with two blocks.
 
 Every count is a sum or a maximum over layers. So each block after the first adds the same number, and the two copies
-give the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32. In
-the same way, the facts about named parts of a model follow from a few blocks, because each further block has parts with
-the same names.
+give the exact count of the whole model. Counting a Llama with 80 blocks takes no longer than counting one with 32.
+Facts about named parts, such as layers, also follow from a few blocks, because each further block repeats the names.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torch import nn
 SMALL = (1, 2)
 """Numbers of blocks in the two copies of a model that are counted."""
 Facts = tuple[Mapping[str, Any], ...]
-"""Dicts of facts about a model. Each dict maps the names of parts, such as layers or tensors, to values."""
+"""Dicts that map names of a model's parts, such as layers or tensors, to values."""
 
 
 def find_blocks(model: nn.Module, head: Collection[str]) -> str:
-    """Return the path of the longest list of equal blocks in a model, or "" if there is none.
+    """Return the path of the longest list of equal blocks in a model, or "" if there is none with more than two blocks.
 
-    The list has more blocks than the copies of `SMALL`. Equal blocks have modules of the same types, names and sizes,
-    and share no parameter. head: names of the head's parameters, which train as a whole. No block contains any of them.
+    Equal blocks have modules of the same types, names and sizes, and share no parameter. head: names of the head's
+    parameters, which train as a whole. No block contains any of them.
     """
     found = ""
     length = SMALL[-1]
@@ -44,12 +43,12 @@ def keep_blocks(model: nn.Module, path: str, number: int) -> None:
 
 
 def names_one_block(target: str) -> bool:
-    """Return whether a target may select a layer in some blocks only: the name contains the number of a block."""
+    """Return whether `target` contains the number of a block, so that it may select layers in some blocks only."""
     return any(part.isdecimal() for part in target.split("."))
 
 
 def extrapolate(one: Any, two: Any, blocks: int) -> Any:
-    """Return the count of a model with this number of blocks from the counts with one block and with two blocks.
+    """Return the count of a model with `blocks` blocks from the counts with one block (`one`) and with two (`two`).
 
     A count is a number, or a dict, list or tuple of counts. Anything else must be equal in both. Raises ValueError if
     the two counts do not have the same form.
@@ -68,13 +67,15 @@ def extrapolate(one: Any, two: Any, blocks: int) -> Any:
 def named_facts(
     model: nn.Module, find: Callable[[], Facts], chosen: Collection[str] = ()
 ) -> tuple[dict[str, Any], ...]:
-    """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with only a few blocks.
+    """Return what `find()` returns for the whole model. If its blocks are equal, call `find` with few blocks only.
 
-    The facts about two blocks are extrapolated to three blocks. If they agree with what `find` returns for three
-    blocks, they are extrapolated to the whole model. Otherwise `find` is called with the whole model. find: function
-    that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the parameters that
-    `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is called with the
-    whole model. Raises what `find` raises for the whole model.
+    `find` is called with two and with three blocks. If the facts about two blocks, extrapolated to three, agree with
+    the facts about three, they are extrapolated to the whole model. Otherwise `find` is called with the whole model,
+    and may raise its own errors.
+
+    find: function that adapts the model, reads facts about its parts, and detaches the adapter. chosen: names of the
+    parameters that `find` selects, e.g. by a regular expression. If they are not the same in each block, `find` is
+    called with the whole model.
     """
     path = find_blocks(model, ())
     blocks: Any = model.get_submodule(path) if path else ()
@@ -93,7 +94,10 @@ def _are_in_each_block(names: Collection[str], path: str, blocks: int) -> bool:
 
 
 def _found_in_first(model: nn.Module, path: str, number: int, find: Callable[[], Facts]) -> Facts:
-    """Return what `find()` returns if the list at `path` has only its first `number` blocks. If it raises, return ()."""
+    """Return what `find()` returns if the list at `path` has only its first `number` blocks.
+
+    If `find` raises ValueError, return ().
+    """
     parent, _, name = path.rpartition(".")
     owner: nn.Module = model.get_submodule(parent)
     blocks: Any = getattr(owner, name)

@@ -7,12 +7,13 @@ The result has one row per Method, base and optimizer. Columns of a row:
 
 trainable: number of trainable parameters.
 longest: number of tokens of the longest text that fits alone at this rank, and that the model can read.
-peak: largest number of bytes in tensors during a training step on fake tensors. The peak decides what fits. The step
-  runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
-  differs by at most 3 % from measured steps of small models.
-total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
-needed: the peak, or the total with --formulas. It decides what fits. The columns from weights to other add up to it.
-other: the rest of what is needed, such as temporary tensors. It is negative if parts do not exist at the same time.
+peak: largest number of bytes in tensors during a training step on fake tensors. The step runs the CPU code of `fused`
+  or, if this is not possible, of `reference`; `--json` names the code. In tests, the peak differs by at most 3 % from
+  measured steps of small models.
+total: sum of the closed forms, without temporary tensors. Among the ranks whose total fits, the search chooses one.
+needed: the peak, or the total with --formulas. It decides what fits.
+other: needed minus the columns from weights to logits: temporary tensors. It is negative if parts do not exist at the
+  same time.
 free: the given memory minus what is needed. It is negative if the row does not fit. In JSON, it is called left.
 
 In tests, weights, adapter, gradients and optimizer differ by at most 3 % from the ledgers of real Cells. Activations
@@ -82,17 +83,17 @@ class FitRow:
     trainable: int = 0
     """Number of trainable parameters."""
     batch: int | None = None
-    """Number of texts in a batch: the requested one, or the largest that fits (1 if none fits). None if the size of
-    activations is unknown.
-    """
+    """Number of texts in a batch: the requested number, or the largest that fits (1 if none fits). None if the size of
+    activations is unknown."""
     longest: int | None = None
-    """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown."""
+    """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown,
+    if nothing fits, or if the user asked about a batch."""
     ledger: Ledger | None = None
     """Bytes of each part of the memory. None if nothing was counted."""
     left: int = 0
     """Bytes that remain free. Negative if nothing fits."""
     untouched: str = ""
-    """Note about weights that are neither adapted nor packed. Empty if the user named the layers to adapt."""
+    """Note about weights that the Method leaves unadapted and unpacked. Empty if the user named the layers to adapt."""
 
 
 def fit_request(

@@ -1,8 +1,8 @@
 """Answer whether a training run with a given rank and batch fits, and find what would make it fit. Imports no torch.
 
-The answer has one row for each Method, at one rank, with each base and each optimizer. If a row does not fit, the same
-prediction is made for training with changed settings: gradient checkpointing, a 4-bit base, an 8-bit optimizer,
-layer-wise updates, several of these together, and smaller batches.
+The answer has one row for each Method, at one rank, with each base and each optimizer. For a row that does not fit,
+training with changed settings is predicted too: gradient checkpointing, a 4-bit base, an 8-bit optimizer, layer-wise
+updates, several of these together, and smaller batches.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ _STEP_ERROR, _FORMULA_ERROR = 0.03, 0.2
 """Largest relative errors of a simulated step and of a closed form in tests. Both leave out the allocator's waste, the
 workspaces of kernels and the CUDA context."""
 _DOUBT = 0.25
-"""Assumed largest relative error of a closed form. If the closed form's result is this close to the available memory, a
-simulated step decides. In tests, the error is at most 20 %.
-"""
+"""Assumed largest relative error of a closed form; in tests, it is at most 20 %. A closed form of at most 75 % of the
+available memory surely fits, and one of more than 125 % surely does not."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ def answer(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]
 
     The key `answer` of the result is `yes` if at least one row fits, `no` if none fits, and `unknown` if no row is
     known to fit and a prediction is missing. Each row gets `fits`, `needed_B`, `free_B`, and `margin_B`, the largest
-    error of the prediction. A row that does not fit also gets `largest_batch`, which is 0 if not even one text fits,
-    and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. Raises UsageError if
-    `by_steps` is False and the model has no closed form.
+    error of the prediction. A row that does not fit also gets `largest_batch` (0 if not even one text fits, None if it
+    is unknown) and `changes`: the settings that were tried, each with `fits`, `needed_B` and `free_B`. Raises
+    UsageError if `by_steps` is False and the model has no closed form.
     """
     if not by_steps and not document["activations_known"]:
         what = f"there is no closed form of the activations of {request.model.name}"
@@ -124,7 +123,7 @@ class _Question:
         return _judged(row | by | {"peak_B": peak, "no_peak": "", "ledger": ledger}, peak, self.room)
 
     def _changes(self, row: Row) -> list[_Change]:
-        """Return the changes that a row allows: each setting, checkpointing with one other setting, and all together."""
+        """Return the changes to try for a row: each setting alone, checkpointing with one other, and all together."""
         (one,) = (c for c in self.counted["methods"][row["method"]] if c["rank"] == row["rank"] and not c["error"])
         found: dict[str, Any] = {} if self.request.checkpointing else {"checkpointing": True}
         if row["base"] == "none" and _PACKED in one["weights"]:
@@ -142,7 +141,8 @@ class _Question:
     def _worth_a_step(self, changes: list[_Change]) -> list[_Change]:
         """Return the changes for which a step is simulated.
 
-        A change is left out if it surely does not fit by the closed forms, or if a change of fewer settings surely fits.
+        By its closed form, a change may surely fit, surely not fit, or neither. Changes that surely do not fit are left
+        out. If a change surely fits, changes of more settings are left out too.
         """
         shares = [one.row["ledger"]["total_B"] / self.room for one in changes]
         enough = [len(one.settings) for one, share in zip(changes, shares, strict=True) if share <= 1 - _DOUBT]

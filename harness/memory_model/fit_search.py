@@ -38,12 +38,13 @@ Row = dict[str, Any]
 
 
 def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the closed-form document. In each row, batch, longest text and peak now come from steps on fake tensors.
+    """Return `document`, the closed-form results, with batch, longest text and peak of each row from steps on fake
+    tensors.
 
     The key `peak_B` of a row is the peak in bytes of a step with the row's batch, or with one text if no text fits.
     `peak_by` is the code that took the step. If no step could be taken, `peak_B` is None, `no_peak` has the reason, and
-    the rest of the row is unchanged. A row changes its rank only if steps and closed form disagree about whether the
-    rank fits. It then gets the largest rank at which one text fits.
+    the rest of the row is unchanged. If steps and closed form disagree about whether the row's rank fits, the row gets
+    the largest rank at which one text fits.
     """
     rows = [
         row
@@ -74,7 +75,7 @@ def step_implementation(method: str) -> str:
 
 
 class FitSearch:
-    """A search for the batch, text length and rank that fit, in several rows. One child process takes the steps."""
+    """A search for the largest batch, text length and rank that fit, in every row. Child processes take the steps."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document
@@ -139,7 +140,11 @@ class FitSearch:
     def largest(
         self, row: Row, of: str, tokens: int, *, first: int, most: int | None, grain: float = 0.0
     ) -> StepRequest:
-        """Return the request for a search for the largest batch or text of a row; see `SearchOptions`."""
+        """Return the request for a search for the largest batch or text of a row.
+
+        of: `batch` or `max_tokens`, the size that is searched. first, most: first and largest size to try. grain:
+        relative tolerance of the result.
+        """
         # Paged states are in host memory. In a step on a CPU, this memory is also the device's memory.
         host = row["ledger"]["host_B"]
         options: SearchOptions = {
@@ -199,7 +204,10 @@ class FitSearch:
 
 
 def run_steps(requests: list[StepRequest]) -> list[StepAnswer]:
-    """Return the answer to each request. An answer is empty if the steps before it took too long."""
+    """Return the answer to each request. An answer is empty if the time ran out before its step.
+
+    If the child process fails, each answer has only the reason.
+    """
     answers = counting_client.answer_requests(requests)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(requests)

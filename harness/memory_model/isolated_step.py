@@ -47,10 +47,12 @@ def peak(
 ) -> StepAnswer:
     """Return the peak of a step over the micro-batches `parts`, or the reason why there is none.
 
-    others_B: bytes of other tensors, such as the batches, which are added to the peak. lacks: names of an encoder's
-    weights that are missing from its checkpoint. The answer is empty for a Cell without training. If the base is in 4
-    bits, stand-ins replace its layers. They have the same sizes and decode in the same way. If a library does not
-    support fake tensors, the Method's reference takes the step.
+    For a Cell without training, the answer is empty. If the base is in 4 bits, stand-ins replace its layers. They have
+    the same sizes and decode in the same way. If a library does not support fake tensors, the Method's reference takes
+    the step.
+
+    others_B: bytes to add to the peak for other tensors, such as the batches. lacks: names of an encoder's weights that
+    are missing from its checkpoint.
     """
     if cell.training.steps == 0:
         return {}
@@ -76,9 +78,9 @@ def _transience(errors: Sequence[str]) -> StepAnswer:
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Return the steps to try, in order. Each key names the code that replaces the Cell's own code, or is empty.
+    """Return the steps to try, in order. The first uses the Cell's own Implementation.
 
-    The first step uses the Cell's own Implementation.
+    Each key names the code that replaces the Cell's own code or its base. If nothing is replaced, the key is empty.
     """
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}
@@ -116,7 +118,7 @@ def answer(request: StepRequest) -> StepAnswer:
 
 @cache
 def import_classes(config: str, kind: str) -> None:
-    """Build a model without weights, so that forks need not import transformers' classes."""
+    """Build a model without weights. This imports transformers' classes, so that forks need not."""
     with suppress(*_ERRORS):  # each step reports the error
         structure.build(json.loads(config), kind, torch.float32)
 
@@ -151,7 +153,9 @@ def _in_fork(run: Callable[[], int]) -> int | str:
 
 
 def _pickled_result(run: Callable[[], int]) -> bytes:
-    """Return a pickled pair: the result of `run` or why it failed, and the new entries of `memory_tracker.outputs`."""
+    """Return a pickled pair: the result of `run` or the reason why it failed, and the new entries of
+    `memory_tracker.outputs`.
+    """
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # torch's pool of threads exists only in the parent
     before = len(memory_tracker.outputs)

@@ -42,8 +42,8 @@ def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, g
     """Return the next size to try. If the largest fitting size is known to within `grain`, return None.
 
     The lower bound is the largest size that fits, and the upper bound is the smallest size that does not fit. The
-    function interpolates linearly between the bounds. It bisects instead if several steps in a row (`streak`) have
-    moved the same bound. The peak is not quite linear, because it is a maximum over stages.
+    function interpolates linearly between the bounds. If several steps in a row (`streak`) have moved the same bound,
+    it bisects instead. The peak is not quite linear, because it is a maximum over stages.
     """
     fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)

@@ -73,9 +73,9 @@ def _writes_only(func: OpOverload, args: tuple[Any, ...]) -> bool:
 
 
 def _key(value: object, given: list[Tensor]) -> Hashable:
-    """Return a key for an argument of an operation, and append the argument's tensors to `given`.
+    """Return a part of a cache key for an argument of an operation, and append the argument's tensors to `given`.
 
-    Raises _NotCacheable for an argument without a key.
+    Raises _NotCacheable for an argument of an unsupported type.
     """
     if isinstance(value, Tensor):
         given.append(value)
@@ -117,7 +117,7 @@ _GROUPED = _aten._grouped_mm.default
 _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
-"""Largest size in bytes of a tensor that has data, such as a mask or positions. Programs branch on its values."""
+"""Largest size in bytes of a tensor that has real data, such as a mask or positions. Programs branch on such values."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -219,7 +219,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _engine_refs() -> int:
-    """Return the number of references that a gradient has while autograd accumulates it and no other code holds it.
+    """Return the number of references to a gradient while autograd accumulates it and no other code holds it.
 
     The number differs between processes, so it is measured. A larger number during a step shows that other code holds
     the gradient.

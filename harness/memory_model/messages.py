@@ -19,12 +19,12 @@ class CountRequest(TypedDict):
     targets: list[str]
     """Layers to adapt for configs without targets. An empty list means every linear layer except the output layer."""
     checkpoint: NotRequired[str]
-    """Folder with an encoder's checkpoint. Weights that are missing from the checkpoint train, too. Empty for a model
-    without a checkpoint, which counts as complete."""
+    """Folder with an encoder's checkpoint. Weights that are missing from the checkpoint train, too. Empty if there is
+    no checkpoint; then no weight counts as missing."""
 
 
 class MethodCount(TypedDict, total=False):
-    """Bytes of one Method with one config. If the config failed, there are only `rank` and `error`."""
+    """Counts for one Method with one config. If the config failed, there are only `rank` and `error`."""
 
     rank: Required[int | None]
     error: Required[str]
@@ -32,7 +32,7 @@ class MethodCount(TypedDict, total=False):
     trainable: int
     """Number of trainable parameters."""
     untouched: int
-    """Number of weights of experts that neither train nor have an adapter."""
+    """Number of weights in experts that are frozen and have no adapter."""
     weights: dict[str, int]
     """Base (`none`, `nf4`, ...) -> bytes of all tensors except the adapter."""
     adapter: int
@@ -55,7 +55,7 @@ class ModelCount(TypedDict, total=False):
     error: str
     """Reason why the model cannot be built or counted."""
     misfits: dict[str, str]
-    """Requested targets that match no layer of any Method, with the reason."""
+    """Requested targets that match no layer that can be adapted, with the reason."""
     parameters: int
     targets: list[str]
     """Layers to adapt for configs without targets."""
@@ -77,7 +77,8 @@ class StepRequest(TypedDict):
     loss_tokens: int
     """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
-    """Folder with an encoder's checkpoint. Its missing weights train, too. Empty for a model without a checkpoint."""
+    """Folder with an encoder's checkpoint. Weights that are missing from the checkpoint train, too. Empty if there is
+    none."""
     largest: NotRequired[SearchOptions]
     """Options of a search for the largest step that fits. Without this key, the request is for one step."""
 
@@ -104,6 +105,6 @@ class StepAnswer(TypedDict, total=False):
     """Reason why there is no peak."""
     transient: bool
     """True if another attempt may have another answer: a step took too long, its process died, or a file could not be
-    read. Absent otherwise."""
+    read. If not, the key is absent."""
     tried: dict[int, int]
     """Batch or text length of each step of a search -> its peak in bytes. JSON turns the keys into strings."""

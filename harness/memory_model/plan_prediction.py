@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from harness.assets.table import Source
 
 _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
-"""Training options that do not change the memory of a step -> the value that they get in a step request. Cells that
-differ only in these options then share one step.
-"""
+"""Training option that does not change the memory of a step -> its value in a step request. Cells that differ only in
+these options then share one step."""
 
 
 class PlannedMemory(Predicted):
@@ -54,8 +53,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     token has a loss (`loss: all`), as in the task `synthetic`.
 
     Activations and logits are predicted for texts with `max_tokens` tokens. This is an upper bound, and exact for
-    `synthetic`. Both are None for a compiled model, and for a training loop other than the harness's own. Logits are
-    None for a task with a loss on answers only.
+    `synthetic`. Both are None without training or a closed form, for a compiled model, and for a training loop other
+    than the harness's own. Logits are None for a task with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -124,10 +123,9 @@ def predictions(
 
 
 def step_request(cell: Cell, one: CountRequest, loss_tokens: int) -> StepRequest:
-    """Return the request for a Cell's training step.
+    """Return the request for a Cell's training step. Options in `_SAME` get fixed values.
 
-    Options that do not change the memory of the step get fixed values. one: the Cell's count request. loss_tokens: number of
-    tokens with a loss in each text.
+    one: the Cell's count request. loss_tokens: number of tokens with a loss in each text.
     """
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}

@@ -79,8 +79,8 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
     """Return what each linear layer saves, and whether every layer calls its base layer.
 
     The first result maps the path of each layer to a pair: whether the layer saves its input, and how many other bytes
-    it saves per token. A layer that does not call its base layer has the weight in another form. Examples are PiSSA
-    with its residual and QLoRA with its codes. A program that saves memory then drops the original weight.
+    it saves per token. A layer that does not call its base layer stores the weight in its own form, such as PiSSA's
+    residual or QLoRA's codes. A program that saves memory then drops the original weight.
     """
     known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
     saved, every = {}, True

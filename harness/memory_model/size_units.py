@@ -24,7 +24,7 @@ class MemorySize:
     unit: str
 
     def shown(self, number_B: int) -> str:
-        """Format another number of bytes in this unit, without the unit's name.
+        """Format `number_B` bytes in this object's unit, without the unit's name.
 
         Smaller numbers get more decimals, up to two.
         """
@@ -49,7 +49,7 @@ def parse_size(text: str) -> MemorySize:
 
 
 def _which(number: str, unit: str) -> str:
-    """Return an error message for a size with a wrong unit or without a unit. It lists the possible meanings."""
+    """Return an error message for a size with a wrong or missing unit. It lists the units to choose from."""
     if unit.lower() not in ("k", "m", "g", "t", "", *(name.lower() for name in UNITS)):
         return f"`{unit}` is no unit of memory; write one of {', '.join(UNITS)}"
     letter = (unit or "G")[0].upper()

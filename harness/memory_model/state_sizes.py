@@ -33,12 +33,12 @@ def packed_bytes(numel: int, base: str) -> int:
 def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
     """Return the size of an AdamW state in bytes, as a pair: device memory, host memory.
 
-    numels: number of elements of each trainable tensor.
+    numels: number of elements of each trainable tensor. name: name of the optimizer, e.g. `paged-adamw-8bit`.
 
     Sizes follow the optimizers of Cells (`harness.cell.training.optimizers`). 16-bit weights have float32 master
-    copies. Moments are in 8 bits (arXiv:2110.02861), or in the weight's dtype, but at least in float32. A paged
-    optimizer stores the moments of a tensor in host memory if the tensor has at least 100,000 elements
-    (arXiv:2305.14314, section 3).
+    copies. An 8-bit optimizer has moments in 8 bits (arXiv:2110.02861). Other moments are in float32, or in the
+    weight's dtype if this is wider. A paged optimizer stores the moments of a tensor in host memory if the tensor has
+    at least 100,000 elements (arXiv:2305.14314, section 3).
     """
     device = host = 0
     for n in numels:

@@ -1,4 +1,4 @@
-"""Conversion of the Method of a Cell to the adapter_config.json with which HF peft trains it. Imports no torch.
+"""Convert a Cell's Method to the adapter_config.json with which HF peft trains this Method. Imports no torch.
 
 The result has the keys that the Method determines. All other keys, such as `task_type`, keep peft's defaults.
 """
@@ -29,7 +29,8 @@ class PeftEquivalent:
 def peft_equivalent(method: str, config: Config, quantization: str = "none") -> PeftEquivalent:
     """Return the adapter config with which peft trains a Method.
 
-    config: the Method's config in a Cell. quantization: quantisation of the Cell's base weights, e.g. `nf4`, or `none`.
+    method: name of the Method. config: the Method's config in a Cell. quantization: quantisation of the Cell's base
+    weights, e.g. `nf4`, or `none`.
     """
     if method == PEFT.name:
         return PeftEquivalent(dict(config[KEY]), "")
@@ -57,7 +58,7 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
 
 
 def _refusal(config: Config) -> str:
-    """Return the reason why peft, although it has the Method, cannot train it with this config, or an empty string."""
+    """Return the reason why peft, which has this Method, cannot train it with this config. Empty if it can."""
     names = config.get("targets", ())
     if _ATTENTION in names or (_ALL_LINEAR in names and len(names) > 1):
         return f"peft needs the names of the layers, and this config says {', '.join(names)}"
@@ -145,4 +146,4 @@ _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "oft": _oft,
     "adalora": _adalora,
 }
-"""Method -> function that converts its config to keys of an adapter_config.json. It does not convert the targets."""
+"""Method -> function that converts the Method's config, except its targets, to keys of an adapter_config.json."""

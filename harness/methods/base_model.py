@@ -75,7 +75,7 @@ def load_base(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 @cache
 def _kept(folder: Path, dtype: torch.dtype, times: tuple[int, ...]) -> nn.Module:
-    """Load a small base model, and keep it in memory. times: modification times of its files; a change loads it again."""
+    """Load a small base model, and keep it in memory. times: modification times of its files, a part of the cache's key."""
     return _loaded(folder, dtype)
 
 
@@ -109,7 +109,7 @@ def missing_weights(model: nn.Module) -> frozenset[str]:
 
 
 def empty_base(folder: Path) -> nn.Module:
-    """Return the base model in a folder on the device `meta`. Only its config is read. Raises UsageError as `load_base`."""
+    """Return the base model in a folder, on the device `meta`. Only the config is read. Raises UsageError as `load_base`."""
     config, factory = _model_class(folder)
     return _empty(folder, config, factory)
 
@@ -140,7 +140,7 @@ def _empty(folder: Path, config: Any, factory: Any) -> nn.Module:
 
 
 def logits(model: nn.Module, prompts: Sequence[Sequence[int]], starts: Sequence[int] = ()) -> list[Tensor]:
-    """Return the logits of a model for each prompt, one prompt at a time, without a cache.
+    """Return the logits of a model for each prompt. Run one prompt at a time, without a KV cache.
 
     prompts: token ids. Each result is (tokens, vocabulary) for a causal model, and (labels,) for a classifier. starts:
     for a causal model, the index in each prompt of the first token whose logits are returned; empty for all tokens.

@@ -20,9 +20,9 @@ def crc32_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def quantisation_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in the `quant_state` of bitsandbytes' packed parameters.
+    """Return the tensors in the `quant_state` of bitsandbytes' packed parameters, by `<name of the parameter>.<index>`.
 
-    Their keys are `<name of the parameter>.<index>`.
+    named: parameters by name. Those that are not packed are left out.
     """
     found = {name: tensors_in(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
     return {f"{name}.{index}": tensor for name, tensors in found.items() for index, tensor in enumerate(tensors)}

@@ -36,7 +36,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def takes_all_linear_layers(cell: Cell) -> bool:
-    """Return whether a Cell adapts all linear layers, or has no list of targets and quantises all linear layers."""
+    """Return whether a Cell adapts all linear layers. Without a list of targets, return whether it quantises them all."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")
@@ -60,6 +60,7 @@ def note(number: int, weights: int) -> str:
 def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
     """Return notes for a Record about expert weights that do not train and have no adapter. `model` must be ready to train.
 
-    weights: number of the model's weights without its adapter.
+    The list is empty unless the Cell adapts or quantises all linear layers. weights: number of the model's weights
+    without its adapter.
     """
     return [text] if takes_all_linear_layers(cell) and (text := note(untouched(model), weights)) else []

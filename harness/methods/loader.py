@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_FILES = "adapter_files"
-"""Name of the target that a function which returns a `Loader` implements."""
+"""Target of the Implementations that load adapter files. Their function returns a `Loader`."""
 
 
 class Loader:
     """A base model in evaluation mode, and the adapters that have been loaded into it.
 
-    A subclass implements `load` and `logits`. It overrides any other function that its program offers; the functions
-    here raise harness.Unsupported. Each adapter has a name, which the caller gives.
+    A subclass implements `load` and `logits`. It overrides every other method that the program supports; here, these
+    methods raise harness.Unsupported. The caller gives each adapter a name.
     """
 
     combinations: tuple[str, ...] = ("",)
@@ -63,7 +63,7 @@ class Loader:
         raise Unsupported("hotswap: the loader cannot replace an adapter in place")
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context in which all adapters are off: `logits` returns the logits of the base, whatever its `name`."""
+        """Return a context in which all adapters are off: `logits` returns the logits of the base for every `name`."""
         raise Unsupported("disabled: the loader cannot disable adapters")
 
     def set_scale(self, name: str, factor: float) -> None:
@@ -71,7 +71,7 @@ class Loader:
         raise Unsupported("set_scale: the loader cannot change a scaling")
 
     def train(self, mode: bool) -> None:
-        """Switch to training mode, or back to evaluation mode."""
+        """Set the model to training mode if `mode` is True, else to evaluation mode."""
         raise Unsupported("train: the loader has no training mode")
 
     def copy(self) -> Loader:

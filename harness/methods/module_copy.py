@@ -46,7 +46,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def _is_plain(kind: type[nn.Module]) -> bool:
-    """Return whether modules of this class need no copying code of their own: `copy.deepcopy` copies their attributes."""
+    """Return whether `copy.deepcopy` copies modules of this class attribute by attribute, without a method of the class."""
     return (
         not hasattr(kind, "__deepcopy__")
         and kind.__reduce_ex__ is object.__reduce_ex__

@@ -53,7 +53,7 @@ _CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cac
 }
 """Values of `peft_type` for causal models only, with the reason."""
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
-"""Kind of model for each `task_type` of peft."""
+"""`task_type` of peft -> kind of model. Other task types are not supported."""
 _HEADS = {"classifier", "score"}
 """Entries that peft adds to the `modules_to_save` of a classifier. The harness trains every head anyway."""
 
@@ -70,9 +70,8 @@ class AdapterConfig:
 class AdapterConfigField(FieldInfo):
     """The field `adapter_config` of a suite.
 
-    Its value is the path of an adapter_config.json or of its folder, or its content.
-
-    Hints contain text that is valid in JSON and in YAML.
+    A value of the field is the path of an adapter_config.json, the path of its folder, or the content of the file. Hints
+    show text that is valid in JSON and in YAML.
     """
 
     @property
@@ -125,7 +124,7 @@ class AdapterConfigField(FieldInfo):
         return "; ".join(text for _, text, _ in self.problems(value))
 
     def is_well_formed(self, value: Any) -> bool:
-        """Return whether the config has a `peft_type`, so that further checks are possible."""
+        """Return whether the config has a `peft_type`. `misfits` needs one."""
         return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
 
     def problems(self, value: Any) -> Iterator[FieldProblem]:

@@ -1,6 +1,6 @@
 """Find the values of `peft_type` that the installed peft has, and their config keys. Imports no torch.
 
-They are read from peft's source, because importing peft takes seconds.
+Both are read from peft's source, because importing peft takes seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def peft_types() -> tuple[str, ...]:
 
 
 def keys_of(kind: str) -> frozenset[str]:
-    """Return the keys of a `peft_type`. Return an empty set if peft's source does not show them."""
+    """Return the config keys of a `peft_type`. Return an empty set if peft's source does not show them."""
     configs = _configs()
     name = next((name for name, node in configs.items() if _kind(node) == kind), "")
     return frozenset(key for node in _lineage(name, configs) for key in _fields(node))

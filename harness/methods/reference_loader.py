@@ -92,7 +92,7 @@ class ReferenceLoader(Loader):
         self.adapters[name] = [replace(one, factor=factor) for one in self.adapters[name]]
 
     def train(self, mode: bool) -> None:
-        """Set the mode: True for training, False for evaluation. The logits do not depend on it, since nothing is random."""
+        """Set training mode if `mode` is True, else evaluation mode. The logits are the same in both: nothing is random."""
         self.training = mode
 
     def copy(self) -> ReferenceLoader:

@@ -46,7 +46,7 @@ class Implementation:
     """Name in suites, e.g. `hf-peft`."""
     kind: TargetKind
     target: str
-    """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements, or `adapter_files`."""
+    """The implemented Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`); `adapter_files` for a loader."""
     function: Callable[..., Any]
     """The code. For a Method, it takes (model, config, generator) and returns an `Adapted`, see `harness.methods.spec`. For
     `adapter_files`, it takes (base_folder, dtype) and returns a `Loader`, see `harness.methods.loader`."""
@@ -57,8 +57,8 @@ class Implementation:
     requires: tuple[str, ...] = ()
     """Modules that a Cell imports at its start-up, outside every measured phase. If one is missing, the Cell is skipped."""
     offers: tuple[str, ...] = ()
-    """Optional features of the Method that it implements: fields of the Config that are marked `opt_in`, e.g. LoRA's
-    `lora_bias`, and kinds of layers in `opt_in_layers`, e.g. QLoRA's `experts`."""
+    """Optional features of the Method that the Implementation has: fields of the Config that are marked `opt_in`, e.g.
+    LoRA's `lora_bias`, and kinds of layers in `opt_in_layers`, e.g. QLoRA's `experts`."""
     distribution: str = ""
     """Name of the Python distribution whose entry point offers the Implementation."""
     version: str = ""
@@ -155,9 +155,9 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every name that `Implementation.target` may have to its kind.
+    """Map each valid value of `Implementation.target` to its kind.
 
-    The names of Operations and quantisations are names of files. The content of these files is not read.
+    Operations and quantisations are listed by the names of their files. The files are not read.
     """
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
@@ -167,7 +167,7 @@ def targets() -> dict[str, TargetKind]:
 
 @cache
 def opt_in_fields(method: str) -> dict[str, Any]:
-    """Map the names of the fields of a Method's Config that are marked `opt_in` to their defaults."""
+    """Map each field of a Method's Config that is marked `opt_in` to its default."""
     fields = {} if method in UNREFERENCED else method_info(method).fields
     return {name: info.default for name, info in fields.items() if info.opt_in}
 
@@ -193,14 +193,14 @@ class Registry:
     """Software of the process that loaded the entry points. None if this process loaded them."""
 
     def names(self, kind: str, target: str) -> list[str]:
-        """List the names of the Implementations of `target`, sorted."""
+        """List the names of the Implementations of `target`, sorted. kind: the kind of `target`, see `targets`."""
         return sorted(i.name for i in self.implementations if (i.kind, i.target) == (kind, target))
 
     def find(self, kind: str, target: str, name: str) -> Implementation:
         """Return the Implementation with this name.
 
-        If there is none, raise ImplementationError with the nearest name, or with the error of the plug-in that should
-        have it.
+        If there is none, raise ImplementationError with the nearest name or, if the plug-in `name` is broken, with the
+        reason.
         """
         for implementation in self.implementations:
             if (implementation.kind, implementation.target, implementation.name) == (kind, target, name):
@@ -307,13 +307,13 @@ def _order(point: EntryPoint) -> tuple[bool, str, str]:
 
 
 def _provider(point: EntryPoint) -> tuple[str, str]:
-    """Return the name and the version of an entry point's distribution. Either may be missing from its METADATA."""
+    """Return the name and the version of an entry point's distribution: "unknown" and "" where its METADATA lacks them."""
     return ("unknown", "") if point.dist is None else _name_and_version(point.dist)
 
 
 @lru_cache(maxsize=64)
 def _name_and_version(distribution: Distribution) -> tuple[str, str]:
-    """Read the METADATA file of a distribution, which takes some milliseconds, once for all its entry points."""
+    """Return name and version in the METADATA of a distribution. The cache saves some milliseconds per entry point."""
     metadata = distribution.metadata
     return metadata["Name"] or "unknown", metadata["Version"] or ""
 

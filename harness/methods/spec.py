@@ -44,18 +44,18 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """True if `merge` folds an adapter into the weights; False if there is no adapter."""
+    """True if `merge` can fold the adapter into the weights. Also False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.
 
-        The model's state_dict has them, unless hooks hold them.
+        The model's state_dict has these tensors, unless hooks instead of modules hold them.
         """
 
     def state(self) -> dict[str, Tensor]:
         """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B).
 
-        The model's state_dict has them all, except constants that follow from the config alone (VeRA's A and B).
+        The model's state_dict has these tensors, except constants that follow from the config alone (VeRA's A and B).
         """
 
     def parameters(self) -> list[nn.Parameter]:

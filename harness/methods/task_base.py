@@ -1,6 +1,7 @@
-"""Find the base model on which an adapter was trained: the class for its task, and the number of labels of its head.
+"""Find the class of the base model on which an adapter was trained, and the number of labels of the model's head.
 
-A classifier is usually trained on a base that was saved as a causal model. Its head is in the adapter's file alone.
+A classifier is usually trained on a base that was saved as a causal model. The file of the base then has no head for
+the task; only the adapter's file has one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _MAPPINGS = {
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
-"""task_type of peft -> the table in transformers from a model_type to the class for this task."""
+"""task_type of peft -> name of the table in transformers that maps a model_type to the model class for this task."""
 WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Values of task_type for which a new head is trained. The adapter's file has this head, and so the number of labels."""
+"""Values of task_type for which a new head is trained. The head in the adapter's file shows the number of labels."""
 _MARK = 7919
-"""A number of labels that no other size of a model equals: a parameter with this size belongs to the head."""
+"""A number of labels unlike any other size in a model. A parameter with this size therefore belongs to the head."""
 
 
 def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> Path:
@@ -58,8 +59,8 @@ def task_base(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tupl
 def _mapped(config: Mapping[str, Any], where: Path) -> str:
     """Return the name of the base's class in auto_mapping. If there is a task_type, or no auto_mapping, return "".
 
-    peft writes auto_mapping if there is no task_type. The class may be one of another library. Raises UsageError if the
-    name is an object of transformers that is not a model class.
+    peft writes auto_mapping if there is no task_type. The class may be from another library than transformers. Raises
+    UsageError if the name is that of an object in transformers that is not a model class.
     """
     import transformers
 
@@ -74,7 +75,7 @@ def _mapped(config: Mapping[str, Any], where: Path) -> str:
 
 
 def _candidates(base: Any, task: str | None, mapped: str) -> Iterator[str]:
-    """Yield names of classes of transformers for this task, the most likely one first. mapped: see `_mapped`."""
+    """Yield names of classes of transformers for this task, the most likely one first. mapped: result of `_mapped`."""
     from transformers.models.auto import modeling_auto
 
     own = list(base.architectures or ())[:1]
@@ -104,7 +105,7 @@ def _labels(folder: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> i
 
 @dataclass(frozen=True)
 class _ChangedBase:
-    """A temporary folder. Python removes it together with this object."""
+    """A temporary folder with a changed config.json. Python removes the folder together with this object."""
 
     folder: tempfile.TemporaryDirectory[str]
 

@@ -18,11 +18,11 @@ UNSUPPORTED = {
 }
 """Key of an adapter_config.json that the reference does not implement -> what the key changes."""
 _INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Beginnings of the values of init_lora_weights with which peft changes the base weight before training."""
+"""If init_lora_weights begins with one of these, peft changes the base weight before training."""
 
 
 def unsupported(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map each key of an adapter_config.json that the reference does not implement to what the key changes."""
+    """Map each key of `config`, an adapter_config.json, that the reference does not implement to what the key changes."""
     found = {key: meaning for key, meaning in UNSUPPORTED.items() if config.get(key)}
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS):

@@ -22,7 +22,9 @@ def wrap(
 ) -> AdaptedLayers:
     """Freeze `model`, replace every target by `make_layer(target)`, and return the adapted model.
 
-    Raises Unsupported for a target that is not a linear layer.
+    names: letter of the paper -> attribute of a new layer; None takes the names of its own parameters. update: function
+    that returns what a layer adds to the weight; None if the layers cannot be merged. Raises Unsupported for a target
+    that is not a linear layer.
     """
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():

@@ -1,4 +1,4 @@
-"""The pipe through which a worker process sends events as JSON lines. The output of plug-ins does not enter this pipe."""
+"""The pipe through which a worker process sends events as JSON lines. What plug-ins print does not enter this pipe."""
 
 from __future__ import annotations
 

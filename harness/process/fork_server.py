@@ -1,8 +1,8 @@
 """Fork server: a process that imports libraries once, and forks a process for each task. Linux only.
 
-The program that has tasks uses `ForkServer`, and the server runs `serve`. The server has no threads of Python and runs no
-task itself, so a fork equals a new process that has done the same imports. A fork has a session of its own, and is killed
-when its server or the program ends.
+The program that has tasks uses `ForkServer`, and the server runs `serve`. The server has no threads of Python and runs
+no task itself. So a fork starts in the state of a new process after the same imports. A fork has a session of its own,
+and is killed when its server or the program ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _END_S = 10.0
 
 
 def is_allowed() -> bool:
-    """Return whether workers of this command may be forks: on Linux, unless `COLD_START` is 1."""
+    """Return whether workers of this command may be forks: on Linux, if `COLD_START` is not 1."""
     return sys.platform == "linux" and os.environ.get(COLD_START) != "1"
 
 
@@ -70,7 +70,7 @@ class ForkServer:
     def wait_ready(self, timeout: float) -> bool:
         """Wait until the imports are done. Return False if they fail or take longer than `timeout` seconds.
 
-        Also return False if the server cannot fork safely; see `serve`.
+        Also return False if the server cannot fork safely, e.g. because an import started a thread.
         """
         return bool(select.select([self._socket], [], [], timeout)[0]) and self._socket.recv(len(_READY)) == _READY
 
@@ -85,7 +85,7 @@ class ForkServer:
         return fork
 
     def kill(self) -> None:
-        """Kill the server, and so its forks. Another thread may be waiting for it."""
+        """Kill the server, and so its forks. The call is safe while another thread waits for the server."""
         self._process.kill_group()
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class ForkServer:
 
 
 class Fork:
-    """A process that a fork server has forked, or soon will. It has those attributes of a `Subprocess` that workers need."""
+    """A process that a fork server has forked, or soon will. It has the attributes of a `Subprocess` that workers need."""
 
     def __init__(self, server: socket.socket, stdin: IO[bytes], output: IO[bytes]) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -168,10 +168,12 @@ class Fork:
 def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_groups: bool = True) -> int:
     """Fork a process for each request, until the other end of `connection` closes. Return an exit code.
 
-    The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory. run:
-    function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
-    kills_groups: kill what a fork leaves behind when it ends. Otherwise the program that asked for the fork does it. If
-    the system refuses a fork, the program finds that the fork has ended without a process id.
+    The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory.
+    Otherwise it is 0. If the system refuses a fork, the program that requested it finds that the fork has ended without
+    a process id.
+
+    run: function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
+    kills_groups: whether to kill the processes that a fork leaves behind. If false, the requesting program kills them.
     """
     if threading.active_count() > 1:
         return 1  # a thread that an import started would be missing in the forks
@@ -243,7 +245,7 @@ def _become(parent: int, stdin: int, output: int) -> None:
 def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:
     """Report the exit code of each fork that has ended. If `kills_groups`, kill the rest of its process group.
 
-    status_of: by the process id of a running fork, the descriptor to which the exit code of the fork is written.
+    status_of: process id of a running fork -> descriptor to which its exit code is written.
     """
     for pid in list(status_of):
         # WNOWAIT keeps it a zombie, so that no other process gets its id, which is also the id of the group.

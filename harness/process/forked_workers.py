@@ -32,7 +32,7 @@ _START_S = 60.0
 
 
 class ForkedWorker(Fork):
-    """A worker that a server has forked. It has those attributes of a `Subprocess` that a WorkerPool needs."""
+    """A worker that a server has forked. It has the attributes of a `Subprocess` that a WorkerPool needs."""
 
     def __init__(self, server: socket.socket, request: Mapping[str, str]) -> None:
         reading, writing = os.pipe()
@@ -105,8 +105,8 @@ def _run(events: int, lifeline: int) -> int:
 def _mark(name: str, token: str) -> None:
     """Set an environment variable of this process so that other processes read its value in /proc/PID/environ.
 
-    That file shows the memory which held the variables when the server started, so the value is written to this memory.
-    It tells the processes that this worker forks from the processes of other workers.
+    That file shows the memory that held the variables when the server started. So `token` is written to this memory. It
+    identifies the processes that this worker starts.
     """
     getenv = ctypes.CDLL(None).getenv
     getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p

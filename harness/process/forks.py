@@ -46,8 +46,8 @@ class ForkEnd(Generic[_T]):
 def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[ForkEnd[_T]]:
     """Call act(task) in a fork for every task, with at most `jobs` forks at a time. Yield the end of each fork.
 
-    The forks are yielded in the order in which they end. `act` returns a JSON value, and what it prints is dropped. If
-    the caller stops early, the running forks are killed.
+    The fork that ends first is yielded first. `act` returns a JSON value, and what it prints is dropped. If the caller
+    stops early, the running forks are killed.
     """
     waiting = iter(tasks)
     running: dict[int, tuple[_T, int, bytearray]] = {}

@@ -1,7 +1,7 @@
 """Find and load the pages of mapped files, such as libraries, that are in a process's memory. Linux only.
 
-A fork starts without its parent's pages of files, and gets each page when it first uses it. A measurement of memory in the
-fork would include these pages, so the fork loads all of them at its start.
+A fork starts without its parent's pages of files, and gets each page only when it uses the page. A measurement of
+memory in the fork would include pages that appear later, so the fork loads all of them at its start.
 """
 
 from __future__ import annotations

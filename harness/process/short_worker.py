@@ -10,7 +10,7 @@ from collections.abc import Iterable
 def hide(packages: Iterable[str]) -> None:
     """Make packages look as if they were not installed. Call this before torch and transformers are imported.
 
-    transformers imports some packages only because they are installed, which takes seconds.
+    transformers imports some packages only because they are installed. Their imports take seconds.
     """
     for name in packages:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system raises ImportError for None

@@ -26,8 +26,7 @@ _START_S = 120.0
 """Minimum time in seconds that a worker gets for its first event. It is long, because the worker imports torch
 first."""
 _GRACE_S = 20.0
-"""Time limit in seconds for the end of a worker after its last event. On a busy machine, the shutdown of torch takes
-seconds."""
+"""Time limit in seconds for the end of a worker after its last event. On a busy machine, torch's shutdown takes seconds."""
 _TICK_S = 0.5
 _LAST_LINES = 50
 """Number of lines that are printed from the output of a worker that failed."""
@@ -39,8 +38,9 @@ _Worker = Subprocess | ForkedWorker
 class WorkerPool:
     """The workers of one command. Ctrl-C ends all of them.
 
-    python: interpreter of the workers. By default, it is the one that runs this process. imports: modules that most workers
-    import. If there are some, and forks are allowed, a worker is a fork of a process that has imported them.
+    python: interpreter of the workers. By default, it is the one that runs this process. imports: modules that most
+    workers import. If forks are allowed, one process imports these modules, and each worker is a fork of it. Without
+    `imports`, each worker is a new process.
     """
 
     def __init__(self, python: Path | None = None, imports: Sequence[str] = ()) -> None:
@@ -108,7 +108,7 @@ class WorkerPool:
             yield {"died": died}
 
     def _ready_server(self) -> WorkerServer | None:
-        """Return the process that forks workers. If there is none, the workers must be new processes: return None."""
+        """Return the process that forks workers. Return None if there is none; then the workers must be new processes."""
         with self._server_lock:
             if self._server is not None and not self._server.is_alive:
                 self._end_server()
@@ -240,8 +240,8 @@ def _left_behind(worker: _Worker, watcher: int, token: str) -> list[str]:
 def marked(variable: str, value: str) -> Iterator[psutil.Process]:
     """Yield the running processes that have this variable with this value in their environment.
 
-    Child processes inherit the environment. So if a process was started with this variable, these are the process and
-    its descendants.
+    Child processes inherit the environment. So these are a process that was started with the variable, and its
+    descendants.
     """
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

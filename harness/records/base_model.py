@@ -32,19 +32,21 @@ class FrozenModel(BaseModel):
 
 
 class ExtendedModel(FrozenModel):
-    """A model that got more fields after the first Records had been published."""
+    """A model that got more fields after the first Records were published. If such a field has its default, a `cell_id`
+    ignores the field.
+    """
 
     later_fields: ClassVar[tuple[str, ...]]
     """Names of the added fields."""
 
     def later(self) -> dict[str, Scalar]:
-        """Map the names of the added fields whose values are not the defaults to these values."""
+        """Return those added fields whose values are not the defaults: name -> value."""
         defaults = type(self).model_fields
         return {n: value for n in self.later_fields if (value := getattr(self, n)) != defaults[n].default}
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Describe the first validation error in a file, with its location and the number of further errors."""
+    """Describe the first validation error of a file, with its location and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"

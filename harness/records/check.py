@@ -47,7 +47,7 @@ class Outcome(StrEnum):
 
 
 class CheckResult(FrozenModel):
-    """Result of one check, with the measured error and the allowed error beside the outcome."""
+    """Result of one check: the outcome, the measured error and the allowed error."""
 
     check: str
     """Identifier, `method/check/dtype/state`, e.g. `lora/gradient/float32/warm`; see `peft-harness explain CHECK`."""
@@ -66,7 +66,7 @@ class CheckResult(FrozenModel):
     nonfinite: int = 0
     """Number of elements that are NaN or infinite where the reference is finite."""
     detail: str = ""
-    """Reason of a failure or of a skip, and other details."""
+    """Reason of a failure or skip, and other details."""
 
     @cached_property
     def id(self) -> CheckId:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 def paused() -> Iterator[None]:
     """Pause the garbage collector in the context.
 
-    Records hold no cycles, and repeated visits of all their items would take most of the time.
+    Records hold no reference cycles, so a collection would free nothing, but would take most of the time.
     """
     was = gc.isenabled()
     gc.disable()

@@ -14,9 +14,9 @@ class Checkpoint(FrozenModel):
     """Sizes of the files that a user would save, in safetensors format."""
 
     adapter_file_B: Bytes | None = None
-    """Size of one file with the adapter and the head, which are all tensors that train. Tensors that can be computed
-    again are left out, such as VeRA's projections and PiSSA's residual. The file is written, measured and removed. None
-    if there is neither adapter nor head; `because` has the reason."""
+    """Size of one file with all trained tensors: the adapter and the head. Tensors that can be computed again are left
+    out, such as VeRA's projections and PiSSA's residual. The file is written, measured and removed. None if there is
+    neither adapter nor head; `because` has the reason."""
     head_B: Bytes = 0
     """Size of the head's tensors, which are a part of the adapter file."""
     model_B: Bytes
@@ -27,7 +27,7 @@ class Checkpoint(FrozenModel):
 
 
 class Energy(FrozenModel):
-    """Origin of the energy values `Phase.energy_J`."""
+    """Source of the energy values in `Phase.energy_J`."""
 
     source: str = ""
     """Energy counter: `nvml` for one GPU with its memory, or `rapl` for all CPU packages and all processes of the

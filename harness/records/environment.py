@@ -1,4 +1,4 @@
-"""Describe the environment of a Record: machine, software, code. Imports no torch, so that the runner does not either."""
+"""Describe the environment of a Record: machine, software, code. The runner uses this module, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def software() -> dict[str, str]:
 
 @functools.cache
 def _versions(_path: tuple[str, ...], _process: int) -> tuple[tuple[str, str], ...]:
-    """Return names and versions of the `LIBRARIES`. They are read once per process and search path, which takes a while."""
+    """Return names and versions of the `LIBRARIES`. Reading is slow, so the result is cached per process and search
+    path.
+    """
     return tuple((name, one.version) for name, one in _libraries().items())
 
 
@@ -97,7 +99,7 @@ def gpus() -> tuple[str, ...]:
 
 
 def gpu_error() -> str:
-    """Return the error of nvidia-smi. If it works, or is not installed, return an empty string."""
+    """Return the error of nvidia-smi, or an empty string if it works or is not installed."""
     return _listed()[1]
 
 
@@ -110,7 +112,7 @@ def _listed() -> tuple[tuple[str, ...], str]:
 
 
 def _gpus_of_driver(driver: Path = Path("/proc/driver/nvidia")) -> tuple[str, ...]:
-    """Return the lines of `gpus` from the driver's own files, for a container without nvidia-smi."""
+    """Return the lines of `gpus`, read from the driver's own files. A container may lack nvidia-smi."""
     version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", _text(driver / "version"))
     found = []
     for file in sorted(driver.glob("gpus/*/information")):
@@ -154,9 +156,9 @@ def threads() -> int:
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPU seconds per second that the kernel grants to this process. If there is no limit, return None.
+    """Return the CPU seconds per second that cgroup limits grant to this process. If there is no limit, return None.
 
-    The limits of all parent cgroups apply. Reads cgroups v2 and v1. In v1, the controller of CPU time has its own tree.
+    The limits of all parent cgroups apply, too. Reads cgroups v2 and v1. In v1, the CPU controller has its own tree.
     """
     try:
         lines = [line.split(":", 2) for line in of.read_text().splitlines()]

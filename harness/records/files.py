@@ -49,7 +49,9 @@ def unwritable(file: Path) -> str:
 
 
 def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError if a file cannot be written. A command calls this function before it works for minutes.
+    """Raise UsageError if a file cannot be written, or if two options name the same file.
+
+    A command calls this function before it works for minutes.
 
     files: path of the file for each option. None means that the file is not requested.
     """
@@ -96,9 +98,9 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Rename the file `temporary` to `path`. This is atomic, because two machines may try at the same time.
+    """Rename the file `temporary` to `path`. Raises FileExistsError if `path` exists.
 
-    Raises FileExistsError if `path` exists.
+    The rename is atomic: if two machines try at the same time, only one succeeds.
     """
     try:
         os.link(temporary, path)

@@ -1,4 +1,7 @@
-"""The parity gate of a Record: taken by the Cell itself, or by an earlier Cell of the run. Imports no torch."""
+"""The parity gate of a Record: the checks of the Cell's own layers before it is measured. Imports no torch.
+
+A Cell runs the gate itself, or reuses the gate of an earlier Cell of the run.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,18 @@ class Gate(FrozenModel):
     key: str
     """Hash of everything that the result of the gate depends on. Cells with equal keys may share a gate."""
     record: str = ""
-    """Record of the same run whose gate this attempt uses, as `cell_id.attempt`. Empty if the attempt took
-    the gate itself."""
+    """Record of the same run whose gate this attempt reuses, as `cell_id.attempt`. Empty if the attempt ran the gate
+    itself."""
     checks: Count = 0
-    """Number of entries at the start of `Record.checks` that are results of the gate. It is 0 in the file of a Record
-    if another Record took the gate."""
+    """Number of results of the gate; they come first in `Record.checks`. In a Record's file, this number is 0 if
+    another Record ran the gate."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
     """Copy the results of each shared parity gate into the Records that use it, as their first checks.
 
-    Return the usable Records, and a dict that maps the id of each other Record to the reason why it is not
-    usable. A Record is not usable if the Record that took its gate is missing or was changed.
+    Return the usable Records, and the reasons why others are not usable, by Record id. A Record is not usable if the
+    Record that ran its gate is missing or was changed.
     """
     records = list(records)
     by_id = {record.id: record for record in records}

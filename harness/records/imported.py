@@ -1,4 +1,4 @@
-"""Facts about a finished training of another program, in the Record of the Cell that evaluates its adapter. No torch."""
+"""Facts about an adapter that another program trained. The Record of the Cell that evaluates it holds them. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossAgreement(FrozenModel):
     evaluated: float | None = None
     """Mean loss of the loaded adapter on training texts of the task, in nats. None if it was not computed."""
     margin: float | None = None
-    """Three times the standard deviation of the loss over the batches of these texts, in nats."""
+    """Three times the standard deviation of this loss over the batches of training texts, in nats."""
     lowest: float | None = None
     """Lowest logged loss of the second half of the log."""
     highest: float | None = None
@@ -36,7 +36,7 @@ class LossAgreement(FrozenModel):
 
     @property
     def contradiction(self) -> str:
-        """A warning that the losses do not agree, without a full stop. Empty if they agree or were not compared."""
+        """A warning if the losses do not agree, without a full stop. Empty if they agree or were not compared."""
         if self.evaluated is None or self.margin is None or self.lowest is None or self.highest is None:
             return ""
         if self.lowest - self.margin <= self.evaluated <= self.highest + self.margin:
@@ -70,7 +70,7 @@ class Imported(FrozenModel):
     logged: list[LoggedLoss] = Field(default=[])
     """Training losses by step, as the program logged them."""
     absent: list[str] = Field(default=[])
-    """Files that such a folder usually has, and that this folder lacks."""
+    """Files that an adapter's folder usually has, but this folder lacks."""
     unknown: dict[str, str] = Field(default={})
     """Facts that the folder does not state: name of the fact -> reason."""
     loss: LossAgreement | None = None
@@ -85,7 +85,7 @@ class Imported(FrozenModel):
 
     @property
     def loss_contradiction(self) -> str:
-        """The warning that the loss does not agree with the log. Empty if it agrees or was not compared."""
+        """The warning if the loss does not agree with the log. Empty if it agrees or was not compared."""
         return self.loss.contradiction if self.loss else ""
 
     @property

@@ -13,14 +13,14 @@ class Comparison(FrozenModel):
     """A comparison of two groups of Cells that the suite declares. `harness.analysis` judges it."""
 
     kind: Literal["better", "same-losses"]
-    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left`
-    follows the float64 trajectory of `right` as closely as the noise floor allows."""
+    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: the losses of each Cell of
+    `left` follow those of a float64 Cell of `right`, up to rounding errors."""
     left: list[str]
     """cell_ids of the Cells on the left side of the comparison."""
     right: list[str]
     """cell_ids of the Cells on the right side of the comparison."""
     says: str
-    """The statement that is judged, as a sentence."""
+    """Statement that is judged, as a sentence."""
 
 
 class Tuning(FrozenModel):
@@ -39,7 +39,7 @@ class Tuning(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """run.json: written before anything runs. It lists the expected Cells, so that a missing one is visible."""
+    """Content of run.json, written before anything runs. It lists the expected Cells, so that a missing one is visible."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     run: str
@@ -73,7 +73,7 @@ class Manifest(FrozenModel):
 
 
 class Footer(FrozenModel):
-    """footer.json: written last. A run without it is incomplete."""
+    """Content of footer.json, which is written last. A run without this file is incomplete."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     run: str
@@ -87,12 +87,12 @@ class Footer(FrozenModel):
     missing: list[str]
     """cell_ids of the expected Cells without any Record."""
     kept: int = 0
-    """Number of Cells with a Record from before the run was resumed. The fields in seconds belong to the last
-    invocation only."""
+    """Number of Cells whose Record is from before the run was resumed. The fields in seconds cover only the last
+    invocation."""
     seconds_total: Seconds
     """Wall time of the last invocation."""
     seconds_in_cells: Seconds
-    """Time in which at least one Cell was running."""
+    """Seconds in which at least one Cell was running."""
     seconds_outside: dict[str, float]
     """Seconds in which no Cell was running, by activity: `startup`, `fetch`, `imports` (of the fork servers of the
     workers), `scheduling`. The HTML report is made after the footer, in about half a second."""

@@ -38,8 +38,7 @@ class TrainingMeasured(FrozenModel):
     """Seconds between the timed steps, in which the training loop makes the next batch, steps the schedule and logs. None
     for the harness's own loop, whose batches are ready before the first step."""
     optimizer: dict[str, Json] = Field(default={})
-    """Facts about the optimizer: the class, the settings of each parameter group, and how states are paged, if they
-    are."""
+    """Facts about the optimizer: its class, the settings of each parameter group, and the paging of its states, if any."""
     text_rules: str = ""
     """Description of how texts became tokens, and for which tokens a loss is computed."""
     cut_examples: int | None = None
@@ -81,7 +80,7 @@ class Item(FrozenModel):
 
 
 class Accuracy(FrozenModel):
-    """Accuracy on `items`, with a confidence interval that accounts for the choice of items but not for other seeds."""
+    """Accuracy on `items`, with a confidence interval."""
 
     metric: str
     """Name of the task's metric."""
@@ -90,8 +89,8 @@ class Accuracy(FrozenModel):
     value: float
     """Share of items with a right answer, from 0 to 1."""
     low: float
-    """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items, but not for
-    other seeds."""
+    """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items. Other seeds
+    may give values outside it."""
     high: float
     """Upper end of the confidence interval of the accuracy."""
     interval: str

@@ -23,10 +23,10 @@ class Predicted(FrozenModel):
     """Prediction of `Memory.optimizer_host_B`."""
     activations_B: Bytes | None = None
     """Bytes of the activations that are saved for the backward pass, if every text has `max_tokens` tokens. None
-    without training, and where no formula is known."""
+    without training, or without a known formula."""
     logits_B: Bytes | None = None
-    """Bytes of the logits and of their gradient, if every text has `max_tokens` tokens. None without training, where no
-    formula is known, and where only the tokens of answers have logits."""
+    """Bytes of the logits and of their gradient, if every text has `max_tokens` tokens. None without training, without
+    a known formula, or if only the tokens of answers have logits."""
     step_B: Bytes = 0
     """Bytes that exist only while the optimizer takes its step: float32 gradients of the master weights. Activations
     and logits are not included."""
@@ -35,13 +35,13 @@ class Predicted(FrozenModel):
     (`harness/memory_model/dry_step.py`). In a Record, the step uses the batches of the training. In a plan, it uses the
     longest texts. None without training, and where `no_peak` gives a reason."""
     peak_by: str = ""
-    """Code that replaced the Cell's own code or base in the step for `peak_B`, because the original cannot run on fake
+    """Replacement for the Cell's own code or base in the step for `peak_B`, because the original cannot run on fake
     tensors. Empty if nothing was replaced."""
     no_peak: str = ""
     """Reason why a Cell with training has no `peak_B`. Otherwise empty."""
     untouched: str = ""
-    """Note on weights of experts that the Cell neither adapts nor packs into 4 bits, although it adapts or packs all
-    linear layers. Empty if the model has no such weights."""
+    """Note on weights of experts that the Cell leaves unadapted and unpacked, although it adapts, or packs into 4 bits,
+    all linear layers. Empty if the model has no such weights."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields

@@ -41,10 +41,10 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Map each cell_id to `name(cell)`, plus the settings that differ between the Cells for which `place` returns the
-    same value.
+    """Map each cell_id to `name(cell)`, plus settings that distinguish the Cell.
 
-    A name leaves out a setting that its Cell does not set, unless two names would then be equal.
+    These are the settings that differ between Cells for which `place` returns the same value. A setting that a Cell
+    does not set appears in its name only if two names would otherwise be equal.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
@@ -73,7 +73,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
 
 
 def _coordinates(values: Mapping[str, Json], inside: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the path of each setting, with dots, e.g. `training.batch`, and its value as text."""
+    """Yield the dotted path of each setting, e.g. `training.batch`, and its value as text."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _coordinates(value, f"{inside}{key}.")

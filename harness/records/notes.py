@@ -8,7 +8,7 @@ from harness.records.record import NoteKind, Record
 
 _OLD_CONCURRENCY = re.compile(r"up to (\d+) Cells ran at once")
 _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4 bits"}
-"""Text that occurs in every note of a kind. It identifies the note in a Record without `typed_notes`."""
+"""Text that every note of a kind contains. It identifies such notes in a Record without `typed_notes`."""
 
 
 def concurrency_note(cells: int) -> list[str]:

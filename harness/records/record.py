@@ -81,21 +81,21 @@ class Base(FrozenModel):
 
 
 DECODED = 8
-"""Number of tokens that are decoded after each prompt when latencies are measured. To decode more tokens, the harness
-starts again after the prompt. Prompts are shortened so that the model has this many positions after them."""
+"""Number of tokens that are decoded after each prompt when latencies are measured. If more are needed, decoding starts
+again after the prompt. Prompts are shortened so that the model has this many positions after them."""
 
 
 class Evaluation(ExtendedModel):
     """Settings for the scoring and for the latencies of a Cell."""
 
     items: int
-    """Number of scored test items. They are the first items of the task's test split after the skipped ones, so all
-    Cells score the same items."""
+    """Number of scored test items. All Cells score the same items: the first of the task's test split after the skipped
+    ones."""
     batch: int = 32
     """Number of test items in a forward pass."""
     skip: int = 0
-    """Number of test items to skip before the first scored one. It is 0 except in a search for a learning rate: the
-    search skips the items that later score the ranked Cells."""
+    """Number of test items to skip before the first scored one. Only a search for a learning rate skips items: those
+    that later score the ranked Cells."""
     latency: bool = True
     """True if latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
     prompt_batch: int = 1
@@ -110,7 +110,7 @@ class Evaluation(ExtendedModel):
     later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
     def untimed(self) -> Evaluation:
-        """Return the same evaluation without latencies."""
+        """Return these settings without latencies: `latency` is False, and prompts and passes have their defaults."""
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
 
 
@@ -166,7 +166,7 @@ class Cell(ExtendedModel):
 
     @property
     def recipe(self) -> Cell:
-        """This Cell with seed 0 and with latencies. Cells that differ only in these two settings have equal recipes."""
+        """This Cell with seed 0 and `latency` True. Cells that differ only in these two settings have equal recipes."""
         if self.seed == 0 and self.evaluation.latency:
             return self
         timed = self.evaluation.model_copy(update={"latency": True})
@@ -174,7 +174,7 @@ class Cell(ExtendedModel):
 
     @cached_property
     def recipe_id(self) -> str:
-        """The cell_id of the recipe. Cells that differ only in the seed have the same recipe_id."""
+        """The cell_id of the recipe. It is equal for Cells that differ only in seed and `latency`."""
         return self.recipe.cell_id
 
     @property
@@ -229,7 +229,7 @@ class Failure(FrozenModel):
     """Cause of a failed attempt."""
 
     kind: str
-    """Class of the exception, name of the signal, or a term of the runner, e.g. `never started`."""
+    """Class of the exception, name of the signal, or a word of the runner, e.g. `never started`."""
     message: str
     """Message of the exception. If the worker left no Record, the end of the worker's log."""
     traceback: str = ""
@@ -336,12 +336,12 @@ class Record(FrozenModel):
     phases: list[Phase] = []
     """Phases of the attempt, in order."""
     checks: list[CheckResult] = []
-    """Results of the checks. Those of a shared parity gate are only in the file of the Record that took the gate."""
+    """Results of the checks. Those of a shared parity gate are only in the file of the Record that ran the gate."""
     gate: Gate | None = None
-    """Parity gate that the attempt uses. None in older Records, for a Cell that never shares its gate, and if the
-    gate did not end."""
+    """Parity gate that the attempt uses: the checks of the Cell's own layers. None in older Records, for a Cell that
+    never shares its gate, and if the gate did not end."""
     measurements: Measurements | None = None
-    """Everything that was measured. None unless the status is `ok`."""
+    """Everything that was measured. None if the status is not `ok`."""
     failure: Failure | None = None
     """Cause of the failure, if the attempt raised an exception, was killed, or was prevented from running. Otherwise
     None."""

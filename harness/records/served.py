@@ -9,11 +9,12 @@ from pydantic import Field
 from harness.records.base_model import Bytes, Count, FrozenModel, Seconds
 
 Load = Literal["base", "one adapter", "several adapters", "base and adapters"]
-"""A load: the models to which timed requests go. In the last two, simultaneous requests go to different models."""
+"""A load: the models to which timed requests go. In the last two kinds of load, simultaneous requests go to different
+models."""
 
 
 class ServedTimes(FrozenModel):
-    """Times of a server under one load. It gets rounds of `requests` simultaneous requests."""
+    """Times of a server under one load. The server gets rounds of `requests` simultaneous requests."""
 
     load: Load
     """Models to which the requests go."""

@@ -1,7 +1,7 @@
 """Read and write run folders. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
 
-Every file is complete: no reader sees a part of a file. The footer holds the hashes of the other files. The hashes are
-not a signature: anyone who changes a file can change its hash, too.
+Each file appears at once, so no reader sees a part of a file. The footer holds the hashes of the other files. The
+hashes are not a signature: anyone who changes a file can change its hash, too.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 """
@@ -49,7 +49,7 @@ def now() -> str:
 
 
 def write(path: Path, model: BaseModel, *, new: bool = False) -> None:
-    """Write a Manifest, Record or Footer as JSON. new: raise FileExistsError instead of replacing an old file."""
+    """Write a Manifest, Record or Footer as JSON. new: whether to raise FileExistsError if the file exists."""
     write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n", new=new)
 
 
@@ -74,7 +74,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
 
 
 def _schema(text: bytes) -> int:
-    """Return the schema number in a file that is otherwise invalid. If the file has no number, return 0."""
+    """Return the schema number of a file that is otherwise invalid, or 0 if there is none."""
     try:
         number = json.loads(text).get("schema", 0)
     except (ValueError, AttributeError, RecursionError):
@@ -91,7 +91,7 @@ class Run:
     manifest: Manifest
     """Content of run.json."""
     records: tuple[Record, ...]
-    """The Records of all attempts, except those whose files are unreadable or were changed after the run."""
+    """The Records of all attempts, except those in `broken`, `changed` and `ungated`."""
     footer: Footer | None
     """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -100,8 +100,8 @@ class Run:
     """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
     files are not used."""
     ungated: dict[str, str] = field(default_factory=dict)
-    """Path of each Record that is not used because it lost its parity gate -> the reason: the Record that took the
-    gate is missing, unreadable or changed."""
+    """Records that are not used, because the Record that ran their parity gate (the checks before the measurement) is
+    missing, unreadable or changed: path -> the reason."""
 
     @property
     def how(self) -> str:
@@ -115,16 +115,16 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map the cell_id of each Cell whose newest Record must not be used to the reason.
+        """Return the reason for each Cell whose newest Record must not be used, by cell_id.
 
-        The newest Record was changed, removed or added after the run, or it lost its parity gate. An older Record of
-        such a Cell must not be used instead.
+        Such a Record was changed, removed or added after the run, or it is in `ungated`. An older Record of the Cell
+        must not replace it.
         """
         reasons = self.changed | self.ungated
         return {cell_id: f"{name} {reasons[name]}" for cell_id, name in self._not_counted.items()}
 
     def ungated_cells(self) -> set[str]:
-        """Return the Cells in `doubtful` whose newest Record lost its parity gate."""
+        """Return the cell_ids in `doubtful` whose newest Record is in `ungated`."""
         return {cell_id for cell_id, name in self._not_counted.items() if name in self.ungated}
 
     def missing(self) -> list[str]:
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def _not_counted(self) -> dict[str, str]:
-        """Map the cell_id of each Cell whose newest Record must not be used to the path of this Record."""
+        """Map each cell_id in `doubtful` to the path of its newest Record."""
         newest, found = self._newest, dict[str, str]()
         for name in (*self.changed, *self.ungated):
             cell_id, _, attempt = Path(name).stem.partition(".")
@@ -296,7 +296,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read only run.json of a run folder, and return its content. Raises UsageError if there is none."""
+    """Read only run.json of a run folder, and return its content. Raises UsageError if this file is missing."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
@@ -341,7 +341,8 @@ def _record_files(path: Path) -> list[Path]:
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
     """Return the files that were changed, removed or added after the run: path -> what happened.
 
-    Files that cannot be read are left out. For a run without hashes, the result is empty.
+    Files that cannot be read are left out. For a run without hashes, the result is empty. complete: whether the run has
+    a footer. Without one, a file that the user moved away or that a worker added is no change.
     """
     known = _sealed(path)
     found = {}
@@ -358,7 +359,7 @@ def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """Return the hashes in a run's footer, by path. If a resumed run has no footer yet, use its previous footer.
+    """Return the hashes in a run's footer, by path. For a resumed run without a new footer, use its previous footer.
 
     Without any footer, the result is empty.
     """

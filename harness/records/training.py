@@ -41,23 +41,23 @@ class Training(ExtendedModel):
     equal those of the whole batch up to rounding."""
     checkpointing: bool = False
     """True to use the gradient checkpointing of transformers. Each block of the model saves only its input, and the
-    backward pass computes the block again. This saves memory but takes time. The losses are the same up to rounding."""
+    backward pass computes the block again. This saves memory but takes time. It changes the losses only by rounding."""
     lr_ratio: float = 1.0
-    """Learning rate of every factor B and of its bias, divided by the rate `lr` of all other tensors (LoRA+,
+    """Learning rate of every low-rank factor B and of its bias, divided by the rate `lr` of all other tensors (LoRA+,
     arXiv:2402.12354). HF peft gives the higher rate to other vectors too, such as the magnitudes of DoRA."""
     compile: bool = False
-    """True to compile the model in place with torch.compile. The parity gate and the training call the compiled
-    model, but scoring and latencies do not. The losses are the same up to rounding."""
+    """True to compile the model in place with torch.compile. The parity gate and the training call the compiled model,
+    but scoring and latencies do not. This changes the losses only by rounding."""
     layerwise: bool = False
-    """True to update the weights layer by layer (GaLore, arXiv:2403.03507, section 4.3). Each weight is updated
-    within the backward pass, as soon as its gradient is complete. Then the gradient is freed. So the gradients take
-    only the memory of the largest one, and the losses are bitwise the same. The option requires a Method that trains
-    the model's own weights, one pass per step, and an unscaled loss (no float16)."""
+    """True to update the weights layer by layer (GaLore, arXiv:2403.03507, section 4.3). Each weight is updated within
+    the backward pass, as soon as its gradient is complete. Then the gradient is freed. So the gradients take only the
+    memory of the largest one. The losses stay bitwise equal. The option requires a Method that trains the model's own
+    weights, one pass per step, and an unscaled loss (no float16)."""
 
     loop: Loop = "harness"
     """Training loop: `harness`, the harness's own plain loop, or `trl`, the SFTTrainer of trl. SFTTrainer gets the same
-    adapted model, batches, optimizer and schedule. Its defaults that would change training are switched off. So the
-    losses are the same up to rounding, but step time and memory are those of SFTTrainer. DPO and GRPO are not
-    offered."""
+    adapted model, batches, optimizer and schedule as the harness's loop. Its defaults that would change training are
+    switched off. So the losses of both loops are equal up to rounding, but step time and memory are those of
+    SFTTrainer. DPO and GRPO are not offered."""
 
     later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise", "loop")

@@ -1,4 +1,7 @@
-"""Compare the benchmarks of a pytest session with saved runs. If a test of @conformance fails, the verdict is FAIL."""
+"""Compare the benchmarks of a pytest session with saved runs.
+
+If a test case that the decorator `harness.testing.conformance` made fails, the verdict is FAIL.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _COMPARED_EVEN_IF_MISSING = ("torch", "gpu")
-"""Facts about a session that are recorded only if it uses torch or a GPU. A session with such a fact is not comparable
-with a session without it."""
+"""Facts that a session records only if it uses torch or a GPU. A session that has such a fact is not comparable with a
+session that lacks it."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class SessionResults:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
-    """Facts about the machine, Python and torch, by name. Only runs with equal facts are compared."""
+    """Facts about the machine, Python and torch, by name. Runs that differ in a fact are not compared."""
     rounds: Mapping[str, Sequence[float]]
-    """Seconds of each round, by full name of a benchmark."""
+    """Full name of a benchmark -> seconds of each round."""
     absent: Mapping[str, str]
-    """Reason why this session did not time a saved benchmark, by full name of the benchmark. Benchmarks that the
-    session did not have to run are left out."""
+    """Full name of a saved benchmark -> reason why this session did not time it. Benchmarks that the session was not
+    asked to run are left out."""
     failed: frozenset[str] = frozenset()
-    """Names of failed tests."""
+    """Full names of the failed tests."""
     cases_passed: int = 0
     """Number of passed test cases that the decorator `harness.testing.conformance` made."""
     cases_failed: int = 0
@@ -45,9 +48,13 @@ def compare(saved_runs: Sequence[Saved], session: SessionResults, margin: float 
     """Compare each benchmark of a session with saved runs, and return the rows and the verdict.
 
     A benchmark is compared only with saved runs of the same benchmark on the same machine, with the same Python and
-    torch. The verdict is the first that applies. FAIL: a benchmark is slower, its test failed, or a test of
-    @conformance failed. NOT_RUN: no benchmark was compared. INCONCLUSIVE: a benchmark is undecided, is missing, or was
-    saved only on another machine. PASS: none of these.
+    torch. margin: largest slow-down that is not reported, as a fraction of the saved time. The verdict is the first in
+    this list whose condition holds:
+
+    - FAIL: a benchmark is slower, its test failed, or a case of @conformance failed.
+    - NOT_RUN: no benchmark was compared.
+    - INCONCLUSIVE: a benchmark is undecided, is missing, or was saved only on another machine.
+    - PASS: otherwise.
     """
     differences = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)

@@ -27,7 +27,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def user() -> str:
-    """Return git's user as `NAME <EMAIL>`, or only the name; an empty string if git has no user.name here."""
+    """Return git's user as `NAME <EMAIL>`, or only the name. If git has no user.name here, return an empty string."""
     try:
         name, email = (run(Path(), "config", key).stdout.strip() for key in ("user.name", "user.email"))
     except HarnessError:

@@ -1,6 +1,6 @@
 """Pytest plugin of `--harness-gate`: compare a session with saved runs. A slower benchmark fails the session.
 
-Only a session with this option imports this module. It imports no torch, unless the tests do.
+It is imported only in a session with this option. It imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.regression.outputs import github, terminal
 
 _OPTION = "--harness-gate"
 _JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
-"""Exit codes of sessions that are judged. An interrupted session keeps its exit code."""
+"""Exit codes of sessions that are judged. A session with another exit code, e.g. an interrupted one, keeps it."""
 
 
 class PytestGate:
@@ -79,7 +79,7 @@ class PytestGate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print the table after the tables of pytest-benchmark; the verdict comes last."""
+        """Print the comparison below the tables of pytest-benchmark, with the verdict at the end."""
         terminalreporter.section("peft-harness gate")
         if self.result is None:
             terminalreporter.write_line("not judged: the session was interrupted")
@@ -89,7 +89,7 @@ class PytestGate:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
-        """Return the session of pytest-benchmark. Raises UsageError if this plugin is missing or times nothing."""
+        """Return the session of pytest-benchmark. Raises UsageError if pytest-benchmark is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
             what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`"
@@ -115,7 +115,7 @@ class PytestGate:
         )  # fmt: skip
 
     def _why_absent(self, name: str) -> str:
-        """Return the reason why a saved benchmark was not timed; empty if the session did not have to run it."""
+        """Return the reason why a saved benchmark was not timed; empty if the session was not asked to run it."""
         if name in self._collected:
             outcome = self._outcomes.get(name)
             return f"its test was {outcome}" if outcome == "skipped" else "its test was not run, or took no time"
@@ -124,7 +124,7 @@ class PytestGate:
         return "this session has no such test"
 
     def _covers(self, argument: str, name: str) -> bool:
-        """Return whether an argument of pytest includes the test with this full name.
+        """Return whether a command-line argument of pytest selects the test with the full name `name`.
 
         argument: a file, folder or test, from the command line or from `testpaths`.
         """

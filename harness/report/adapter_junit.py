@@ -1,4 +1,4 @@
-"""Write the JUnit file of `check PATH`. This module imports no torch."""
+"""Write the JUnit file of `check PATH`, which checks an adapter file. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from harness.report import junit_xml
 
 
 def write_junit(adapter: str, cases: Iterable[tuple[str, str, str]], out: Path) -> None:
-    """Write a JUnit file with one suite. cases: name, tag (see `junit_xml.case`) and message of each case."""
+    """Write a JUnit file with one suite, named after the adapter.
+
+    cases: (name, tag, message) of each case. tag: `failure`, `error` or `skipped`; empty for a passed case.
+    """
     root = ET.Element("testsuites", name="peft-harness check")
     suite = junit_xml.suite(root, adapter)
     for name, tag, message in cases:

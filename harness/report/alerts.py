@@ -1,4 +1,4 @@
-"""Alerts of a run: what a reader must know before its results, such as missing Cells and changed files."""
+"""Alerts of a run: what a reader must know before the results, such as missing Cells and changed files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.records.record import Status
 from harness.report import sections
 
 _LISTED = 4
-"""Largest number of Cells or files that a line about an alert names."""
+"""Largest number of Cells or files that one alert names."""
 
 
 def of_run(f: RunFacts) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def of_run(f: RunFacts) -> list[dict[str, Any]]:
 
 
 def lines(f: RunFacts) -> list[str]:
-    """Return the alerts of a run as lines of text, each with the first Cells or files that it is about."""
+    """Return the alerts of a run as lines of text. Each names the first Cells or files that it is about."""
     found = []
     for alert in of_run(f):
         named, more = alert["items"][:_LISTED], len(alert["items"]) - _LISTED

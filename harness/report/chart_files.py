@@ -15,11 +15,18 @@ from harness.report.svg.charts import fitted
 
 _DARK = re.compile(r"@media \(prefers-color-scheme: dark\) \{\n(.*?)\n\}", re.DOTALL)
 _COLUMNS, _COLUMN, _ROW, _HEAD = 3, 185.0, 18.0, 28.0
-"""Number and width of the legend's columns, height of its rows and of the title; sizes in SVG units."""
+"""- _COLUMNS, _COLUMN: number and width of the legend's columns.
+- _ROW: height of a row of the legend.
+- _HEAD: height of the title.
+
+Sizes are in SVG units."""
 
 
 def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--svg") -> list[Path]:
-    """Write every chart of some runs to `folder`, and return the paths. Raise UsageError if the folder cannot be written."""
+    """Write every chart of some runs to `folder`, and return the paths. Raises UsageError if that fails.
+
+    option: name of the command's option, for the error message.
+    """
     styles, written = {scheme: _style(dark=scheme == "dark") for scheme in ("light", "dark")}, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +42,7 @@ def write_charts(analysed: Sequence[RunFacts], folder: Path, option: str = "--sv
 
 
 def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
-    """Map the file name of each chart to the values for its template. A name consists of model, task and title."""
+    """Return file name -> values for its template, for each chart. A file name consists of model, task and title."""
     found: dict[str, dict[str, Any]] = {}
     for f, one in ((facts, one) for facts in analysed for one in chart_sets.every(facts)):
         legend = [entry for entry in one["legend"] if entry["shown"]]
@@ -55,7 +62,7 @@ def _pages(analysed: Sequence[RunFacts]) -> dict[str, dict[str, Any]]:
 
 
 def _style(*, dark: bool) -> str:
-    """Return the style of charts, with CSS variables replaced by their values: few programs but browsers support them."""
+    """Return the CSS of charts, with variables replaced by their values, because only browsers support variables."""
     page, rules = html.template_text("report.css", "charts.css"), html.template_text("charts.css")
     named = [_DARK.sub("", page), *(_DARK.findall(page) if dark else ())]
     values = dict(pair for text in named for pair in re.findall(r"--([\w-]+): ([^;]+);", text))

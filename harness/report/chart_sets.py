@@ -30,21 +30,22 @@ from harness.report.svg.scales import Axis
 
 ChartSet = dict[str, Any]
 _CURVES = 8
-"""Largest number of learning curves that a chart shows before the reader picks others."""
+"""Largest number of learning curves in a chart until the reader selects others."""
 _RISE = 1.25
-"""Learning curves are cut off at this multiple of the highest loss that any curve starts with."""
+"""Learning curves are cut off above this multiple of the highest first loss of all curves."""
 _POINTS = 150
 """Largest number of points of a drawn curve."""
 _BARS = 24
-"""Largest number of Cells for which the chart of time has one bar per Cell. For more, it has one mean bar per method."""
+"""Largest number of Cells for which the chart of time has one bar per Cell. With more Cells, it has one mean bar per
+method."""
 _STEPS = Axis("optimizer step", "{:.0f}".format, log=False, whole=True)
 _UNITS: dict[str, tuple[float, str, Callable[[float], str], Callable[[float], str]]] = {
     "B": (formatting.MIB, " MiB", formatting.mebibytes, "{:,.6g}".format),
     "s": (1e-3, " ms", formatting.milliseconds, "{:,.6g}".format),
     "1": (1.0, "", "{:,.0f}".format, formatting.short_count),
 }
-"""Display of a cost, by the unit of the cost: size and name of the shown unit, function that formats a cost, function
-that formats a tick."""
+"""Unit of a cost -> its display: (divisor, name of the unit after the division, function that formats a cost before the
+division, function that formats a tick)."""
 
 
 def every(f: RunFacts) -> list[ChartSet]:
@@ -70,7 +71,7 @@ def _method(cell: Cell) -> str:
 
 
 def _coloured(f: RunFacts, named: Mapping[str, Cell]) -> list[Series]:
-    """Return a series without points for each name in `named`. A method has the same hue in all charts of a run."""
+    """Return an empty series for each name in `named`. A method has the same hue in all charts of a run."""
     hues = {method: k for k, method in enumerate(dict.fromkeys(map(_method, f.run.manifest.cells)))}
     earlier = {hue: itertools.count() for hue in hues.values()}
     pairs = [(name, hues[_method(cell)]) for name, cell in named.items()]
@@ -82,7 +83,7 @@ def _place(cell: Cell) -> str:
 
 
 def _rank(e: RankingEntry) -> float:
-    """Return the rank of the adapter that a recipe (a Cell without its seed) trains; 0 if it has none."""
+    """Return the rank of the adapter that a recipe trains; 0 if it has none."""
     config = e.record.cell.config
     adapter = config.get(ADAPTER_CONFIG)
     rank = config.get("rank", adapter.get("r") if isinstance(adapter, dict) else None)
@@ -96,7 +97,7 @@ def _percent_chart(x: Axis, series: Sequence[Series], **more: bool) -> Drawing:
 def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     """Return the charts of accuracy against each cost that was measured, and against the rank.
 
-    Return None for fewer than two trained recipes. A recipe is a Cell without its seed.
+    For fewer than two trained recipes, return None. A recipe is a set of Cells that differ only in the seed.
     """
     if not g.is_ranking:
         return None
@@ -114,7 +115,7 @@ def accuracy(f: RunFacts, g: Group) -> ChartSet | None:
     ]
 
     def placed(points: dict[int, Point]) -> list[Series]:
-        """Return the series with their points, from the lowest to the highest rank. points: by id() of their entry."""
+        """Return the series with their points, by rising rank. points: by id() of their ranking entry."""
         drawn = [
             replace(s, points=[points[id(e)] for e in sorted(line, key=_rank) if id(e) in points])
             for s, line in zip(empty, lines.values(), strict=True)
@@ -147,7 +148,7 @@ def _at_cost(f: RunFacts, metric: Metric, e: RankingEntry, name: str) -> Point |
 
 
 def _disturbed(metric: Metric, e: RankingEntry) -> str:
-    """Return a remark if the cost is a time, and other programs may have made it too high. Otherwise return ""."""
+    """Return a remark if the cost is a time that other programs may have made too high. Otherwise return ""."""
     if metric is metrics.LATENCY:
         why = recipes.disturbed(e)
     else:
@@ -181,7 +182,10 @@ def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -
 
 
 def rates(f: RunFacts) -> list[ChartSet]:
-    """Return charts of accuracy against the learning rate, by model and task. Leave out searches with one scored rate."""
+    """Return charts of accuracy against the learning rate, by model and task.
+
+    Leave out searches with only one scored rate.
+    """
     searches = [search for search in tuning.searches(f.run) if len(search.scored) > 1]
     found = []
     for title, same in group((_place(search.tries[0].cell), search) for search in searches).items():
@@ -205,9 +209,9 @@ def _tried(f: RunFacts, search: tuning.Search, t: tuning.Try, s: Score) -> Point
 
 
 def curves(f: RunFacts) -> list[ChartSet]:
-    """Return charts of the training losses, by model and task. The curve of several seeds shows mean losses.
+    """Return charts of the training losses, by model and task. A recipe with several seeds has a curve of mean losses.
 
-    An imported adapter has the curve that its own program logged.
+    For an imported adapter, the curve shows the losses that the other program logged.
     """
     trained = [
         record for record in f.latest.values() if (record.training and len(record.training.losses) > 1) or _log(record)
@@ -216,13 +220,15 @@ def curves(f: RunFacts) -> list[ChartSet]:
 
 
 def _log(record: Record) -> Sequence[LoggedLoss]:
-    """Return the losses that another program logged for an imported adapter. Empty for all other Cells."""
+    """Return the losses that another program logged for an imported adapter. For any other Record, return ()."""
     return record.imported.logged if record.imported else ()
 
 
 def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
-    """Return the chart of training losses for one model and task. At first, it shows only the best recipe of each
-    method."""
+    """Return the chart of training losses for one model and task.
+
+    Until the reader selects others, it shows only the best recipe of each method.
+    """
     records, imported = [r for r in every if r.training], [r for r in every if _log(r)]
     seeds = group((r.cell.recipe_id, r.training.losses) for r in records if r.training)
     losses = [[sum(step) / len(step) for step in zip(*several, strict=True)] for several in seeds.values()]
@@ -258,14 +264,14 @@ def _curves(f: RunFacts, title: str, every: Sequence[Record]) -> ChartSet:
 
 
 def _logged(s: Series, log: Sequence[LoggedLoss], high: float) -> Series:
-    """Return a series as the curve of logged losses, drawn up to `high`. It has at most `_POINTS` points."""
+    """Return a series as the curve of logged losses, cut off above `high`. It has at most `_POINTS` points."""
     drawn = log[:: math.ceil(len(log) / _POINTS)]
     points = [Point(float(one.step), min(one.loss, high)) for one in drawn]
     return replace(s, points=points, kind="curve", texts=[f"{one.step}: {one.loss:.3g}" for one in drawn])
 
 
 def _curve(s: Series, values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> Series:
-    """Return a series as a curve over the steps, drawn from `low` to `high`. It has at most `_POINTS` points."""
+    """Return a series as a curve over the steps, cut off outside `low` to `high`. It has at most `_POINTS` points."""
     steps = range(0, len(values), math.ceil(len(values) / _POINTS))
     points = [Point(float(t), min(max(values[t], low), high)) for t in steps]
     kind = "curve" if s.kind == "line" else s.kind
@@ -309,7 +315,7 @@ def errors(f: RunFacts, judgement: QuestionVerdict) -> ChartSet | None:
 def time(f: RunFacts) -> list[ChartSet]:
     """Return charts of the time by phase, by model and task.
 
-    A bar stands for a Cell. In a chart of more than `_BARS` Cells, it stands for a method.
+    A bar stands for a Cell or, in a chart of more than `_BARS` Cells, for a method.
     """
     records = [record for record in f.latest.values() if record.phases]
     phases = dict.fromkeys(p.name for record in records for p in record.phases if p.name != measurements.STARTUP)
@@ -334,7 +340,7 @@ def _time(f: RunFacts, title: str, records: Sequence[Record], series: Sequence[S
 
 
 def _mean_seconds(records: Sequence[Record], series: Sequence[Series]) -> list[float]:
-    """Return the mean seconds per Record of each series. A series is a phase; the last one is the time in no phase."""
+    """Return the mean seconds per Record of each series. A series is a phase; the last one is the rest of the time."""
     spent = group((p.name, p.seconds) for record in records for p in record.phases)
     spent[series[-1].name] = [measurements.unaccounted_seconds(record) for record in records]
     return [sum(spent.get(s.name, ())) / len(records) for s in series]

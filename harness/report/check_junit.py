@@ -1,4 +1,4 @@
-"""JUnit file of a `check`. This module imports no torch."""
+"""JUnit file of the command `check`. This module imports no torch."""
 
 from __future__ import annotations
 

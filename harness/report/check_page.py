@@ -1,4 +1,4 @@
-"""HTML page of a `check`, in the style of a run's report. This module imports no torch."""
+"""HTML page of the command `check`, in the style of a run's report. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _versions(defect: Defect, shown: Iterable[CheckOutcome], report: CheckReport) -> list[str]:
-    """Return the versions that the defect's library has in the environments of the outcomes `shown`, each once."""
+    """Return the versions of the defect's library in the environments of the outcomes `shown`, each once."""
     software = {one.label: one.environment.software for one in report.environments}
     here = {library: number for one in software.values() for library, number in one.items()} | report.software
     software[""] = (
@@ -183,7 +183,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List the targets (e.g. Methods) that were not checked. Each reason has a row of its own."""
+    """Return one row per target (e.g. a Method) and reason why it was not checked."""
     reasons = group(
         ((f"{one.provider} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

@@ -1,4 +1,4 @@
-"""Tables of `check --loop`: the settings of a training loop, and by how much each changes training.
+"""Tables of `check --loop`: the settings of a training loop, and how much each setting changes training.
 
 This module imports no torch.
 """
@@ -26,7 +26,7 @@ _NUMBERS: tuple[tuple[str, str, Callable[[SettingFound], float | int | None]], .
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return the lines of a table of the loop's settings. Empty if no training loop was checked."""
+    """Return the table of the loop's settings as lines. If no training loop was checked, return an empty list."""
     if not report.settings:
         return []
     rows = [
@@ -38,7 +38,7 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def section(report: CheckReport) -> Table | None:
-    """Return the page's table of the loop's settings. None if no training loop was checked."""
+    """Return the table of the loop's settings for the HTML page. If no training loop was checked, return None."""
     if not report.settings:
         return None
     columns = [

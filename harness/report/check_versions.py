@@ -25,14 +25,15 @@ _TONES = {CheckStatus.FAIL: "bad", CheckStatus.KNOWN_DEFECT: "open", CheckStatus
 
 
 def anchor(target: str, provider: str) -> str:
-    """Return the id of the page's section on one implementation. An HTML id must not contain a space."""
+    """Return the HTML id of the section on one implementation. It contains no space."""
     return f"checks-{target}-{provider}".replace(" ", "-")
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return a table of what differs between the environments, and the number of checks that fail alike in all of them.
+    """Return a table of the checks whose results differ between environments.
 
-    If no check ran in several environments, return an empty list.
+    A last line counts the checks with the same failures in all environments. If no check ran in several environments,
+    return an empty list.
     """
     if not report.compares_versions:
         return []
@@ -51,7 +52,7 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def section(report: CheckReport) -> dict[str, Any] | None:
-    """Return the page's section on versions. None if no check ran in several environments."""
+    """Return the section on versions for the HTML page. If no check ran in several environments, return None."""
     if not report.compares_versions:
         return None
     checks = versions.check_rows(report.tried, report.environments)
@@ -137,7 +138,7 @@ def _defect_table(report: CheckReport, rows: Sequence[DefectRow], key: str) -> T
 
 
 def _section_of(row: CheckRow, report: CheckReport) -> str:
-    """Return a link to the section on the implementation, for the first environment in which the check fails."""
+    """Return a link to the section on the implementation in the first environment in which the check fails."""
     first = next(one.label for one, field in zip(report.environments, row.fields, strict=True) if field.failed)
     return f"#{anchor(row.target, in_environment(row.implementation, first))}"
 

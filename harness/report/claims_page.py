@@ -17,7 +17,7 @@ from harness.report.tones import badge
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
-"""Columns in the table of the headline claims: the ways to decide a claim."""
+"""Columns in the table of the headline claims: the ways in which a claim can be decided."""
 _COLUMNS: Sequence[tuple[str, str, str, str]] = (
     ("Verdict", "whether our number is the printed one; see Terms below", "verdict", ""),
     ("Statement", "the claim as one sentence", "sentence", "wrap"),
@@ -29,7 +29,7 @@ _COLUMNS: Sequence[tuple[str, str, str, str]] = (
     ("Tier", "what the claim needs; see Terms below", "tier", ""),
     ("Arithmetic", "how our number was computed", "how", "wrap code"),
 )
-"""Columns in the tables of claims: heading, explanation, key of the text in a row, and style."""
+"""Columns in the tables of claims: (heading, explanation, key of the text in a row, style)."""
 _TONES = {ClaimVerdict.REPRODUCED: "good", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.NOT_RUN: "quiet"}
 
 

@@ -14,7 +14,7 @@ from harness.report.table_model import Table, column, condensed, measured, table
 
 _OLD = "the Record is older than this measurement"
 _HARMLESS = ("idle",)
-"""Reasons that the driver gives for a low GPU clock, but that do not affect a measurement."""
+"""Reasons for a low GPU clock, as the driver names them, that do not affect a measurement."""
 
 
 def costs(facts: RunFacts) -> Table:

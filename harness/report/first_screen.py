@@ -1,6 +1,7 @@
 """First screen of a report: for each group of recipes, three cards with answers, and a table of the recipes.
 
-A recipe is a Cell without its seed. The recipes of a group have the same model, task and training budget.
+A recipe is a set of Cells that differ only in the seed. The recipes of a group have the same model, task and training
+budget.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NO_BREAK = "\u00a0"
 
 
 def answers(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the cards and the table of every group with at least two recipes. If no group has two, take all groups."""
+    """Return the cards and the table of every group with at least two recipes. Without such a group, use all groups."""
     several = [group for group in f.groups if len(group.entries) > 1] or f.groups
     titles = Counter(_title(group) for group in several)
     found = []
@@ -103,7 +104,7 @@ def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, A
     """Return the first card, which names the best method.
 
     lost: number of Cells whose results are missing or were changed after the run. If there are any, the card names no
-    method, because the statistical tests are corrected for too few comparisons.
+    winner, because the statistical tests are corrected for too few comparisons.
     """
     question, pick, highest = "Which method?", names[id(chosen.pick)], names[id(chosen.highest)]
     score = formatting.percent(chosen.highest.score.value)
@@ -156,7 +157,7 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
 
 
 def _passes(entry: RankingEntry) -> list[str]:
-    """Return sentences about the latencies unmerged, merged and without an adapter. Empty if one is missing."""
+    """Return sentences about the latencies of the unmerged, merged and base model; none if a latency is missing."""
     fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
     if any(one["value"] is None for one in fields):
         return []

@@ -1,5 +1,4 @@
-"""Text output of `fit --batch`: the answer in the first line, then changes that would make a training run fit, then the
-table."""
+"""Text output of `fit --batch`: whether the training fits, which changes would make it fit, and a table."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ _Row = Mapping[str, Any]
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """Format the document of `fit --batch` as lines of text."""
+    """Format the JSON document of `fit --batch` as lines of text."""
     size = MemorySize(document["memory_B"], document["unit"])
     rows = [row for row in document["rows"] if row["ledger"]]
     several = len({row["optimizer"] for row in rows}) > 1
@@ -23,7 +22,7 @@ def lines(document: Mapping[str, Any]) -> list[str]:
 
 
 def _answer(document: Mapping[str, Any], rows: list[_Row], size: MemorySize, several: bool) -> str:
-    """Return the first line: yes, no or unknown, and the training that needs the least memory."""
+    """Return the first line: yes, no or unknown, and which training needs the least memory."""
     known = sorted((row for row in rows if row["fits"] is not None), key=lambda row: row["needed_B"])
     asked = f"batch {document['batch']} of {document['tokens']:,} tokens"
     if not known:

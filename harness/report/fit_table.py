@@ -15,7 +15,7 @@ _RESULTS = ("needed", "free", "host")
 _SIZES = (*_PARTS, "other", *_RESULTS)
 """Columns of sizes. The parts and `other` add up to `needed`."""
 _OPTIONAL = ("activations", "logits", "other", "host")
-"""Columns that are left out if they are empty."""
+"""Columns that are left out if they have no values."""
 _TEXTS = ("method", "base", "optimizer")
 """Columns that are aligned to the left."""
 _Row = Mapping[str, Any]
@@ -23,7 +23,7 @@ _Write = Callable[[_Row], str]
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
-    """Format a document of `fit` as lines of text."""
+    """Format the JSON document of `fit` as lines of text."""
     size = MemorySize(document["memory_B"], document["unit"])
     possible = [row for row in document["rows"] if row["ledger"] is not None]
     refused = [f"  {row['method']}: {row['because']}" for row in document["rows"] if row["ledger"] is None]
@@ -57,10 +57,10 @@ def _names(document: Mapping[str, Any], rows: Sequence[_Row], several: bool) -> 
 
 
 def _sizes(row: _Row, size: MemorySize) -> list[str]:
-    """Return the texts of the columns `_SIZES`. A part that is unknown is a dash, and counts as `other`.
+    """Return the texts of the columns `_SIZES`. An unknown part is shown as a dash, and its bytes count as `other`.
 
-    The parts add up to `needed`, and `needed` and `free` add up to the memory, digit by digit. So a part may be rounded
-    up or down.
+    The sum of the shown parts is exactly `needed`, and the sum of `needed` and `free` is exactly the memory. So a part
+    may be rounded up or down.
     """
     ledger, unit = row["ledger"], UNITS[size.unit]
     parts = [ledger[f"{part}_B"] for part in _PARTS]
@@ -73,9 +73,9 @@ def _sizes(row: _Row, size: MemorySize) -> list[str]:
 
 
 def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
-    """Return the needed memory, rounded up, and the free memory, as numbers of hundredths of `size.unit` (e.g. GiB).
+    """Return the needed memory, rounded up, and the memory that remains, in hundredths of `size.unit` (e.g. GiB).
 
-    size: memory of the device. The free memory is what remains of it.
+    size: memory of the device.
     """
     unit = UNITS[size.unit]
     needed = -(-100 * needed_B // unit)
@@ -83,7 +83,7 @@ def needed_and_free(needed_B: int, size: MemorySize) -> tuple[int, int]:
 
 
 def hundredths(number: int) -> str:
-    """Format a number of hundredths."""
+    """Format a number of hundredths, e.g. 123456 -> "1,234.56"."""
     return f"{number / 100:,.2f}"
 
 
@@ -101,7 +101,7 @@ def round_to_sum(parts: Sequence[int], unit: int) -> list[int]:
 
 
 def _shown(column: Sequence[str]) -> bool:
-    """Return whether a column of sizes has anything to show."""
+    """Return whether a column of sizes is shown. An optional column is shown only if it has a value."""
     heading, *texts = column
     return heading not in _OPTIONAL or any(text not in ("-", "0.00") for text in texts)
 
@@ -120,7 +120,7 @@ def _table(names: Sequence[list[str]], sizes: Sequence[Sequence[str]]) -> tuple[
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """List the ranks that are not supported, one line for each Method that supports at least one rank."""
+    """List the ranks that are not supported, one line per Method. Leave out Methods that support no rank at all."""
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
     found = group((one["method"], one) for one in document["left_out"] if one["method"] in there)
     return [
@@ -143,7 +143,7 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
 
 
 def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
-    """Return one line with the unit and with the memory that the columns leave out. `explain fit` has the details."""
+    """Return one line with the unit, and with the memory that the columns do not include."""
     left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
     if not document["checked"]:
         left_out.insert(0, "temporary tensors")

@@ -19,9 +19,12 @@ GIB = 1024 * MIB
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}<>|~#])")
 
 Field = dict[str, Any]
-"""Content of a table cell. `text` is shown, with `small` print beside it, in the colour `tone`. The table sorts by
-`value`, which is None for a missing value. `flag` is a short warning, and `why` is the tooltip. `more` has further columns
-of the CSV file, by name: numbers in the unit of `value`, or texts."""
+"""Content of a table cell:
+
+- `text`: the shown text; `small`: text in small print beside it; `tone`: the colour.
+- `value`: sort key of the table; None for a missing value.
+- `flag`: a short warning; `why`: the tooltip.
+- `more`: further columns of the CSV file, by name: numbers in the unit of `value`, or texts."""
 
 
 def field(
@@ -34,24 +37,24 @@ def field(
     flag: str = "",
     more: Mapping[str, float | str] | None = None,
 ) -> Field:
-    """Return the content of a table cell, with these entries; `Field` explains them."""
+    """Return the content of a table cell. `Field` explains the arguments."""
     details = dict(more or {})
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag, "more": details}
 
 
 def unmeasured(why: str) -> Field:
-    """Return a field with a dash, for a value that was not measured. why: the reason."""
+    """Return a field with a dash for a value that was not measured. why: the reason."""
     return field(DASH, None, why=why, tone="quiet")
 
 
 def mebibytes(size: float) -> str:
-    """Format bytes in MiB, without decimals from 10 MiB on and with two decimals below."""
+    """Format bytes in MiB: without decimals from 10 MiB on, with two decimals below 10 MiB."""
     mib = size / MIB
     return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
 
 
 def short_count(n: float) -> str:
-    """Format a count with three significant digits, and k, M or G for large counts."""
+    """Format a count with three significant digits, e.g. 1234567 -> "1.23 M"."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if n >= unit:
             return f"{n / unit:.3g}{name}"
@@ -73,7 +76,7 @@ def milliseconds(s: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share of 1 in per cent with one decimal."""
+    """Format a share in per cent with one decimal, e.g. 0.5 -> "50.0 %"."""
     return f"{100 * share:.1f} %"
 
 
@@ -83,12 +86,12 @@ def points(difference: float) -> str:
 
 
 def signed_percent(share: float) -> str:
-    """Format a change, given as a share of 1, in per cent, with its sign but without the unit."""
+    """Format a share in per cent, with its sign but without the unit, e.g. 0.05 -> "+5.0"."""
     return f"{MINUS if share < 0 else '+'}{abs(100 * share):.1f}"
 
 
 def probability(p: float) -> str:
-    """Format a p value."""
+    """Format a p value, e.g. "p = 0.012" or "p < 0.001"."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
@@ -123,12 +126,12 @@ def interval(a: Accuracy | Score) -> str:
 
 
 def ends(x: Accuracy | Score | Median) -> dict[str, float]:
-    """Return the ends of an interval by name, for `more` of a field. If there is no interval, return an empty dict."""
+    """Return the ends of an interval for the argument `more` of `field`. If there is no interval, return {}."""
     return {} if x.low is None or x.high is None else {"low": x.low, "high": x.high}
 
 
 def median_ms(m: Median) -> str:
-    """Format the interval of a median in ms. With too few samples for an interval, format the number of samples."""
+    """Format the interval of a median in ms. If there are too few samples for an interval, format their number."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"
@@ -140,5 +143,5 @@ def sentence(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Return a text on one line, with the characters escaped that Markdown would interpret."""
+    """Return a text on one line, with the characters escaped that have a meaning in Markdown."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Report of runs: one HTML file that needs no network. It runs no script but its own."""
+"""Report of runs: one HTML file that needs no network. It contains its style and the only script that may run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -
 def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
     """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted.
 
-    style: CSS of the result; by default, the CSS of the pages.
+    style: CSS of the result; by default, the CSS of the report.
     """
     from markupsafe import Markup
 
@@ -48,7 +48,7 @@ def fill(template: str, page: Mapping[str, Any], style: str = "") -> str:
 
 @cache
 def _environment() -> Environment:
-    """Return the environment of the templates. It compiles each template once in a process."""
+    """Return the Jinja environment of the templates. It compiles each template once in a process."""
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -65,7 +65,7 @@ def _environment() -> Environment:
 
 
 def _prose(text: str) -> str:
-    """Return a text as HTML, escaped, with what stands between backticks as code."""
+    """Return a text as escaped HTML. Text between backticks becomes code."""
     from markupsafe import Markup, escape
 
     parts = text.split("`")
@@ -75,13 +75,13 @@ def _prose(text: str) -> str:
 
 
 def template_text(*names: str) -> str:
-    """Return the text of these files of `report_templates`, joined by newlines."""
+    """Return the joined text of the files `names` in `report_templates`."""
     folder = resources.data_folder("report_templates")
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def policy(style: str, script: str) -> str:
-    """Return a Content-Security-Policy that allows only this style and this script."""
+    """Return a Content-Security-Policy that allows only the given style and script."""
     return (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:;"
         " base-uri 'none'; form-action 'none'"

@@ -1,6 +1,6 @@
 """Test items that only one of two recipes answers correctly. Each recipe is compared with the most accurate recipe.
 
-A recipe is a Cell without its seed.
+A recipe is a set of Cells that differ only in the seed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ def rows(group: Group, names: Mapping[int, str]) -> list[dict[str, Any]]:
     """Return a row for each recipe that compares it with the most accurate recipe of the group.
 
     The row has the items that only one of the two recipes answers correctly. If a recipe has several seeds, its first
-    seed is compared. A recipe that was scored on other items than the most accurate recipe has no row. names: names of
-    the entries, by their id().
+    seed is compared. A recipe that was scored on other items has no row. names: names of the entries, by their id().
     """
     highest, *others = group.entries
     right = _answers(highest)

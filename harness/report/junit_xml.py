@@ -31,5 +31,5 @@ def document(root: ET.Element) -> bytes:
 
 
 def clean(text: str) -> str:
-    """Return a text with a replacement character for each character that XML cannot represent."""
+    """Return a text in which each character that XML does not allow is replaced."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

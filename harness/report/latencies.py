@@ -1,4 +1,4 @@
-"""Tables of latencies: one compares the base, unmerged and merged model; the other shows several adapters in one batch."""
+"""Tables of latencies: of the base, unmerged and merged model, and of batches that mix several adapters."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) -> list[Field]:
-    """Return table fields with a flag if their latencies may be disturbed. timed: the latencies that `fields` show."""
+    """Return table fields, with a flag if their latencies may be disturbed. timed: the latencies that `fields` show."""
     flag, why = contention.disturbed(record, timed)
     return [
         one | {"flag": flag, "why": "; ".join(filter(None, (one["why"], why)))} if one["value"] is not None else one
@@ -88,7 +88,7 @@ def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) 
 
 
 def _noted(made: Table) -> Table:
-    """Return a table with a note for each kind of flag in it."""
+    """Return a table with a note that explains each kind of flag in it."""
     rows = [{one["flag"] for one in row["fields"]} for group in made["groups"] for row in group["rows"]]
     rules = {"unsteady": contention.UNSTEADY_RULE, "busy": "busy: other programs used the CPU while the Cell trained"}
     counts = {rule: sum(flag in flags for flags in rows) for flag, rule in rules.items()}
@@ -97,10 +97,10 @@ def _noted(made: Table) -> Table:
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the latencies of batches with several adapters, and of batches with one adapter for comparison.
+    """Return the latencies of batches with several adapters, and of the one-adapter batches compared with them.
 
-    Records from before 2026-11-26T14:00Z do not mark the batches for comparison. From such a Record, return every
-    latency with the same batch size.
+    Records from before 2026-11-26T14:00Z do not mark the one-adapter batches. From such a Record, return every latency
+    with the batch size of a batch with several adapters.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
     marked = any(x.adapters == 1 for x in found)
@@ -112,7 +112,7 @@ def _pass(kind: str, batch: int, tokens: int) -> Field:
 
 
 def _shown(latency: Latency | None, refused: str = "") -> Field:
-    """Return the field of a latency: the median with interval and percentiles. refused: reason to hide them, if any."""
+    """Return the field of a latency: the median with interval and percentiles. refused: reason to hide it, if any."""
     if refused:
         return unmeasured(refused)
     if latency is None:

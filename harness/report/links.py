@@ -32,7 +32,7 @@ def sources(facts: RunFacts, record_ids: Sequence[str]) -> list[dict[str, str]]:
 
 
 def short_names(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
-    """Return the names of Cells. If all Cells of a method have one implementation, their names leave it out.
+    """Return the names of Cells without the implementation, for methods that have only one implementation.
 
     If two of these short names are equal, return the full names of all Cells. names: the full names.
     """
@@ -45,6 +45,6 @@ def short_names(cells: Sequence[Cell], names: Sequence[str]) -> list[str]:
 
 
 def entry_names(facts: RunFacts, entries: Sequence[RankingEntry]) -> dict[int, str]:
-    """Return the short names of the entries of a group, by the id() of the entry."""
+    """Return id() of an entry -> its short name, for the entries of a ranking group."""
     names = short_names([e.record.cell for e in entries], [facts.entry_name(e) for e in entries])
     return dict(zip(map(id, entries), names, strict=True))

@@ -25,7 +25,7 @@ _HEAD = ("cell", "name", "parameters", "memory, MiB", "time")
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
-    """Return the predicted memory of each Cell, or the reason why there is none, by cell_id; see `plan_prediction`."""
+    """Return cell_id -> predicted memory of the Cell, or the reason why there is none."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
@@ -38,7 +38,7 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed. A Cell has an estimate of time only if its newest Record in `runs` is ok. It has an estimate of
+    Nothing is guessed. A Cell has an estimate of time only if its newest Record in `runs` is ok, and an estimate of
     memory only if `predicted` contains the Cell.
     """
     named = naming.full(plan.cells)
@@ -97,7 +97,7 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
 
-    `predicted` has the key `total_B`: the predicted peak memory of the device, as far as its parts are known.
+    `predicted` has the key `total_B`: the predicted peak memory of the device, or a lower bound of it.
     """
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
@@ -112,7 +112,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _is_least(row: Mapping[str, Any]) -> bool:
-    """Return whether the predicted memory of a training run is only a lower bound, without the activations."""
+    """Return whether the predicted memory of a training run is only a lower bound, as it leaves out the activations."""
     predicted, trains = row["predicted"], row["cell"]["training"]["steps"] > 0
     return bool(predicted and trains and predicted["peak_B"] is None and predicted["activations_B"] is None)
 
@@ -120,7 +120,7 @@ def _is_least(row: Mapping[str, Any]) -> bool:
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what the predictions leave out. Then yield each reason why predictions are missing or partial.
 
-    Each reason includes the number of Cells that it affects.
+    Each reason comes with the number of Cells that it affects.
     """
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
@@ -170,7 +170,7 @@ def _last(record: Record | None) -> dict[str, Any] | None:
 
 
 def _time(last: Mapping[str, Any] | None) -> str:
-    """Return the duration of the newest Record as text. If the Record is not ok, the text also has the status."""
+    """Return the duration of the newest Record as text. If the Record is not ok, add its status."""
     if last is None:
         return "-"
     return f"{'' if last['status'] == Status.OK else last['status'] + ' after '}{seconds(last['duration_s'])}"

@@ -1,6 +1,6 @@
 """Table of the recipes of a group: the columns from which a reader can choose, and one row for each recipe.
 
-A recipe is a Cell without its seed: its Records differ only in the seed. A group has recipes with one training budget.
+A recipe is a set of Cells that differ only in the seed. A group has recipes with one training budget.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Column, Table, column, facets, grouped
 
 Names = Mapping[int, str]
-"""Map from the id() of a ranking entry to its name in its group."""
+"""id() of a ranking entry -> its name in its group."""
 Read = Callable[[Record], float | None]
 _RANKING = {"best": "highest", "tied": "cannot be told apart", "below": "lower", "untrained": "not trained here"}
-"""Text by which a reader can filter the table, by the standing of a recipe in the ranking."""
+"""Standing of a recipe in the ranking -> text by which a reader can filter the table."""
 WIDTH, HEIGHT = 240.0, 18.0
 """Size of the drawing of an interval, in SVG units."""
 
@@ -34,7 +34,8 @@ WIDTH, HEIGHT = 240.0, 18.0
 def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen: Choice) -> Table:
     """Return the table of the recipes of a group, best first, with their intervals drawn on one scale.
 
-    key: the HTML id of the table. The entry `recipe` of each row maps names to the numbers of the recipe, in base units.
+    key: the HTML id of the table. Each row has an entry `recipe`: a dict of the recipe's numbers by name, in base
+    units.
     """
     target, scale = target_loss.target(chosen), _scale(group)
     columns = list(_columns(group, target))
@@ -51,7 +52,7 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
 
 
 def _columns(group: Group, target: TargetLoss | None) -> Iterator[Column]:
-    """Yield the columns of the table. The key of a column is the name of its value in the formats CSV and JSON."""
+    """Yield the columns of the table. The key of a column is also the name of its value in the formats CSV and JSON."""
     score = group.entries[0].score
     yield column("Accuracy, %", f"mean over the seeds; interval: {score.means}", key="accuracy")
     yield column("95 % interval", "dashed line: the highest accuracy", number=False, key="interval")
@@ -151,7 +152,7 @@ def _fields(
 
 
 def gap(group: Group, e: RankingEntry) -> Field:
-    """Return the field with the distance of an entry from the highest accuracy of its group, and the test's result."""
+    """Return the field with an entry's accuracy minus the highest of its group, and with the result of the test."""
     if e is group.entries[0]:
         return field("highest", 0.0, tone="good", more={"standing": e.standing})
     p = "; their test items differ, so only the intervals are compared"
@@ -185,7 +186,7 @@ def _to_target(e: RankingEntry, target: TargetLoss | None, untimed: str) -> Fiel
 
 
 def _timed(e: RankingEntry, shown: Field) -> Field:
-    """Return the field of a time, flagged if some of the training runs were timed on a busy machine."""
+    """Return the field `shown` of a time, with a flag if some of the training runs were timed on a busy machine."""
     count = busy(e)
     return shown | {"flag": f"busy {count} of {len(e.records)}"} if count and shown["value"] is not None else shown
 
@@ -203,7 +204,7 @@ def median_over_seeds(
     *,
     refused: str = "",
 ) -> Field:
-    """Return the field with the median of `value(record)` over the Records, i.e. the seeds, of a recipe.
+    """Return the field with the median of `value(record)` over the Records of a recipe, which differ in the seed.
 
     write: function that formats the median. missing: reason to show if no seed has a value. refused: reason to hide the
     values, if any.
@@ -220,7 +221,7 @@ def _file(record: Record) -> float | None:
 
 
 def _passes(record: Record) -> list[tuple[str, int, int]]:
-    """Return (kind, batch, tokens) of each timed forward pass. The table shows only the last one, e.g. `decode`."""
+    """Return (kind, batch, tokens) of each timed kind of forward pass. The table shows only the last, e.g. `decode`."""
     measured = record.measurements.latency if record.measurements else []
     return list(dict.fromkeys((x.kind, x.batch, x.tokens) for x in measured if x.variant == "base"))
 
@@ -242,7 +243,7 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 
 def disturbed(entry: RankingEntry) -> str:
-    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` Records; empty if no latency is disturbed."""
+    """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` (seeds); "" if no latency is disturbed."""
     found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
     flags = Counter(filter(None, found))
     return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))
@@ -263,7 +264,7 @@ def _last_pass(record: Record) -> list[Latency]:
 
 
 def _scale(group: Group) -> Callable[[float], float]:
-    """Return the function from an accuracy to its place in the drawing of an interval, in SVG units."""
+    """Return a function that maps an accuracy to its x coordinate in the drawing of an interval, in SVG units."""
     low = min(e.score.low for e in group.entries)
     high = max(e.score.high for e in group.entries)
     margin = (high - low or 1.0) * 0.04
@@ -272,7 +273,7 @@ def _scale(group: Group) -> Callable[[float], float]:
 
 
 def numbers(made: Table) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the numbers of each recipe in base units: shares of 1, bytes and seconds."""
+    """Yield (name, numbers) of each recipe. The numbers are in base units: shares of 1, bytes and seconds."""
     for group in made["groups"]:
         for row in group["rows"]:
             yield row["name"], row["recipe"]

@@ -1,4 +1,4 @@
-"""Reruns of Cells, for the page and the terminal: whether they are bitwise equal, how they differ, and why."""
+"""Reruns of Cells, for the page and the terminal: which are bitwise equal, how the others differ, and why."""
 
 from __future__ import annotations
 

@@ -25,13 +25,14 @@ from harness.report.tones import badge
 Section = dict[str, Any]
 
 MANY = 40
-"""Number of Cells above which the page summarises what it otherwise shows for each Cell: checks and commands."""
+"""Largest number of Cells for which the page shows checks and commands of each Cell. For more Cells, it summarises
+them."""
 OUTSIDE_TARGET = 0.10
-"""Largest acceptable share of a run's time that is spent outside the Cells."""
+"""Largest acceptable share of a run's time in which no Cell runs."""
 
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
-    """Return the chart and the verdicts of a `same-losses` comparison; None for other comparisons."""
+    """Return the chart and the verdicts of a `same-losses` comparison. For any other comparison, return None."""
     subjects = judgement.trajectories
     if subjects is None:
         return None
@@ -59,7 +60,7 @@ def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
 def checks(facts: RunFacts) -> list[Section]:
     """Return the checks of each Cell. The page shows them expanded if a check of the Cell failed.
 
-    In a run of many Cells, one line stands for all Cells whose checks passed.
+    In a run of more than MANY Cells, one line stands for all Cells whose checks passed.
     """
     found = [_checks(facts, record) for record in facts.latest.values()]
     passed = [one for one in found if one["word"] == VerdictKind.PASS]
@@ -104,7 +105,7 @@ def check_sentence(c: CheckResult) -> str:
 
 
 def duration(facts: RunFacts) -> str:
-    """Return the duration of a run as text. If the run was resumed, its footer covers only the last invocation."""
+    """Return the duration of a run as text. For a resumed run, say that it covers only the last invocation."""
     footer = facts.run.footer
     inside = formatting.seconds(sum(r.duration_s for r in facts.latest.values()))
     if footer is None:
@@ -199,7 +200,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """Return every attempt that failed, or has a failed check, even if there is a later attempt."""
+    """Return every attempt that did not end ok or has a failed check, even if there is a later attempt."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 
@@ -242,7 +243,8 @@ def rerun(facts: RunFacts) -> Section:
 def resume_sentence(facts: RunFacts) -> str:
     """Return a sentence with the command that completes an unfinished run: the command of the run, with `--resume`.
 
-    A run of another command, such as `import`, cannot be resumed. It is measured again, in a new folder.
+    The run of another command, such as `import`, cannot be resumed. For it, the sentence says to measure again in a new
+    folder.
     """
     kept, where, words = list[str](), facts.run.manifest.run, iter(facts.run.manifest.argv)
     for word in words:
@@ -257,7 +259,7 @@ def resume_sentence(facts: RunFacts) -> str:
 
 
 def rerun_command(facts: RunFacts, cell_id: str) -> str:
-    """Return the command that repeats one Cell of the run."""
+    """Return the command that repeats one Cell of the run. For an imported adapter, it is the command of the run."""
     m = facts.run.manifest
     if cell_id in facts.latest and facts.latest[cell_id].imported:
         return shlex.join(m.argv)
@@ -268,6 +270,6 @@ def rerun_command(facts: RunFacts, cell_id: str) -> str:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Return each distinct note of the Records once, with links to the Records that have it."""
+    """Return each distinct note of the Records once, with links to its Records."""
     found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

@@ -1,4 +1,4 @@
-"""The report of `check --served` on a terminal."""
+"""Terminal output of `check --served`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGNS = {
 
 
 def lines(report: ServedReport) -> list[str]:
-    """Return the table of metrics, one verdict per adapter, and what stopped the requests."""
+    """Return the table of metrics, one verdict per adapter, and the reason if the requests stopped early."""
     rows = [_HEAD, *(_row(one, phase) for one in report.subjects for phase in one.phases)]
     found = align_columns(rows, right=range(2, len(_HEAD)), indent="")
     found.append("Δ: log-probability of the server minus that of the float64 reference, in nats")

@@ -1,4 +1,4 @@
-"""Two runs side by side: what each of their common Cells scored and cost, judged by the rules of peft-harness gate."""
+"""Compare two runs: accuracy and costs of each of their common Cells, judged by the rules of `peft-harness gate`."""
 
 from __future__ import annotations
 
@@ -139,7 +139,11 @@ def _three(
     change: Callable[[float, float], float | None],
     flags: Sequence[str],
 ) -> Iterator[Field]:
-    """Yield three fields: the number of each run, and the change. flags: a warning about each number; empty if none."""
+    """Yield three fields: the values `one` and `other` of two runs, and their change.
+
+    write, change: functions that format a value and compute the change. flags: a warning about each value; empty if
+    none.
+    """
     for value, flag in zip((one, other), flags, strict=True):
         yield unmeasured("not measured") if value is None else field(write(value), value, flag=flag)
     if one is None or other is None:
@@ -161,7 +165,7 @@ def _pass(record: Record, kind: tuple[str, int, int]) -> list[Latency]:
 
 
 def _merged(record: Record) -> dict[tuple[str, int, int], float]:
-    """Map each kind (name, batch, tokens) of forward pass to the median latency of the merged model, in seconds."""
+    """Return (kind, batch, tokens) of a forward pass -> median latency of the merged model in seconds."""
     if record.measurements is None or failed_checks.no_merged_speed(record):
         return {}
     return {

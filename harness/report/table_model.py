@@ -16,20 +16,20 @@ from harness.report.formatting import MIB, Field
 Table = dict[str, Any]
 Column = dict[str, Any]
 _SCALES = {"MiB": 1 / MIB, "ms": 1e3, "MHz": 1e-6, "%": 100, "points": 100}
-"""Factor from base units to the unit of a column, by this unit. All other units are base units."""
+"""Unit of a column -> factor from the base unit to it. Other units are base units."""
 _REASONS = 2
 """Largest number of reasons for missing numbers that a remark below a table lists."""
 STATIC = 200
-"""Largest number of Cells for which the page holds its tables of Cells as HTML. For a larger run, it stores the rows as
-data, and its script makes the rows of a table when a reader opens the table."""
+"""Largest number of Cells in a run whose tables the page contains as HTML. For a larger run, the page contains the rows
+as data, and its script makes the rows of a table when a reader opens the table."""
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "", shown: bool = True) -> Column:
     """Return the head of a column.
 
-    label: its heading; if the column has a unit, the heading ends in a comma and the unit. title: explanation of the
-    column. key: name by which other code finds the column's fields; empty if no code needs them. shown: whether the reader
-    sees the column at first; a column that is hidden at first needs a key.
+    label: its heading, e.g. `Peak, MiB`: a unit follows a comma at the end. title: explanation of the column. number:
+    True for a column of numbers. key: name by which other code finds the column's fields; empty if no code needs them.
+    shown: False to hide the column until the reader selects it; it then needs a key.
     """
     scale = _SCALES.get(label.rpartition(", ")[2], 1)
     return {"label": label, "title": title, "number": number, "key": key, "scale": scale, "shown": shown}
@@ -47,7 +47,8 @@ def table(
 ) -> Table:
     """Return a table of Cells, grouped by model and task. Groups and rows keep the order of `rows`.
 
-    anchored: whether each row is the target of the links to its Cell.
+    key: end of the HTML id and of the name of the CSV file. anchored: True if links to a Cell lead to its row in this
+    table.
     """
     groups: dict[str, list[Table]] = {}
     for cell, fields in rows:
@@ -131,7 +132,7 @@ def _reasons(fields: Iterable[Field]) -> str:
 
 
 def facets(rows: Iterable[Table]) -> dict[str, list[str]]:
-    """Return the properties by which a reader can filter the rows: by name, the values in natural order.
+    """Return the properties by which a reader can filter the rows: name -> values in natural order.
 
     A property with only one value is left out.
     """
@@ -150,11 +151,12 @@ def _natural(text: str) -> tuple[float, str]:
 
 
 def stored(tables: Iterable[Table]) -> dict[str, Any]:
-    """Return the rows of tables as data, from which the page makes the rows when a reader opens a table.
+    """Return the rows of tables as data. When a reader opens a table, the page makes HTML rows from the data.
 
-    `rows`: list of (name, title, Record, link, facets), which several tables may share. `tables`: by the id of a table,
-    the title and the rows of each group; each of these rows is (index in `rows`, anchor, fields...). Empty parts at the
-    end of a field are left out. `texts`: list of all strings; a field has indices into this list.
+    - `rows`: list of (name, title, Record, link, facets), which several tables may share.
+    - `tables`: HTML id of a table -> the title and the rows of each group. A row is (index in `rows`, anchor,
+      fields...). Empty parts at the end of a field are left out.
+    - `texts`: list of all strings. A field has indices into this list.
     """
     rows: dict[str, tuple[int, list[Any]]] = {}
     texts = {"": 0}
@@ -181,10 +183,10 @@ def _packed_field(f: Field, texts: dict[str, int]) -> list[Any]:
 
 
 def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:
-    """Map the key of each column to the field of a row in this column. Columns without a key are left out."""
+    """Return key of a column -> field of a row in this column. Columns without a key are left out."""
     return {c["key"]: f for c, f in zip(columns, fields, strict=True) if c["key"]}
 
 
 def measured(facts: RunFacts) -> list[tuple[Record, Measurements]]:
-    """Return the Records with measurements, in the order of the manifest."""
+    """Return the Records with measurements, in the order of the suite's Cells."""
     return [(r, r.measurements) for r in facts.latest.values() if r.measurements]

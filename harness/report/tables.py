@@ -1,4 +1,4 @@
-"""Sortable tables of the report: comparison and memory."""
+"""Two sortable tables of the report: the comparison of the Cells, and their memory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _EXPECTED = (
     f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
 STATUS = "status"
-"""Key of the status column in the comparison table. The key of any other column is the name of its metric."""
+"""Key of the status column in the comparison table. Any other column has the name of its metric as its key."""
 _NAMED = 3
 """Maximum number of busy Cells that a note names. A Cell is busy if other programs used the CPU during its training."""
 
 
 def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
-    """Return the comparison table. It has a row for every expected Cell, measured or not, or only for `cells`.
+    """Return the comparison table, with the status, metrics and Record of each planned Cell, measured or not.
 
-    A row shows the Cell's status, metrics and Record.
+    cells: the only Cells to show; None for all.
     """
     columns = [column("Status", number=False, key=STATUS)]
     for metric in metrics.shown():
@@ -74,7 +74,7 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
 
 
 def _imported_notes(facts: RunFacts) -> list[str]:
-    """Return a note for each Cell with an imported adapter: its origin, what is not known, and whether its loss agrees."""
+    """Return a note for each Cell with an imported adapter: its origin, what is unknown, and whether its loss fits."""
     found = [(facts.titles[r.cell_id], r.imported) for r in facts.latest.values() if r.imported]
     return [
         f"{name}: {one.origin}. Not known: {', '.join(one.unknown) or 'nothing'}. {one.loss_sentence}."
@@ -260,7 +260,7 @@ def _bytes(size: int | None, missing: str = "") -> Field:
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:
-    """Return the numbers of the comparison table in base units, for download: one dict per expected Cell."""
+    """Return the numbers of the comparison table in base units, for download: one dict per planned Cell."""
     return [_raw(facts, cell, facts.latest.get(cell.cell_id)) for cell in facts.run.manifest.cells]
 
 

@@ -78,7 +78,7 @@ def _cells(f: RunFacts) -> list[str]:
 
 
 def _recipes(answers: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the recipes that were trained with several seeds, as rows of text. Each group starts with headings."""
+    """Return the groups in which a recipe has several seeds, as rows of text: headings, then one row per recipe."""
     columns = {"seeds": "seeds", "accuracy": "accuracy", "interval": "95 % interval", "difference": "to the highest"}
     rows: list[list[str]] = []
     for answer in answers:

@@ -24,9 +24,9 @@ COLUMNS = {
     "latency_flag": ("flag of the latencies", None),
     "lr": ("learning rate", None), "seeds": ("seeds", None),
 }  # fmt: skip
-"""Heading and factor of each column of the CSV, by the name of the recipe's number. The factor converts the number from
-the base unit to the unit in the heading. It is None for a value that stays as it is. `busy`: how many of the training
-runs were timed on a busy machine. `latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
+"""Columns of the CSV: name of the recipe's number -> (heading, factor). The factor converts the number from the base
+unit to the unit in the heading; None leaves a value as it is. `busy`: how many of the training runs were timed on a
+busy machine. `latency_flag`: what disturbed the latencies, e.g. `unsteady 1 of 3`."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -62,7 +62,7 @@ def _recipes(table: Table) -> Iterator[str]:
 
 
 def rows(analysed: Sequence[RunFacts]) -> str:
-    """Return the recipes of all runs as CSV, in the units of COLUMNS. A text cannot start a formula in a spreadsheet."""
+    """Return the recipes of all runs as CSV, in the units of COLUMNS. No text can start a formula in a spreadsheet."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", "model and task", "recipe", *(heading for heading, _ in COLUMNS.values())])
@@ -77,7 +77,7 @@ def rows(analysed: Sequence[RunFacts]) -> str:
 
 
 def document(analysed: Sequence[RunFacts]) -> str:
-    """Return the alerts, cards and recipes of all runs as one JSON document. Accuracies are shares; sizes are in bytes."""
+    """Return the alerts, cards and recipes of all runs as one JSON document, in shares, bytes and seconds."""
     runs = [
         {
             "run": facts.run.manifest.run,
@@ -98,7 +98,7 @@ def document(analysed: Sequence[RunFacts]) -> str:
 
 
 FORMATS: dict[str, Callable[[Sequence[RunFacts]], str]] = {"markdown": markdown, "csv": rows, "json": document}
-"""Function that returns the report in a format, by the name of the format."""
+"""Name of a format -> function that returns the report in this format."""
 
 
 def _scaled(value: Any, factor: float | None) -> Any:

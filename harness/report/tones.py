@@ -22,12 +22,12 @@ ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
 
 
 def tone(word: str) -> str:
-    """Return the name of the colour of a verdict or status. If it is neither good nor bad, return `open`."""
+    """Return the name of the colour of a verdict or status: `open` if it is neither good nor bad."""
     return TONES.get(word, "open")
 
 
 def icon(word: str) -> str:
-    """Return the sign of a verdict or status. The sign makes its meaning clear without colours."""
+    """Return the sign of a verdict or status, which shows its meaning without colour."""
     return ICONS[tone(word)]
 
 

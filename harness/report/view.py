@@ -31,17 +31,17 @@ from harness.report import (
 from harness.report.tones import badge
 
 _OF_CELLS = ("comparison", "latency", "mixed", "served", "memory", "costs", "gpus")
-"""Keys of the tables of Cells in the content of a run."""
+"""Keys under which the content of a run has its tables of Cells."""
 
 
 _LISTED = 4
-"""Number of entries that a sentence about a ranking names. The table of recipes has all of them, with p values."""
+"""Largest number of recipes that a sentence about a ranking names. The table of recipes has all of them, with p values."""
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
     """Return the content of a page about one or several runs.
 
-    again: Cells that were measured more than once; None if the runs cannot contain such Cells.
+    again: comparisons of Cells that ran more than once; None if the runs cannot contain such Cells.
     """
     runs = [_run(f) for f in analysed]
     return {
@@ -137,7 +137,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Return the content about a group with only one entry. Such an entry cannot be ranked."""
+    """Return the content about a group with a single recipe, which cannot be ranked."""
     (entry,) = g.entries
     cell, accuracy = entry.record.cell, formatting.accuracy(entry.score)
     title = f"{cell.model} {f.entry_name(entry)}"
@@ -157,7 +157,7 @@ def _budget(g: Group) -> str:
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Return sentences about the ranking of a group: the best, the tied and the lower entries, and the tests."""
+    """Return sentences about the ranking of a group: the best, the tied and the lower recipes, and the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         shown = ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries[:_LISTED])

@@ -37,8 +37,8 @@ class RunContext:
     timeout: float
     """Maximum duration of an attempt, in seconds."""
     on_imports: Callable[[], object] = _do_nothing
-    """Function that is called before each attempt that starts while no other Cell runs. The process from which the
-    attempt is forked has then imported its modules, so the function can measure the time of the imports."""
+    """Function that measures the time of imports. It is called when the process that forks an attempt has imported its
+    modules, but only if no Cell runs."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Python environments for the Cells of a suite and for the model servers that the Cells start.
 
-A missing environment of a Cell is created before the run. A missing environment of a server is not."""
+Before a run, missing environments of Cells are created, and missing environments of servers are not.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ matrix:
     training: {{steps: 0, max_tokens: {max_tokens}}}
     evaluation: {{{items}}}
 """
-"""Template of a suite with one Cell. Later, the imported adapter replaces the Method and the config of this Cell."""
+"""Template of a suite with one Cell. `_with_import` replaces the Method and the config of this Cell."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class ImportRequest:
 
     folder: Path
     model: str | None = None
-    """Name or folder of the base model. If None, the first Cell of `beside` decides; without `beside`, the adapter's
-    config."""
+    """Name or folder of the base model. If None, it is the model of the first Cell of `beside` or, without `beside`,
+    the base that the adapter's config names."""
     task: str | None = None
-    """Name or file of the task. If None, the first Cell of `beside` decides; without `beside`, nothing is scored."""
+    """Name or file of the task. If None, it is the task of the first Cell of `beside`; without `beside`, nothing is
+    scored."""
     checkpoint: int | None = None
     beside: str | None = None
     """Suite whose Cells are run too. None for the imported Cell alone."""
@@ -97,8 +98,8 @@ def import_run(
 def _judge(adapter: AdapterFile, base: Path) -> Exit:
     """Print the findings about an adapter file. Return FAIL if it does not conform.
 
-    Raises UsageError if the adapter's `task_type` needs another class of the base model (e.g. with a classification
-    head). A Cell evaluates the base model unchanged.
+    Raises UsageError if the adapter's `task_type` needs another class of the base model, e.g. with a classification
+    head, because a Cell evaluates the base model unchanged.
     """
     from harness.conformance.adapter_files.findings import judge
     from harness.methods.base_model import empty_base
@@ -121,9 +122,10 @@ def _judge(adapter: AdapterFile, base: Path) -> Exit:
 
 
 def _suite(request: ImportRequest, adapter: AdapterFile) -> Suite:
-    """Return the suite `request.beside`, with a Cell of the requested model and task as the first.
+    """Return the suite `request.beside`, with its first Cell of the requested model and task moved to the front.
 
-    Without `beside`, return a suite with a single Cell, from the template `_SUITE`.
+    Cells that `request.only` does not select are left out. Without `beside`, return a suite with a single Cell, from
+    the template `_SUITE`.
     """
     if request.beside is not None:
         suite = loader.load(request.beside)

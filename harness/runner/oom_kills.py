@@ -1,4 +1,4 @@
-"""Find out, from the kernel's log or counters, whether it killed a process because memory ran out."""
+"""Find out from the kernel's log or counters whether the kernel killed a process because memory ran out."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return how many processes were killed in this process's cgroup (None if unknown) and on the whole machine."""
+        """Return the numbers of processes killed for lack of memory in this process's cgroup and on the whole machine.
+
+        The first number is None if it is unknown.
+        """
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

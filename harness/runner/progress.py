@@ -26,7 +26,7 @@ _MOST_LINES = 8
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Print nothing more. The run continues although stderr is closed."""
+        """Stop printing, because stderr is closed. The run continues."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

@@ -79,9 +79,11 @@ def run_suite(
 ) -> Exit:
     """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
-    suite_name: name or path, or the suite itself. executor: runs the Cells. By default, they run one at a time on this
-    machine. imported: a finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. own_gates:
-    if true, every Cell runs its own parity gate; if false, a Cell may reuse the gate of an earlier Cell.
+    suite_name: name or path, or the suite itself. out: folder of a new run. only: expression that selects Cells.
+    resume: folder or id of a run to complete. timeout: seconds for each Cell. strict: if true, an undecided comparison
+    gives the exit code INCONCLUSIVE. executor: runs the Cells. By default, they run one at a time on this machine.
+    imported: a finished adapter, loaded by the Cells with the key `ADAPTER_SHA256` in their config. own_gates: if true,
+    every Cell runs its own parity gate; if false, a Cell may reuse the gate of an earlier Cell.
     """
     times = _Times()
     suite = suite_name if isinstance(suite_name, Suite) else loader.load(suite_name)
@@ -125,7 +127,7 @@ class _Session:
     servers: Mapping[str, str]
     """Name of a model server -> path of its interpreter. A server without an environment of its own is left out."""
     done: set[str]
-    """Ids of the Cells that need not run again."""
+    """Ids of the Cells that need not run again, because a resumed run has their Records."""
     folder: store.RunFolder
     run_id: str
     device: Device
@@ -267,11 +269,11 @@ def _reopen(
     path: Path, here: Environment, homes: Mapping[str, CellEnvironment], assets: CellAssets, device: str,
     progress: Progress, *, is_remote: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:  # fmt: skip
-    """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
+    """Prepare an old run for new Records. Return its folder, its id, and the ids of the Cells that need not run again.
 
     A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
-    device, data and plug-in. is_remote: whether the Cells run on other machines. Then the software must be the same,
-    but the machine may differ.
+    device, data and plug-in. homes: name of an environment -> environment. is_remote: whether the Cells run on other
+    machines. Then the software must be the same, but the machine may differ.
     """
     # Another runner, or the Cells that it left running, may have written until now.
     folder, old = store.RunFolder(path), store.read_run(path)
@@ -305,7 +307,7 @@ def _is_of(record: Record, here: Environment, *, is_remote: bool) -> bool:
 
 
 def _is_installed(provider: Provider) -> bool:
-    """Return whether the package of a recorded implementation is installed here in the recorded version."""
+    """Return whether the package of an implementation is unknown, or installed here in the recorded version."""
     try:
         return (importlib.metadata.version(provider.distribution) or "") == provider.version
     except importlib.metadata.PackageNotFoundError:
@@ -345,7 +347,7 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run from its folder and write its footer.json. Return the run and the content of this file.
+    """Read the run from its folder and write its footer.json. Return the run and the footer.
 
     measured: ids of the Cells that this invocation measured.
     """

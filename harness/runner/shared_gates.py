@@ -1,7 +1,8 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-No Cell waits for the gate of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own.
-A resumed run does not reuse earlier results, because the code of a plug-in may have changed in between.
+A parity gate checks a Cell's own layers against the reference before the Cell is measured. No Cell waits for the gate
+of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own. A resumed run does not
+reuse earlier results, because the code of a plug-in may have changed in between.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class SharedGates:
     def add(self, key: str, record: Record) -> None:
         """Store the result of the parity gate in a Record. key: from `gate_key.of_cell`.
 
-        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. If concurrent Cells
-        ran gates with the same key, a failure replaces a pass, but not the reverse.
+        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. Concurrent Cells may
+        run gates with the same key. Then a failure replaces a pass, and a pass never replaces a failure.
         """
         if not key or not record.gate or record.gate.record or self._own:
             return

@@ -16,7 +16,7 @@ from harness.suites.tasks import Task, TaskSpec
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
-    """Fetch the data of a task. Return the data, or None for the task `synthetic`, and the task as workers need it.
+    """Fetch the data of a task. Return the data (None for the task `synthetic`), and the task as workers need it.
 
     Raises SuiteError if the data do not fit the task. items: least number of test items that the task must have. where:
     `file:line` of the value that sets `items`. fetched: function that fetches a source and returns its asset.

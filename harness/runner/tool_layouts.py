@@ -77,7 +77,7 @@ class FinishedRun:
         return cls(folder, _require_adapter(found[last]), last)
 
     def facts(self) -> Imported:
-        """Return what the files say about the training. Raises UsageError if one of them cannot be read."""
+        """Return what the files say about the training. Raises UsageError if a file cannot be read."""
         tool, file, settings = self._tool
         state, log = self._state, self._log
         settings = {key: settings[key] for key in _SETTINGS if _is_plain(settings.get(key))}
@@ -196,12 +196,12 @@ class FinishedRun:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether `value` is a text, a truth value or a finite number."""
+    """Return whether `value` is a str, a bool or a finite number."""
     return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Map the numbers of the checkpoints in a folder to their folders, in ascending order."""
+    """Return the checkpoints in a folder, in ascending order: number -> folder."""
     found = {
         int(match[1]): path
         for path in folder.iterdir()
@@ -236,7 +236,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, path: Path) -> dict[str, Any]:
-    """Return the YAML mapping in a text. Only plain values are kept. Raises UsageError if the text is not YAML."""
+    """Return the YAML mapping in a text, without values that are not plain (`_is_plain`). Raises UsageError for other
+    texts.
+    """
     try:
         content = yaml.load(text, Loader=Yaml12Loader)  # noqa: S506  # a subclass of the safe loader
     except yaml.YAMLError as error:

@@ -118,8 +118,8 @@ def _import_all(job: Job, registry: Registry) -> str:
 def _why_not_imported(module: str, what: str, name: str) -> str:
     """Import a module. If that fails, return a message that says how to install it; otherwise return "".
 
-    what: the part of the Cell that needs the module, as in the message. name: the implementation or loop that needs it;
-    the message names the environment that has this implementation or loop.
+    what: the part of the Cell that needs the module, for the message. name: the implementation or loop that needs it.
+    The message names an environment that has this implementation or loop.
     """
     try:
         import_module(module)
@@ -179,7 +179,7 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
 
 
 def _build(shown: str) -> list[str]:
-    """Return the lines of `torch.__config__.show()` on compiler, libraries and CPU instructions, without the flags."""
+    """Return the lines of `shown`, the text of `torch.__config__.show()`, without the build settings."""
     lines = [line.strip().removeprefix("- ") for line in shown.splitlines() if line.startswith("  - ")]
     return [line for line in lines if not line.startswith("Build settings")]
 

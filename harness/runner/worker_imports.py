@@ -49,7 +49,7 @@ def _always(job: Job) -> list[str]:
 
 
 def compile_name_patterns() -> None:
-    """Let transformers compile its table of a thousand patterns for names of weights, which it needs for any model."""
+    """Let transformers compile its table of a thousand patterns for names of weights. Every model needs the table."""
     with contextlib.suppress(Exception):  # it is only a cache: if something is wrong, the load of the model reports it
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def _fill_caches() -> None:
-    """Compute what each fork would otherwise compute again. That takes longer than a tiny Cell runs."""
+    """Fill caches that each fork would otherwise fill for itself. Filling takes longer than a tiny Cell runs."""
     environment.describe()  # code and git are stored for all forks; git takes two processes
     worker_imports.own_registry()  # imports the modules of the harness's own implementations
     worker_imports.compile_name_patterns()

@@ -26,7 +26,7 @@ Libraries = tuple[str | int | None, ...]
 """Key of a fork server: an interpreter, a number of threads, and the modules that are imported."""
 
 _MOST_SERVERS = 3
-"""Maximum number of fork servers, except if all are busy. Each holds about 0.4 GB, for one set of libraries."""
+"""Maximum number of fork servers; more exist only if all are busy. Each serves one set of libraries, and takes 0.4 GB."""
 _READY_S = 120.0
 """Time limit for the imports of a fork server, in seconds. If one takes longer, all later workers are new processes."""
 
@@ -106,7 +106,7 @@ class WorkerStarter:
         return server
 
     def _make_room(self) -> None:
-        """If there are `_MOST_SERVERS` servers, end the least recently used one that is idle."""
+        """If there are `_MOST_SERVERS` servers, end the idle one that was used least recently."""
         idle = [key for key, server in self._servers.items() if server.is_idle]
         if len(self._servers) >= _MOST_SERVERS and idle:
             self._servers.pop(idle[0]).close()

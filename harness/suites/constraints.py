@@ -22,7 +22,7 @@ def combination_problems(
     bases: list[BaseKeys],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for each combination of values with which every Cell would fail.
+    """Yield a problem for each combination of values with which no Cell can run.
 
     config: Method -> field -> values. bases: values of `base:`. steps: number of training steps.
     """
@@ -43,7 +43,10 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem
 
 
 def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
-    """Yield up to two problems of AdaLoRA's rank schedule: a rank that would have to rise, and no step for pruning."""
+    """Yield a problem for each mistake in AdaLoRA's rank schedule, at most one of each kind.
+
+    The mistakes: `target_rank` is above `rank`, or no step is left for pruning.
+    """
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
         what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, but pruning only lowers the rank"
@@ -100,7 +103,7 @@ def training_problems(
     training: Mapping[str, list[Any]],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for each value of `training` or `optimizer` that contradicts a Method or another value.
+    """Yield a problem for each value of `training` or `optimizer` that conflicts with a Method or another value.
 
     config: Method -> field -> values. training: key of `training:` -> values. steps: number of training steps.
     """
@@ -115,9 +118,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used, because nothing is trained or a Method has its own
-    optimizer.
-    """
+    """Yield a problem for each unusable optimizer: nothing is trained, or a Method has its own optimizer."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -149,7 +150,8 @@ def _layerwise(
 ) -> Iterator[tuple[str, str]]:
     """Yield a pair (reason, hint) for each reason why the entry cannot use the option `layerwise`.
 
-    With `layerwise`, the backward pass frees each gradient as soon as it has updated its weight.
+    With `layerwise`, the backward pass frees each gradient as soon as it has updated its weight. able: Methods that
+    support the option, as text.
     """
     for info in infos:
         if not info.spec.trains_weights:

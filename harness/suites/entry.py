@@ -76,8 +76,8 @@ class SuiteContext:
     ids: dict[str, str] = field(default_factory=dict)
     """Id of an entry -> its place, as `file:line`."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Id of an entry -> the keys of the entry and of its block. Entries without a required key are left out. Values may
-    be invalid."""
+    """Id of an entry -> its keys, merged with those of its block. Entries without a required key are left out. Values
+    may be invalid."""
 
     @property
     def folder(self) -> Path:
@@ -181,7 +181,7 @@ class _EntryChecker:
     def _path(self, *rest: str | int) -> KeyPath:
         """Return the path of a key in the entry or, failing that, in its block.
 
-        If neither has the key, return the path of the nearest enclosing key, or of the entry.
+        If both lack the key, return the path of the nearest enclosing key, or of the entry.
         """
         lines = self.context.document.lines
         for n in range(len(rest), 0, -1):
@@ -213,7 +213,7 @@ class _EntryChecker:
         return configs
 
     def _unknown_config_keys(self) -> None:
-        """Report each key of `config` that no Method has.
+        """Report each key of `config` that its Methods do not have.
 
         A key in the entry's own config must belong to a Method of this entry. A key in the block's config must belong
         to a Method of any entry of the block.
@@ -349,7 +349,9 @@ class _EntryChecker:
         return found
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
-        """Report each Method without a factor B, unless `ratio` is 1. LoRA+ multiplies the learning rate of B by `ratio`."""
+        """Report each Method that cannot use `lr_ratio` (LoRA+), because it has no factor B. A `ratio` of 1 suits every
+        Method.
+        """
         for name in config:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:

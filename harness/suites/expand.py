@@ -24,7 +24,7 @@ class Plan:
     """The Cells of a suite, its comparisons, and its searches for learning rates."""
 
     cells: tuple[Cell, ...]
-    """The ranked Cells, followed by the Cells of the searches for learning rates."""
+    """The Cells of the entries, followed by the Cells of the searches for learning rates."""
     ids: dict[str, str]
     """cell_id -> id of the Cell's entry."""
     comparisons: tuple[Comparison, ...]
@@ -135,7 +135,8 @@ def select(plan: Plan, expr: str) -> Plan:
     is the start of a cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in
     `expr`, a Cell must match at least one of the terms with this key.
 
-    Raises UsageError if no Cell matches `expr` or one of its terms, or if a key is unknown.
+    Raises UsageError if `expr` is empty, if no Cell matches `expr` or one of its terms, or if a key is missing or
+    unknown.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):

@@ -1,4 +1,4 @@
-"""Check the lm-eval keys of a task. Keys that training does not support are refused because scoring must match training."""
+"""Check the lm-eval keys of a task. Keys that training does not support are refused: scoring must match training."""
 
 from __future__ import annotations
 

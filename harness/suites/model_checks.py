@@ -1,8 +1,8 @@
 """Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. No torch.
 
 The check runs before anything is fetched, and again when all models have been fetched. The headers of the weight files
-show most layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the
-headers, a child process builds the model without weights and looks for the layer there.
+list every layer with weights of its own, but not, e.g., tied layers. If a target is not found in the headers, a child
+process builds the model without weights and looks for the layer there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Unseen:
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """Name of a layer -> every place where the suite has this name, as `file:line` -> name of the model."""
+    """Name of a layer -> (place where the suite has this name, as `file:line` -> name of the model)."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
@@ -99,7 +99,7 @@ def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield a problem for each adapter config whose target_modules match no layer at all. PEFT needs only one match."""
+    """Yield a problem for each adapter config whose target_modules match no layer. PEFT accepts a config with one match."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
@@ -113,7 +113,7 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
     """Yield a problem for each Cell that trains with another library's loop although its model has dropout.
 
-    SFTTrainer pads texts on the other side than the harness, so dropout would hit other tokens.
+    SFTTrainer pads texts on one side and the harness on the other, so dropout would hit other tokens.
     """
     dropped = model_folder.dropout(folder)
     for cell, places in cells:
@@ -134,7 +134,7 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Return one dict per request. It maps each name that matches no layer to the reason.
+    """Return one dict per request: name that matches no layer -> reason.
 
     requests: tuples (folder of a model, its kind, names of layers). If a model cannot be built here, its dict is empty,
     and its Cells report the failure.

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 SYNTHETIC = "synthetic"
-"""Name of the task that has no texts. See `harness.suites.synthetic_task`."""
+"""Name of the task with random tokens instead of texts (see `harness.suites.synthetic_task`)."""
 
 
 class Keys(BaseModel):
@@ -72,7 +72,7 @@ class PromptKeys(Keys):
 
 
 class TuneKeys(Keys):
-    """Values of the key `tune:` of an entry. See `harness.suites.tuning`."""
+    """Values of the key `tune:` of an entry, which declares a search for the learning rate."""
 
     lr: OneOrMany[Rate] = []
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 100
@@ -81,13 +81,13 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""The seeds with which the Cells of an entry have latencies. Cells of a search (`tune:`) never have latencies."""
+"""Seeds for which an entry's latencies are measured. Cells of a search (`tune:`) never have latencies."""
 
 
 class CellKeys(Keys):
     """The keys of one entry. A list of values is an axis, and every combination of values is a Cell.
 
-    No key is required here, because the block of the entry may have it. See `missing`.
+    No key is required here, because the block of the entry may have it. `missing` finds keys that both lack.
     """
 
     id: Id | None = None
@@ -109,7 +109,7 @@ class CellKeys(Keys):
     tune: TuneKeys | None = None
 
     def missing(self) -> list[str]:
-        """List the required keys that neither the entry nor its block has."""
+        """List the required keys that are missing in both the entry and its block."""
         needed = {"model": self.model, "task": self.task, "method": self.method}
         missing = [key for key, values in needed.items() if not values]
         if self.training.steps is None:
@@ -154,7 +154,7 @@ class ComparisonKeys(Keys):
 
     @property
     def kind(self) -> Literal["better", "same-losses"]:
-        """The kind of the comparison. See `records.manifest.Comparison`."""
+        """Whether accuracies (`better`) or losses (`same-losses`) are compared."""
         return "better" if self.better else "same-losses"
 
     @property

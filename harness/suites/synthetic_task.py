@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value that does not fit the task `synthetic`, or that fits only this task.
+    """Yield a problem for each value that the task `synthetic` does not support, or that only this task supports.
 
     models: index in the entry's list of models -> source. Unknown models are left out.
     """

@@ -19,7 +19,7 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_validation import Document
 
 Role = Literal["data", "train"]
-"""Use of a source by a task: `data` for scoring, `train` for training. One source may have both roles."""
+"""How a task uses a source: `data` for scoring, `train` for training. One source may have both roles."""
 
 
 class Answers(FrozenModel):
@@ -50,7 +50,7 @@ class LabelledMetadata(Metadata):
 
 
 class AnsweredMetadata(Metadata):
-    """The keys under `metadata` of a task whose answers are texts. See `Answers`."""
+    """The keys under `metadata` of a task whose answers are texts. `Answers` explains `loss` and `eos`."""
 
     loss: Literal["answer", "all"] = "answer"
     eos: bool = True
@@ -74,7 +74,7 @@ class AnsweredFile(BaseModel):
 
 
 class TaskSpec(FrozenModel):
-    """The part of a task that a worker needs."""
+    """The part of a task that the process of a Cell needs."""
 
     name: str
     spec: dict[str, Any]
@@ -109,7 +109,7 @@ class Task(TaskSpec):
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
         """Return the mistakes in a data file of the task.
 
-        role: what the task uses `source` for. path: the file of `source`.
+        role: how the task uses `source`. path: the file of `source`.
         """
         if self.upstream is not None:
             return []  # lm-eval reads it
@@ -128,6 +128,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
     The file is checked in two stages: types in `metadata`, then all else. Raises SuiteError with all mistakes of the
     first stage that finds any. The second stage also reads local data files, to find mistakes before anything runs.
+    Raises UsageError for an unknown task.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)

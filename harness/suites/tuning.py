@@ -26,7 +26,8 @@ class Tune:
     """Method -> values for the trials. They replace the entry's values, so that e.g. all ranks share the trials of one
     rank.
 
-    A value of None means the default of a field that older Records do not have. The Cell of a trial omits such a field.
+    A value of None stands for the default of a field that older Records do not have. A trial's Cell then omits the
+    field.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
@@ -44,8 +45,8 @@ def read(
 ) -> tuple[Tune | None, list[FieldProblem]]:
     """Check `tune:`. Return the search and the mistakes. If there are mistakes, the search is None.
 
-    The path of a mistake is relative to `tune:`. training, seeds: the values of the entry. scored: number of test items
-    that score the Cells of the entry.
+    The path of a mistake is relative to `tune:`. methods, training, seeds, tasks: the values of the entry. scored:
+    number of test items that score the Cells of the entry.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

@@ -5,8 +5,8 @@ With the moments m = beta1 m + (1 - beta1) g and v = beta2 v + (1 - beta2) g^2, 
     torch:         p = (1 - lr weight_decay) p - lr (m / c1) / (sqrt(v / c2) + eps)
     transformers:  p = (1 - lr weight_decay) (p - lr sqrt(c2) / c1 m / (sqrt(v) + eps))
 
-`torch` is torch.optim.AdamW. `transformers` is the AdamW that transformers once had; peft's LoRA-FA follows it. It
-decays after the update, and its eps is added before the bias correction, as in section 2 of Adam's paper (arXiv:1412.6980).
+`torch` is torch.optim.AdamW. `transformers` is the AdamW of older transformers versions, which peft's LoRA-FA copies. This
+form decays after the update, and adds eps before the bias correction, as in section 2 of Adam's paper (arXiv:1412.6980).
 """
 
 from __future__ import annotations

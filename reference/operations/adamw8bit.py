@@ -97,7 +97,7 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
 
 
 def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
-    """Return the bytes of both moments: 2 per element plus 8 per block. For a small tensor, 8 per element (float32)."""
+    """Return the bytes of both moments: 2 per element plus 8 per block. Below `min_8bit_size`: 8 per element (float32)."""
     return 8 * numel if numel < min_8bit_size else 2 * numel + 8 * -(-numel // BLOCK)
 
 

@@ -1,7 +1,7 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
 Each block of a 4-bit weight has a constant, its float32 absmax. The mean of these constants is subtracted from each,
-and the differences are quantised to 8-bit codes (c2). Blocks of 256 differences share one float32 constant (c1). The
+and the differences are quantised to 8-bit codes (c2). Each block of 256 differences has one float32 constant (c1). All
 constants of a weight then take 0.127 bits per parameter instead of 0.5.
 """
 
@@ -60,12 +60,12 @@ def dequantize(c2: Tensor, c1: Tensor, offset: Tensor, block: int = BLOCK) -> Te
 
 
 def bits_per_parameter(numel: int, block: int = 64, double: bool = True, second_block: int = BLOCK) -> float:
-    """Return the stored bits of a 4-bit weight, divided by its number of elements. Raises ValueError for an empty
-    weight.
+    """Return the stored bits of a 4-bit weight, divided by its number of elements `numel`.
 
     block: elements per constant. second_block: constants that share a second constant. The codes take whole bytes.
     Without double quantisation, each constant takes 32 bits. With it, each constant takes 8 bits, each second constant
-    32, and the mean 32. Code tables are not included, because they are the same for all weights.
+    32, and the mean 32. Code tables are not included, because they are the same for all weights. Raises ValueError for
+    an empty weight.
     """
     if numel < 1:
         raise ValueError("an empty weight has no bits per parameter")

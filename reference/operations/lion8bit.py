@@ -6,7 +6,7 @@ Lion has one moment m, and moves every weight by lr up or down, whatever the siz
     m = beta2 m + (1 - beta2) g
 
 The moment is stored as 8-bit codes of the signed dynamic map with one absmax per block of 256 elements, as in 8-bit AdamW
-(reference/operations/adamw8bit). The step decodes it, and encodes it again at its end.
+(reference/operations/adamw8bit). A step decodes the moment, computes, and encodes the new moment.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ subtracted from B, the weight changes by -s d A. Version 2 of the paper takes th
 
     d = argmin || s d A - G ||_F^2 = (1 / s) G A^T (A A^T)^-1 = (1 / s^2) g (A A^T)^-1
 
-AdamW gets this corrected gradient in place of g, so that its moments are moments of d. Version 1 takes g itself. All
-other trainable tensors of the model get a plain step of AdamW. In a layer of stacked experts each expert is a layer of
-its own. The A and B of all experts are packed as in `reference.lora_experts`.
+AdamW gets d, the corrected gradient, in place of g, so that its moments are moments of d. In version 1 of the paper,
+AdamW gets g. All other trainable tensors of the model get an ordinary step of AdamW. Each expert of a layer of stacked
+experts counts as one layer. The A and B of all experts are packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def lorafa_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return B, m and v of one layer after a step.
 
-    g: gradient of B, or None if it has none. m, v: moments of B. correction: `least-squares` corrects g, `none`
-    uses it as it is. experts: see `corrected`. adamw: the keywords of `adamw_step`.
+    g: gradient of B, or None if B has none. m, v: moments of B. correction: `least-squares` corrects g, `none`
+    leaves g unchanged. experts: see `corrected`. adamw: the keywords of `adamw_step`.
     """
     if g is None:
         return B, m, v

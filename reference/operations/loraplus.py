@@ -77,8 +77,8 @@ def loraplus_step(
 ) -> dict[str, tuple[float, float, Tensor]]:
     """Return, by name, each tensor's learning rate, weight decay, and value after the first step of AdamW.
 
-    The moments before the step are zero. For a frozen tensor, both rates are 0, and the value does not change. rates:
-    lr, ratio, lr_embedding and weight_decay, see `group_of`.
+    The moments before the step are zero. frozen: names of tensors that do not change; their learning rate and weight
+    decay are 0. rates: lr, ratio, lr_embedding and weight_decay, see `group_of`.
     """
     found: dict[str, tuple[float, float, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -76,8 +76,8 @@ class Paged(torch.optim.Optimizer):
     """Wrapper that pages the large states of an optimizer. The results stay the same.
 
     inner: the optimizer. It must update each parameter independently (LBFGS does not), and its groups must hold no
-    state. The wrapper calls its `step`, and so the hooks of `step`, once per parameter. The wrapper shares the
-    parameter groups and the state of `inner`. Pass the wrapper, not `inner`, to a learning rate schedule.
+    state. The wrapper calls `inner.step`, and with it the hooks of this step, once per parameter. The wrapper shares
+    the parameter groups and the state of `inner`. Pass the wrapper, not `inner`, to a learning rate schedule.
 
     budget: bytes of paged states that may stay on the device. The states of the parameter that is being updated are
     always on the device. Once all states exist, the peak is therefore the larger of two numbers: the budget and the

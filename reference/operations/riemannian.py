@@ -8,8 +8,8 @@ step of steepest descent is
 where gA and gB are the gradients of A and B. Both inverses are r x r, and are computed from A and B before the step.
 The paper calls this scaled gradient descent. Scaled AdamW gives the preconditioned gradients to AdamW in place of gA
 and gB, so that AdamW's moments are moments of the preconditioned gradients. All other trainable tensors of the model
-get a plain step. In a layer of stacked experts each expert is a layer of its own. The A and B of all experts are packed
-as in `reference.lora_experts`.
+get an ordinary step. Each expert of a layer of stacked experts counts as one layer. The A and B of all experts are
+packed as in `reference.lora_experts`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,11 @@ def preconditioned(
 def optimizer_step(
     kind: Kind, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: float, weight_decay: float, **adamw: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return p, m and v after a step. With the kind `gd`, p = (1 - lr weight_decay) p - lr g, and m and v do not change."""
+    """Return the parameter p and its moments m and v after a step with the gradient g.
+
+    kind: `adamw` calls `adamw_step`, with the keywords `adamw`. `gd` is gradient descent, p = (1 - lr weight_decay) p -
+    lr g, and does not change m and v.
+    """
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)
     return (1 - lr * weight_decay) * p - lr * g, m, v

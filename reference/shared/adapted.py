@@ -12,7 +12,7 @@ from reference.shared.layers import as_stored, dense_copy, replace
 
 
 class AdaptedModel:
-    """A model without adapter layers. It has nothing to merge or detach. Subclasses override what their Method changes.
+    """A model to which a Method is attached. Without adapter layers, as here, there is nothing to merge or detach.
 
     A tensor's name is the path of the parameter in the model.
     """
@@ -24,7 +24,7 @@ class AdaptedModel:
         self.layers: Mapping[str, nn.Module] = dict(layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map names to the trainable tensors. If two layers share a parameter (tied embeddings), it has two names."""
+        """Map names to the trainable tensors. A parameter that two layers share (tied embeddings) has two names."""
         return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class AdaptedLayer(nn.Module):
-    """A layer that takes the place of `base` and adds a Method's update to it."""
+    """A layer that takes the place of `base` and applies a Method's update."""
 
     base: nn.Module
     """The original layer, which does not change. `detach` puts it back."""
@@ -175,7 +175,7 @@ class AdaptedLayers(AdaptedModel):
 def adapt(model: nn.Module, bases: Mapping[str, nn.Module], make: Callable[[nn.Module], AdaptedLayer]) -> AdaptedLayers:
     """Freeze `model`, and replace each layer in `bases` by the adapted layer that `make` returns for it.
 
-    bases: path -> layer of `model`. If `make` raises ValueError, this raises it with the path, and `model` is unchanged.
+    bases: path -> layer of `model`. If `make` raises ValueError, raise it again with the path, and leave `model` unchanged.
     """
     layers = {}
     for path, base in bases.items():

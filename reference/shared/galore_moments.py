@@ -51,7 +51,7 @@ def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
 
 
 def stored_bytes(numel: int, itemsize: int, bits: int) -> int:
-    """Return the bytes of both moments of `numel` elements.
+    """Return the size in bytes of the moments M and V together, each with `numel` elements.
 
     itemsize: bytes per element of the gradient. bits: 8 or 32.
     """

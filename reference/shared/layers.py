@@ -38,7 +38,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Map names to the parameters that stack the matrices of all experts of a block, (experts, ..., ...).
+    """Map names to the parameters (experts, ..., ...) that stack the matrices of all experts of a block.
 
     A module of experts has a class named `...Experts`, as in transformers. For any other module the result is empty.
     """
@@ -54,9 +54,9 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dic
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
     """Map paths to the layers that `names` select, in the model's order.
 
-    A name is a whole path, the end of paths, or one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises
-    ValueError if a name matches no layer. Also raises it if a name matches a layer of another kind, because that layer
-    would not be adapted.
+    A name is a whole path, the end of a path after a dot, or one of `WORDS`. kinds: the `KINDS` that the Method adapts.
+    Raises ValueError if a name matches no layer of these kinds. Also raises it if a name matches a layer of another
+    kind, because that layer would not be adapted.
     """
     found: dict[str, Any] = {}
     for name in names:
@@ -96,9 +96,9 @@ def _attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all linear layers of the model's trunk, except the layer that computes the logits.
+    """Return all linear layers of the model's trunk, i.e. without its head and the layer that computes the logits.
 
-    HF peft's `all-linear` selects the same layers, with one exception. If a head has several layers, HF peft leaves out
+    HF peft's `all-linear` selects the same layers, with one exception: of a head with several layers, HF peft leaves out
     only the last one.
     """
     get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
@@ -116,7 +116,7 @@ WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention":
 
 
 def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that `word` selects. Raises ValueError if there are none, or if one has a kind not in `kinds`."""
+    """Return the layers that `word` selects. Raises ValueError if there are none, or if a layer's kind is not in `kinds`."""
     found = WORDS[word](model)
     for path, module in found.items():
         if kind_of(module) not in kinds:
@@ -142,7 +142,7 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype for an adapter of `base`: that of its weight or, if the weight is packed, its compute dtype."""
+    """Return the dtype for an adapter of `base`: its weight's dtype or, if the weight is packed, its compute dtype."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype

@@ -21,10 +21,10 @@ def _gradient(p: Tensor) -> Tensor | None:
 class Layerwise:
     """Hooks that update each parameter as soon as its gradient is complete. A later `optimizer.step()` then does nothing.
 
-    optimizer: must update each parameter independently, and skip parameters without a gradient. When the hooks are set,
-    no parameter may have a gradient. gradient: function that takes a parameter and returns the gradient to use in
-    `norm`. If it returns None, the parameter is not updated. Clipping by the global norm, loss scaling with retries,
-    and accumulation over several backward passes are not possible.
+    optimizer: must update each parameter independently, and skip parameters without a gradient. When this object is
+    made, no parameter may have a gradient. gradient: function that takes a parameter and returns the gradient that
+    `norm` includes, or None to skip the update of the parameter. Clipping by the global norm, loss scaling with
+    retries, and accumulation over several backward passes are not possible.
     """
 
     most_B: int

@@ -24,7 +24,7 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return initial A (rank, inputs) and B (outputs, rank) in float64, so that every dtype starts from the same numbers.
 
-    Raises ValueError for an odd rank with `orthogonal`, which gives each of A and B half of the rank's directions.
+    init: `kaiming`, `gaussian` or `orthogonal`. Raises ValueError if `orthogonal` gets an odd rank.
     """
     if init == "orthogonal":
         return _orthogonal(rank, inputs, outputs, generator)
@@ -57,7 +57,10 @@ def embedding_factors(base: nn.Embedding, rank: int, generator: torch.Generator)
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return A and B with B A = 0. The columns of A and the rows of B lie in two orthogonal halves of the space R^rank."""
+    """Return A and B with B A = 0.
+
+    The columns of A and the rows of B lie in two orthogonal subspaces of R^rank, each of dimension rank / 2.
+    """
     if rank % 2:
         raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 

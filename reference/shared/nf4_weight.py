@@ -16,8 +16,8 @@ class Nf4Weight(nn.Module):
     """One constant per block of the weight. With double quantisation, these are uint8 codes (c2 in the paper), else
     float32."""
     absmax2: Tensor
-    """Second constants (c1 in the paper), float32. Each scales a block of the codes in `absmax`. Only with double
-    quantisation."""
+    """Second constants (c1 in the paper), float32. Each scales a block of the codes in `absmax`. They exist only with
+    double quantisation."""
     offset: Tensor
     """Mean of the constants before double quantisation, float32, 0-d. It exists only with double quantisation."""
 

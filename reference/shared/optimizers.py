@@ -18,7 +18,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the tensors of `state_dict` into the optimizer's state again. torch changed their dtypes when it loaded them."""
+    """Copy the tensors of `state_dict` into the state of `optimizer`, because torch casts them when it loads them."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
         for name, value in state_dict["state"].get(index, {}).items():

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class RowDropout(nn.Module):
-    """Dropout of whole rows of an update. Each row belongs to one output of the layer, for all tokens of a call.
+    """Dropout of whole rows of an update (E, D). A row is one output feature, dropped for all tokens of a call.
 
-    p: probability that a row is dropped in training mode. The rows that remain are divided by their share of all rows, so
-    that the mean of the mask is 1. If no row remains, the update is zero.
+    p: probability that a row is dropped in training mode. The rows that remain are divided by the fraction of rows that
+    remain, so that the mean of the mask is 1. If no row remains, the update is zero.
     """
 
     def __init__(self, p: float) -> None:

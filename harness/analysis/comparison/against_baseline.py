@@ -1,6 +1,6 @@
 """Judge a run against a baseline: first each Cell, then the whole run.
 
-If nothing was compared, the run does not pass. Every verdict lists the differences between the environments.
+A run without a Cell to compare does not pass. Every verdict lists the differences between the two environments.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
 _DIFFERENCES = (RowKind.ENVIRONMENT, RowKind.ASSETS)
-"""Kinds of the rows that show a difference in the environment or in the assets. Every verdict names these differences
-last."""
+"""Kinds of the rows that show a difference in the environment or in the assets. The verdict names these differences at
+its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class BaselineVerdict(GateResult):
     margins: Margins
     """Largest differences from the baseline that do not fail the gate."""
     notes: tuple[str, ...]
-    """Reasons why the comparison is incomplete: the run did not finish, or a side has no hashes of its files."""
+    """Reasons why the comparison is incomplete: the run did not finish, or the run or the baseline has no hashes of its
+    files."""
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> BaselineVerdict:
@@ -45,8 +46,8 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
 
     - NOTHING_COMPARED: no Cell has a Record both in the baseline and in the run.
     - FAIL: a row failed, or a file was changed after its run.
-    - INFRASTRUCTURE: the run did not reach a Cell, its Record is unreadable, the run did not finish, or the baseline or
-      the run has no hashes of its files.
+    - INFRASTRUCTURE: a Cell lacks a readable Record in the run or in the baseline, the run did not finish, or the
+      baseline or the run has no hashes of its files.
     - INCONCLUSIVE: a row is inconclusive. This code is returned only if `strict` is set.
     - PASS: otherwise.
     """
@@ -83,7 +84,7 @@ def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[l
     torn = {side: _torn(facts) for side, facts in sides.items()}
 
     def obstacles(i: str) -> Iterator[tuple[VerdictKind, str]]:
-        """Yield the reasons why a Cell cannot be compared, the most serious first."""
+        """Yield the reasons why the Cell with the cell_id `i` cannot be compared, the most serious first."""
         if i not in planned:
             yield VerdictKind.FAIL, "the run does not plan this Cell"
         for side, facts in sides.items():
@@ -156,7 +157,7 @@ def _conformance(pair: RecordPair) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """List the checks whose allowed error is more than LOOSER times as large as in the baseline.
+    """List the checks whose allowed error in the run is more than LOOSER times the allowed error in the baseline.
 
     Each text holds the name of a check and the factor. The largest factor comes first.
     """
@@ -167,9 +168,9 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Return recipe_id -> name of the recipe. A recipe is all Cells that differ only in the seed.
+    """Return recipe_id -> name of the recipe. A recipe is a set of Cells that differ only in the seed.
 
-    A recipe with a single Cell has the name of this Cell.
+    A recipe with a single Cell has the name of this Cell. names: names of the Cells, by cell_id.
     """
     recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
@@ -177,7 +178,7 @@ def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[s
 
 
 def _whole(result: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
-    """Return the verdict on the whole run, and the exit code."""
+    """Return the verdict on the whole run, and the exit code that `judge` describes."""
     files = [plural(len(result.unreadable), "unreadable file")] if result.unreadable else []
     changed = [f"changed files: {', '.join(result.changed)}"] if result.changed else []
     differences = [f"{row.reason} ({row.name})" for row in result.rows if row.kind in _DIFFERENCES]
@@ -205,6 +206,6 @@ def _whole(result: BaselineVerdict, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Return one text per kind of row in `rows`: the kind, the first few Cells, and the number of further Cells."""
+    """Return one text per kind of row: the kind, the names of the first few Cells, and the number of further Cells."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in RowKind if kind in kinds]

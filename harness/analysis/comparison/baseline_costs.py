@@ -51,7 +51,7 @@ def rows(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
 def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row for each metric that is counted exactly: numbers of parameters, bytes of tensors, sizes of files.
 
-    A smaller number of parameters is a regression too, since an unchanged recipe has as many parameters as before.
+    Fewer parameters are a regression too, because an unchanged recipe keeps their number.
     """
     for metric in metrics.METRICS:
         if not metric.quantity or metric.kind != "counted" or metric.slack_B:
@@ -68,7 +68,7 @@ def counted(pair: RecordPair) -> Iterator[ComparisonRow]:
 def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
     """Yield a row that compares the peak memory of training.
 
-    The row is inconclusive if the peak of the run was measured in another way than the peak of the baseline.
+    The row is inconclusive if the run and the baseline measured their peaks in different ways.
     """
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
@@ -87,9 +87,9 @@ def _peak(pair: RecordPair, margins: Margins) -> Iterator[ComparisonRow]:
 def _growth(
     pair: RecordPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
 ) -> Iterator[ComparisonRow]:
-    """Yield a row on two numbers of bytes, `a` and `b`. The row fails if b - a exceeds `limit`.
+    """Yield a row that compares bytes in the baseline (`a`) and in the run (`b`). It fails if b - a exceeds `limit`.
 
-    method: how the bytes were measured.
+    If only `a` is known, the row fails too. method: how the bytes were measured.
     """
     if a is None or b is None:
         yield from _one_sided(pair, what, a, b, "B")
@@ -101,7 +101,7 @@ def _growth(
 
 
 def _one_sided(pair: RecordPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
-    """Yield a row if only `a`, the value in the baseline, or only `b`, the value in the run, is known."""
+    """Yield a row if only one value is known: `a` is the value in the baseline, `b` the value in the run."""
     if b is not None:
         yield pair.row(RowKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:
@@ -110,9 +110,9 @@ def _one_sided(pair: RecordPair, what: str, a: Number | None, b: Number | None, 
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the median times of a Record in seconds, by name.
+    """Return name of a time -> its median in seconds.
 
-    The dict is empty if no time of this Record may be shown (`failed_checks.no_speed`).
+    If no time of the Record may be shown (`failed_checks.no_speed`), return an empty dict.
     """
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
@@ -131,7 +131,7 @@ def _latency(cell: Cell, latency: Latency) -> str:
 def _loss(pair: RecordPair) -> Iterator[ComparisonRow]:
     """Yield a row that compares the mean training loss over the last quarter of the steps.
 
-    Yield nothing if a Record has no training, or if the batches differ.
+    Yield nothing if a Record has no training, or if the two runs trained on different batches.
     """
     a, b = pair.base.training, pair.new.training
     if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:

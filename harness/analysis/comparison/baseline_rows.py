@@ -10,31 +10,33 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.records.record import Record
 
 PROCESS_PEAK_B = 16 * 2**20
-"""Largest growth of the memory of a process, in bytes, that does not fail. The memory is VmHWM or a sampled value.
+"""Largest growth of a process's peak memory above its imports, in bytes, that does not fail the gate. The peak is VmHWM
+or a sampled value.
 
 The limit rests on results/published/2026-11-25-tune-small-cpu. There, three Cells of each of nine methods differ only
 in the learning rate. Their peak memory above the imports varies between processes, with a standard deviation of 1.7
-MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with 2.4 MiB, a process exceeds
-another process by 16 MiB in only one of a million pairs."""
+MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with a deviation of 2.4 MiB, the
+second of two processes exceeds the first by 16 MiB in only one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""Largest growth of the memory of a process that does not fail, as a share of the peak. The overhead of an allocator
-grows with the requested memory: two runs of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the tensors
-of their steps had equal sizes."""
+"""Largest growth of a process's peak memory that does not fail the gate, as a share of the peak in the baseline. The
+larger of PROCESS_PEAK_B and this share counts. The overhead of an allocator grows with the requested memory: two runs
+of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the tensors of their steps had equal sizes."""
 COUNTED_PEAK_B = 64 * 2**10
-"""Largest growth of the counted peak, in bytes, that does not fail. The counted peak is the number of bytes of all
-tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It was
-chosen, not measured. In two processes, thirty Cells of a small Llama had equal counted peaks. These Cells cover six
-methods, 4-bit base weights, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and
+"""Largest growth of the counted peak, in bytes, that does not fail the gate. The counted peak is the number of bytes of
+all tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It
+was chosen, not measured. Each of thirty Cells of a small Llama had the same counted peak in two processes. These Cells
+cover six methods, 4-bit base weights, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and
 torch.compile."""
 ACCURACY = 0.02
-"""Largest drop of an accuracy that does not fail: two percentage points."""
+"""Largest drop of an accuracy that does not fail the gate: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the allowed error of a check may exceed that of the baseline. Above it, the row is
-inconclusive. The allowed error follows the noise that each run measures, and this noise differs between machines."""
+"""Largest ratio of the error that a check allows in the run to the error that it allowed in the baseline. Above it, the
+row on the checks is inconclusive. The allowed error follows the noise that each run measures, and this noise differs
+between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
-"""Largest rise of a training loss that does not fail: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
-numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ only by
-rounding errors. These errors may grow during training."""
+"""Largest rise of a training loss that does not fail the gate: LOSS_SHARE times the loss of the baseline, plus LOSS
+nats. Both numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ
+only by rounding errors. These errors may grow during training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
@@ -117,7 +119,7 @@ class ComparisonRow:
     word: VerdictKind
     """Verdict on this quantity."""
     name: str
-    """Name of the compared Cell or recipe. If the row is about several Cells, their number as text, e.g. `3 Cells`."""
+    """Name of the compared Cell or recipe. A row about several Cells has their number instead, e.g. `3 Cells`."""
     cells: tuple[str, ...]
     """cell_ids of the compared Cells."""
     what: str
@@ -131,7 +133,7 @@ class ComparisonRow:
     unit: Unit = ""
     """Unit of the values; empty for texts and for counts of checks."""
     interval: tuple[float, float] | None = None
-    """Interval of new - base. For a row of the kind SPEED, interval of new / base - 1."""
+    """Confidence interval of new - base. In a row of the kind SPEED, it is the interval of new / base - 1."""
     records: tuple[str, ...] = ()
     """Ids of the compared Records. In each pair, the Record of the baseline comes first."""
 
@@ -142,12 +144,12 @@ class ComparisonRow:
 
     @property
     def same(self) -> bool:
-        """True if both values are equal and the row passes."""
+        """True if both values are known and equal, and the row passes."""
         return self.word is VerdictKind.PASS and self.base == self.new and self.base is not None
 
     @property
     def valued(self) -> bool:
-        """True if either side has a value."""
+        """True if `base` or `new` has a value."""
         return self.base is not None or self.new is not None
 
     @property
@@ -185,7 +187,7 @@ class Margins:
     Memory that torch allocated on a GPU may not grow at all. Tensors counted on a CPU may grow by COUNTED_PEAK_B. The
     memory of a process may grow by PROCESS_PEAK_B or by PROCESS_SHARE of the peak, whichever is larger."""
     accuracy: float = ACCURACY
-    """Allowed drop of an accuracy, as a share."""
+    """Allowed drop of an accuracy; 0.02 is two percentage points."""
 
     def growth_limit(self, default: int) -> int:
         """Return the allowed growth of a peak in bytes: `memory_B`, or `default` if `memory_B` is None."""
@@ -194,19 +196,19 @@ class Margins:
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """Result of a regression gate. All output formats are made from this object."""
+    """Result of a regression gate, from which all its output formats are made."""
 
     verdict: Verdict
     """Verdict of the gate."""
     rows: tuple[ComparisonRow, ...]
     """One row per compared quantity."""
     compared: int
-    """Number of Cells or benchmarks that were measured on both sides."""
+    """Number of Cells or benchmarks that have results both in the baseline and in the run."""
     unreadable: tuple[str, ...] = ()
-    """Unreadable files of both sides: one text per file, with the reason."""
+    """Unreadable files of the baseline and the run: one text per file, with the reason."""
     changed: tuple[str, ...] = ()
     """Files that were changed after their run."""
 
     def of(self, *words: VerdictKind) -> list[ComparisonRow]:
-        """Return the judged rows with one of these verdicts."""
+        """Return the rows that have one of these verdicts and affect the verdict of the whole comparison."""
         return [row for row in self.rows if row.judged and row.word in words]

@@ -17,9 +17,9 @@ _Matched = tuple[Record, Record]
 
 
 def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) -> list[ComparisonRow]:
-    """Return rows that compare accuracies. Cells that differ only in the seed share one row.
+    """Return rows that compare accuracies. Cells that differ only in the seed (a recipe) share one row.
 
-    pairs: for each Cell its Record in the baseline and its Record in the run. names: names of recipes, by recipe_id.
+    pairs: for each Cell, its Record in the baseline and its Record in the run. names: names of recipes, by recipe_id.
     """
     found = []
     pairs = sorted(pairs, key=lambda pair: pair[0].cell.seed)
@@ -47,7 +47,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 
 
 def _difference(pairs: Sequence[_Matched]) -> RecipePair | tuple[VerdictKind, str]:
-    """Return the difference of the accuracies of one recipe: run minus baseline.
+    """Return the difference between the accuracies of one recipe: run minus baseline.
 
     If all answers are equal, or if no difference can be estimated, return a verdict and its reason instead. pairs: for
     each seed, the Record in the baseline and the Record in the run.

@@ -1,4 +1,7 @@
-"""Rows for differences in environment and assets between a run and its baseline, one row per set of differences."""
+"""Rows for differences in environment and assets between a run and its baseline.
+
+All Cells with the same differences share a row.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from harness.records.record import Environment, Record
 
 CLOCK = "SM clock at the end of training"
 _CODE = (CODE_VERSION, "commit", "uncommitted changes")
-"""Names of the differences in the code. They do not make a row inconclusive, since a regression gate compares two
-versions of the code."""
+"""Names of the differences in the code. Such a difference alone does not make a row inconclusive, because a regression
+gate compares two versions of the code."""
 _Records = Sequence[tuple[Record, Record]]
 
 
 def rows(pairs: _Records) -> Iterator[ComparisonRow]:
-    """Yield a row for each set of differences in environment or assets. The row names the Cells with these differences.
+    """Yield the rows for the environments, then for the assets.
 
-    If the range of the GPU clocks, over all Cells, differs between baseline and run, a last row shows both ranges.
+    pairs: for each Cell, its Record in the baseline and its Record in the run. The GPU clocks are compared over all
+    Cells together: if their ranges in the baseline and the run differ, a last row shows both ranges.
     """
     for kind, differences in (
         (RowKind.ENVIRONMENT, _surroundings),
@@ -55,9 +59,9 @@ def _surroundings(base: Record, new: Record) -> list[Difference]:
 
 
 def throttling(base: Record, new: Record) -> list[Difference]:
-    """Compare the causes of GPU throttling during training.
+    """Compare the reasons for which the GPU was throttled during training.
 
-    Return a list with one Difference, or an empty list if the causes are equal.
+    Return a list with one Difference, or an empty list if the reasons are equal.
     """
     before, now = _throttle_reasons(base) or "nothing", _throttle_reasons(new) or "nothing"
     return [Difference("GPU throttled in training by", before, now)] if before != now else []
@@ -74,7 +78,7 @@ def _throttle_reasons(record: Record) -> str:
 
 
 def clocks_of(records: Sequence[Record]) -> str:
-    """Return the range of the GPU clocks at the end of training, e.g. `1,410 to 1,980 MHz`.
+    """Return the lowest and highest GPU clock at the end of training, e.g. `1,410 to 1,980 MHz`.
 
     Without a GPU, return an empty string.
     """

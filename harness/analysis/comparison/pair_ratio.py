@@ -1,4 +1,4 @@
-"""Log ratios (new / old) of the times of two process runs of one Cell, with the old and with the new code."""
+"""Log ratios (new / old) of the times of one Cell, from a process with the old code and a process with the new code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.records.record import Record, TrainingMeasured
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the times that the code under test can change: name of the metric -> seconds.
+    """Return name of a metric -> seconds, for the times that the code under test can change.
 
     These are the time of a training step and all latencies, except the latencies of the bare base model.
     """
@@ -32,8 +32,8 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     of two medians would be worse: the medians may belong to different batches, and a batch with twice the tokens takes
     twice the time. For other metrics, and for different batches, the result is the log ratio of the two medians.
 
-    The result is a single number because the steps of one process are not independent of each other. Raises
-    HarnessError if `old` or `new` lacks the time.
+    The steps of one process are not independent of each other, so they give only this single number. Raises
+    HarnessError if `old` or `new` has no such time above 0.
     """
     if metric == STEP and (matched := _matched(old.training, new.training)):
         return median(math.log(after) - math.log(before) for before, after in matched)
@@ -48,9 +48,9 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 
 
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
-    """Return the seconds of each steady step as (old, new).
+    """Return the seconds of each steady step as pairs (old, new).
 
-    The list is empty if the batches differ or if a step took no time.
+    The list is empty if a side did not train, if the batches differ, or if a step took no time.
     """
     if old is None or new is None:
         return []

@@ -1,4 +1,7 @@
-"""Verdict on an A/B comparison of an old and a new side: times, memory and outcomes of pairs of process runs."""
+"""Verdict on an A/B comparison of an old and a new side, i.e. of two revisions or implementations.
+
+Each side runs each Cell in several processes, which form pairs (old, new). Times, memory and outcomes are compared.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Names of the differences between the two sides that the comparison examines. No verdict reports them."""
+"""Names of the differences in code, which the comparison is about. The verdict does not report them."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest growth of the median peak memory of the processes, in bytes, that does not fail. A smaller growth does not
-fail even if it is statistically significant."""
+"""Largest growth of the processes' median peak memory on a CPU, in bytes, that does not fail the gate, even if the
+growth is statistically significant."""
 _PEAK_LEVEL = 0.0011
-"""Significance level of the rank test on the peak memory of the processes. Six process runs per side are just enough to
-reach it."""
+"""Significance level of the rank test on the peak memory of the processes. The test can just reach this level with six
+processes per side."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,20 @@ class CellComparison:
     name: str
     """Name of the Cell."""
     records: Records
-    """Pairs of Records (old, new)."""
+    """Pairs of Records (old, new), one per pair of processes."""
     timed: Mapping[str, PairVerdict] = field(default_factory=dict)
     """Name of a timed metric -> verdict on it; empty if nothing was timed."""
     because: str = ""
     """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell. Unless the metric is the step time, add the name of the metric."""
+        """Return the name of the Cell, followed by the name of the metric unless the metric is the step time."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return the time named by `metric` on one side, in seconds: the median over all process runs.
+        """Return the time named by `metric` on one side, in seconds: the median over all processes of this side.
 
-        side: 0 for the old side, 1 for the new side. If no run has this time, return None.
+        side: 0 for the old side, 1 for the new side. If no process has this time, return None.
         """
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
@@ -73,14 +76,13 @@ class JudgedPairs:
     cells: tuple[CellComparison, ...]
     """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
-    """Title of a time -> its p value after the Benjamini-Hochberg adjustment. `CellComparison.title` makes the
-    titles."""
+    """p value of each time after the Benjamini-Hochberg adjustment. The keys come from `CellComparison.title`."""
     rows: tuple[ComparisonRow, ...]
-    """One row per compared quantity other than a time. A latency that only the old side measured has a row, too."""
+    """One row per compared quantity other than a time, and one row per latency that only the old side measured."""
     canaries: Canaries
-    """Count of false alarms when the old side is compared with itself."""
+    """Numbers of comparisons of the old side with itself and of false alarms."""
     differences: tuple[str, ...]
-    """Unintended differences between the two sides, as texts. If process runs waited for a CPU, the last text says how
+    """Unintended differences between the two sides, as texts. If processes waited for a CPU, the last text says how
     many."""
 
 
@@ -92,20 +94,20 @@ def judge(
     The exit code is the first in this list whose condition holds:
 
     - NOTHING_COMPARED: no Cell could be timed, and none failed.
-    - FAIL: on the new side, a Cell is slower, takes more memory, has other counts, or fails although the old side does
-      not.
+    - FAIL: on the new side, a Cell is slower, takes more memory or larger files, has other numbers of parameters, lacks
+      a latency, or fails although it is ok on the old side.
     - INFRASTRUCTURE: the canaries (comparisons of the old side with itself) had too many false alarms, so no time was
       judged; or a Cell could not be timed.
-    - INCONCLUSIVE: a time is undecided, or only some process runs of a Cell counted their memory. This code is returned
+    - INCONCLUSIVE: a time is undecided, or only some processes of a Cell counted their memory. This code is returned
       only if `strict` is set.
     - PASS: otherwise.
 
     runs_fresh: False if the second stage, with fresh pairs, is switched off. Then no time can fail.
 
     Each time (a step or a latency) is judged separately. The level of `Design` is strict enough for a comparison with
-    500 such times. The adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. In
-    simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell; adjusted p values would
-    find it in 83 %. With 50 Cells, they would find it in 53 %.
+    500 such times. The adjusted p values are shown, but decide nothing: with ten or twenty pairs, they would miss
+    slow-downs. In simulated gates with 8 Cells, of which one is 3 % slower, 99 % of the gates find this Cell. With
+    adjusted p values, 83 % would find it; with 50 Cells, 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}
@@ -144,7 +146,7 @@ def judge(
 
 
 def _differences(cells: Sequence[CellComparison]) -> tuple[str, ...]:
-    """List the unintended differences between the two sides, and how many process runs waited for a CPU."""
+    """List the unintended differences between the two sides, and the number of processes that waited for a CPU."""
     pairs = [pair for cell in cells for pair in cell.records]
     counts = Counter(
         difference
@@ -204,11 +206,12 @@ def _untimed(pair: RecordPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: RecordPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Compare the peak memory of training over all process runs. Yield up to two rows, one for each way to measure it.
+    """Yield up to two rows that compare the peak memory of training over all processes.
 
-    The counted peak is the bytes of all tensors that exist at one time. Equal programs have equal counted peaks, so a
-    difference needs no test. The peak of the process also includes memory other than tensors, e.g. a library's own
-    allocations. On a GPU, both peaks are the same number, so there is only one row.
+    One row compares the counted peak: the bytes of all tensors that exist at one time. Equal programs have equal
+    counted peaks, so a difference needs no test. The other row compares the peak of the process, which also includes
+    memory other than tensors, e.g. a library's own allocations. On a GPU, both peaks are the same number, so there is
+    only one row. first: the pair of Records that the rows name.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
     counted, of_process = _sides(whole, COUNTED_PEAK), _sides(whole, PEAK_ABOVE_IMPORTS)
@@ -221,9 +224,9 @@ def _peaks(first: RecordPair, whole: Records) -> Iterator[ComparisonRow]:
 
 
 def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
-    """Return the values of a metric on the old side and on the new side, one value per process run.
+    """Return the values of a metric on the old side and on the new side, one value per process.
 
-    If the metric is missing in any process run, return None.
+    If the metric is missing in any process, return None.
     """
     old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
@@ -231,10 +234,10 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
 
 
 def _uncounted(whole: Records) -> str:
-    """Return a text with the number of process runs, for each side, that have no counted peak of tensor memory.
+    """Return a text that says, for each side, how many processes have no counted peak of tensor memory.
 
-    If no run has a counted peak, return an empty string. A step that needs too much memory is not counted. So if only
-    one side lacks counts, its memory has probably grown.
+    If no process has a counted peak, return an empty string. A step that needs too much memory is not counted. So if
+    only one side lacks counts, its memory has probably grown.
     """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     parts = [f"{n} of {len(whole)} runs of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
@@ -245,10 +248,11 @@ def _uncounted(whole: Records) -> str:
 def _grown(
     first: RecordPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
-    """Return a row that compares one kind of memory peak between the old and the new side, over all process runs.
+    """Return a row that compares one kind of memory peak between the old and the new side, over all processes.
 
-    The row fails if the median grew by more than `allowed` and a rank test confirms it. So a single disturbed run
-    decides nothing. No test is needed if `exact` is set and the runs of each side differ by at most `allowed`.
+    The row fails if the median grew by more than `allowed` and a rank test confirms the growth. So a single disturbed
+    process decides nothing. No test is needed if `exact` is set and the processes of each side differ from each other
+    by at most `allowed`.
     """
     old, new = sides
     a, b = int(median(old)), int(median(new))

@@ -1,8 +1,8 @@
 """Reproducibility: bitwise comparison of the losses of reruns, with the first differing step and the causes.
 
-A different machine, library, code version, number of threads, model or data set can explain different losses. A
-different initial state or order of the data cannot, because both follow from the seed, which is part of the Cell. Such
-a difference only shows where two runs diverged.
+Losses may differ because of another machine, library, code version, number of threads, model or data set. A different
+initial state or data order is not a cause, because both follow from the seed, which is part of the Cell. It only shows
+where two runs diverged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ that provides the implementation."""
 
 
 class Difference(NamedTuple):
-    """One difference between two Records."""
+    """One difference between two Records: the name of the quantity, and its value in each Record."""
 
     what: str
     left: str
@@ -37,13 +37,13 @@ class Difference(NamedTuple):
 
     @property
     def recorded(self) -> bool:
-        """True if both Records hold the value. Otherwise it is uncertain whether they differ."""
+        """True if both Records hold the value. Otherwise it is uncertain whether their values differ."""
         return _NOT_RECORDED not in (self.left, self.right)
 
 
 @dataclass(frozen=True)
 class Rerun:
-    """Comparison of all ok Records of one Cell."""
+    """Comparison of all ok Records of one Cell that was run several times."""
 
     cell_id: str
     """Id of the Cell."""
@@ -52,15 +52,15 @@ class Rerun:
     records: tuple[tuple[str, str], ...]
     """Pairs (name of the run, id of the Record)."""
     same_losses: bool | None
-    """True if the losses are bitwise equal; None without training."""
+    """True if the losses of all Records are bitwise equal; None without training."""
     same_items: bool | None
-    """True if all Records answered the same items correctly; None without scoring."""
+    """True if all Records answered the same test items correctly; None if the Cell was not scored."""
     first_step: int | None
-    """Number of the first step whose losses differ, counted from 0; None if no step differs."""
+    """Number of the first step with different losses, counted from 0; None if all losses are equal."""
     causes: tuple[str, ...]
     """Differences between the Records, as texts, that may explain their different results."""
     seeded: tuple[str, ...]
-    """Differences in the initial state or the order of the data, as texts. The seed should make both equal."""
+    """Differences in the initial state or the order of the data, as texts. Equal seeds should make both equal."""
     unexplained: bool
     """True if two Records have different results without a known cause."""
 
@@ -71,11 +71,10 @@ class Rerun:
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare the ok Records of each Cell that has several. Return one Rerun per Cell, in the order of the manifests.
+    """Compare the ok Records of each Cell that has several. Return one Rerun per Cell, in the order of the runs.
 
     Each Record is compared with the first earlier Record that was made in the same circumstances. If there is none, it
-    is compared with the very first Record. Copies of a Record count once: the caller may name a run twice, or a run
-    folder may have been copied.
+    is compared with the very first Record. Copies of a Record count once, e.g. if a run is named twice.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -90,9 +89,9 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
 
 
 def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
-    """Return the reruns in these runs. If no rerun is possible, return None.
+    """Return the comparisons of reruns in these runs, or None if the runs cannot contain a rerun.
 
-    No rerun is possible in a single run with one attempt at each Cell.
+    A single run with one attempt at each Cell contains no rerun.
     """
     repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
     return reruns(runs) if repeated else None
@@ -101,7 +100,7 @@ def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
 def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
     """Return the exit code: FAIL for an unexplained difference, NOTHING_COMPARED without reruns, otherwise PASS.
 
-    With `strict`, an explained difference gives INCONCLUSIVE instead of PASS.
+    With `strict`, a difference with a known cause gives INCONCLUSIVE instead of PASS.
     """
     if any(r.unexplained for r in found):
         return Exit.FAIL
@@ -161,12 +160,15 @@ def _seeded_differences(left: Record, right: Record) -> list[Difference]:
 
 
 def circumstances(left: Record, right: Record) -> list[Difference]:
-    """List what differs in the inputs and surroundings of two Records of one Cell and may explain their results."""
+    """List the differences in environment, device, code and assets between two Records of one Cell.
+
+    Each of them may explain different results.
+    """
     return surroundings(left, right) + asset_differences(left, right)
 
 
 def surroundings(left: Record, right: Record) -> list[Difference]:
-    """List what differs in the surroundings of two Records: environment, variables, device and code."""
+    """List the differences between two Records in environment, environment variables, device and code."""
     changed = environment_differences(left.environment, right.environment)
     a, b = (r.environment.extra.get("variables") for r in (left, right))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -181,7 +183,7 @@ def surroundings(left: Record, right: Record) -> list[Difference]:
 
 
 def asset_differences(left: Record, right: Record) -> list[Difference]:
-    """List the differences of two Records in models, data and tasks."""
+    """List the differences between the models, data and tasks of two Records."""
     if not left.assets or not right.assets:  # an older Record names no assets
         return []
     a, b = ({use.name: use for use in r.assets} for r in (left, right))
@@ -198,7 +200,7 @@ def asset_differences(left: Record, right: Record) -> list[Difference]:
 
 
 def environment_differences(left: Environment, right: Environment) -> list[Difference]:
-    """List the differences between two environments."""
+    """List the differences in software, machine, number of threads and code version."""
     return _unequal(_flat(left), _flat(right))
 
 
@@ -226,7 +228,7 @@ def usual_environment(run: Run) -> Environment:
 
 
 def records_from_other_environments(run: Run) -> dict[str, list[Record]]:
-    """Return the newest Records that were made in an unusual environment, grouped by their environment.
+    """Return the newest Record of each Cell that was made in an unusual environment, grouped by environment.
 
     Each key is a text that lists the differences from the usual environment.
     """

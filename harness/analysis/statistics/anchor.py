@@ -1,9 +1,9 @@
 """Anchor of a nightly run: the factor by which the whole machine was slower or faster than usual.
 
-The anchor is the median over all series of (value in this night) / (usual value of the series). Every time of a night
-is divided by the anchor of the night. So a slow night of the whole machine does not look like a change of a Cell. But
-the division also hides a slow-down of every Cell. So the history also watches the anchor itself, and the sentinels:
-times that no code under test can change.
+A series holds one value per night. The anchor is the median, over all series, of (value on this night) / (usual value).
+All times of a night are divided by its anchor. So a slow night of the whole machine does not look like a change of a
+Cell. But the division also hides a slow-down of every Cell. So the history also watches the anchor itself, and the
+sentinels: times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series for an anchor. A series is one time of one Cell in each night. With a single series, each value would
-be divided by itself."""
+"""Fewest series from which an anchor is computed. With a single series, each value would be divided by itself."""
 FEWEST_SENTINELS = 3
 
 
 def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
-    """Return the logarithm of each night's anchor, shape (nights,).
+    """Return the logarithm of the anchor of each night, shape (nights,).
 
-    logs: logarithms of times, shape (series, nights), NaN if missing. The anchor is NaN for a night with fewer series
-    than `fewest`. A series is used only if it has values in at least half of the nights. Otherwise its usual value
-    would come from other nights than the usual values of the other series.
+    logs: logarithms of times, shape (series, nights), NaN if missing. A night with fewer series than `fewest` has the
+    anchor NaN. A series is used only if it has values on at least half of the nights. Otherwise its usual value would
+    come from other nights than the usual values of the other series.
     """
     import numpy as np
 
@@ -41,7 +40,7 @@ def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
 
 
 def _median(values: Array, axis: int) -> Array:
-    """Return the median along `axis` without the NaN values. If all values are NaN, the median is NaN."""
+    """Return the median along `axis`, leaving out NaN values. If all values are NaN, the median is NaN."""
     import numpy as np
 
     ordered = np.sort(values, axis=axis)  # NaN comes last

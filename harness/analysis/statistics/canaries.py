@@ -1,4 +1,4 @@
-"""A/A canaries: comparisons of one side with itself. They measure how often the regression gate gives a false alarm.
+"""A/A canaries: comparisons of a version of the code with itself. They measure how often a gate gives a false alarm.
 
 If the rate of false alarms is too high, the gate is closed: it judges no time.
 """
@@ -14,19 +14,19 @@ from harness.errors import UsageError
 
 NOMINAL = 0.05
 LARGEST_EXCESS = 3.0
-"""Largest accepted false-alarm rate, as a multiple of the nominal rate."""
+"""Largest accepted rate of false alarms, as a multiple of the nominal rate."""
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """Counts of A/A runs and of their false alarms. An A/A run compares one side with itself."""
+    """Counts of canaries (A/A runs) and of their false alarms."""
 
     alarms: int
-    """Number of A/A runs that raised a false alarm."""
+    """Number of canaries that raised a false alarm."""
     runs: int
-    """Number of A/A runs."""
+    """Number of canaries."""
     nominal: float = NOMINAL
-    """Expected share of runs with an alarm: the level of the test."""
+    """Expected share of canaries with an alarm: the level of the test."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for impossible counts."""
@@ -38,12 +38,12 @@ class Canaries:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's interval of the false-alarm rate."""
+        """Wilson's interval of the rate of false alarms."""
         return wilson(self.alarms, self.runs)
 
     @property
     def limit(self) -> float:
-        """Largest accepted false-alarm rate."""
+        """Largest accepted rate of false alarms."""
         return min(1.0, LARGEST_EXCESS * self.nominal)
 
     @property
@@ -76,10 +76,11 @@ class Canaries:
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
-    """Count the A/A runs and their alarms. A run has an alarm if its log ratios differ from 0 at the level `nominal`.
+    """Count the canaries and their alarms. An alarm means that the log ratios differ from 0 at the level `nominal`.
 
-    The test is two-sided. Unlike the gate, it has no margin, because a margin would hide noise of twice the expected
-    size. log_ratios: for each run, one value per pair. trim: share of the pairs that is trimmed at either end.
+    log_ratios: for each canary, the log ratio of each pair of processes. trim: share of the pairs that is trimmed at
+    either end. The test is two-sided. Unlike the gate's test, it has no margin: a margin would hide noise of twice the
+    expected size.
     """
     alarms = []
     for pairs in log_ratios:

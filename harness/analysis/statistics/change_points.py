@@ -1,10 +1,10 @@
-"""Changes of level in a series with one value per night: optimal segmentation by `ruptures`, without small changes.
+"""Find changes of level in a series with one value per night, by optimal segmentation with `ruptures`.
 
-The values are logarithms, so that a relative change is the same at every level. They are divided by their noise. The
-segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
-(ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single slow night is never a
-change. But such a night would shift the level of the nights beside it. So its value is first replaced by the median of
-the five values around it.
+The values are logarithms, so that a relative change has the same size at every level. They are divided by their noise.
+The segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
+(ruptures.KernelCPD with the linear kernel). Small changes are then left out. A level has at least three nights, so a
+single slow night is never a change. But such a night would shift the level of the nights around it. So its value is
+first replaced by the median of the five values around it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 LEVEL_NIGHTS = 3
 """Fewest consecutive values (one per nightly run) that can form a level."""
 FEWEST = 2 * LEVEL_NIGHTS
-"""Fewest values (one per nightly run) of a series in which a change can be found."""
+"""Fewest values of a series in which a change can be found."""
 PENALTY = 18.0
 """Penalty for a change, in units of the squared noise. In a series of pure noise with a hundred positions for a change,
-the best position reduces the sum of the squared deviations by slightly less than this."""
+the best position reduces the sum of the squared deviations by slightly less than this penalty."""
 SUSPICIOUS = 3.0
-"""Smallest suspicious distance of the last night from the level before it, in standard errors. Normal noise reaches
-this distance in one night of 700."""
+"""Smallest distance, in standard errors, at which the last night is suspiciously far above the level before it. Normal
+noise reaches this distance on one night of 700."""
 _SPIKE = 4.0
 """Smallest distance of an outlier from the median of its neighbours, in units of the noise."""
 _TO_SIGMA = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 _OWN_NIGHTS = 10
-"""Weight of the noise that all series share, as a number of nights of one series. The shared noise is used because six
-nights alone estimate noise badly."""
+"""Weight of the noise that all series share, when it is averaged with the noise of one series. Each night of the series
+has the weight 1. The shared noise is used because a few nights give a bad estimate."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ def steps(
 ) -> tuple[LevelChange, ...]:
     """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return ().
 
-    least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of this series; if None,
-    it is estimated. floor: smallest noise to assume, because even a constant series has some uncertainty. All four have
-    the unit of the values.
+    - least: smallest change to return.
+    - shared: noise of similar series; 0 if unknown.
+    - own: noise of this series; if None, it is estimated.
+    - floor: smallest noise to assume, because even a constant series has some uncertainty.
+
+    All four have the unit of the values.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
@@ -96,9 +99,9 @@ def suspect(
     """Return a suspected change to a higher level in the last two values. If there is none, return None.
 
     `steps` cannot find this change, because a level needs three nights. The old level is the median of the values from
-    the index `since` on, without the last two. A change is suspected if the last value exceeds the old level by at
-    least `least`, and by at least SUSPICIOUS standard errors of this difference. Only new runs can confirm it. The new
-    level is assumed to begin at the value before the last. For the other arguments, see `steps`.
+    the index `since` on, without the last two; it needs FEWEST values. A change is suspected if the last value exceeds
+    the old level by at least `least`, and by at least SUSPICIOUS standard errors. The new level is assumed to begin at
+    the second last value. For the other arguments, see `steps`.
     """
     import numpy as np
 
@@ -114,7 +117,7 @@ def suspect(
 
 
 def _pooled_noise(values: Array, shared: float, floor: float, own: float | None) -> float:
-    """Return the noise of a series, pooled from its own noise and the noise that all series share; at least `floor`."""
+    """Return the noise of a series, averaged with the noise that all series share. The result is at least `floor`."""
     sigma = noise(values) if own is None else own
     if shared:
         nights = len(values) - 1
@@ -125,8 +128,8 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all changes are large and well supported.
 
-    Return the remaining changes. A large change is at least `least`. `_supported` says whether a change is well
-    supported. Medians alone do not suffice: if two nights of three are slow, the median is slow, whatever the third is.
+    Return the remaining changes. A large change is at least `least`; a well supported change satisfies `_supported`.
+    Medians alone do not suffice: if two nights of three are slow, the median is slow, even if the third is fast.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -153,7 +156,7 @@ def _supported(step: LevelChange, left: Array, right: Array) -> bool:
 
 
 def _without_spikes(values: Array, sigma: float) -> Array:
-    """Return the values with each far outlier replaced by the median of the five values around it (Hampel)."""
+    """Return the values with each far outlier replaced by the median of the five values around it (Hampel filter)."""
     import numpy as np
 
     # Both ends are padded with NaN, which sorts last, so the median there is that of four or three values.

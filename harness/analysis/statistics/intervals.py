@@ -1,4 +1,4 @@
-"""Intervals, tests and percentiles that are computed from counts: Wilson, order statistics, exact McNemar, Holm."""
+"""Intervals, tests and percentiles from counts and ranks: Wilson, order statistics, exact McNemar, Holm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Median:
 
 
 def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
-    """Yield (i, sum of the binomial coefficients C(n, 0) to C(n, i)) for i = 0 to n, as exact integers.
+    """Yield (i, C(n, 0) + ... + C(n, i)) for i = 0 to n, as exact integers. C is the binomial coefficient.
 
     The sum divided by 2**n is P(Binomial(n, 1/2) <= i).
     """
@@ -56,7 +56,7 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 
 @cache  # a report asks for the same few numbers of samples thousands of times
 def _rank(n: int, level: float) -> int:
-    """Return the index of the sample at which the interval of a median of n samples begins, or -1 if there is none."""
+    """Return the index of the lower end of the median's interval among n sorted samples, or -1 if there is none."""
     numerator, denominator = (1 - level).as_integer_ratio()  # exact: 2**n overflows a float beyond n = 1023
     rank = -1
     for i, cumulative in _half_cumulative(n):
@@ -69,9 +69,9 @@ def _rank(n: int, level: float) -> int:
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
     """Return the median of the samples and its interval at `level`. Raises ValueError without samples.
 
-    The ends of the interval are two samples at the same distance from either end of the sorted list. They are as close
-    together as `level` allows. The level holds for independent samples of any distribution. Steps of one process are
-    not independent of each other, so the interval does not hold for another process.
+    The ends of the interval are two samples at the same distance from either end of the sorted list, as close together
+    as `level` allows. The level holds for independent samples of any distribution. Steps of one process are not
+    independent of each other, so their interval does not hold for another process.
     """
     if not samples:
         raise ValueError("no samples")
@@ -85,7 +85,7 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
 def mcnemar(only_left: int, only_right: int) -> float:
     """Return the exact two-sided p value of McNemar's test.
 
-    The arguments count the items that only one side answered correctly.
+    only_left, only_right: number of items that only the left, or only the right side answered correctly.
     """
     n, fewer = only_left + only_right, min(only_left, only_right)
     below = sum(math.comb(n, i) for i in range(fewer + 1))
@@ -98,8 +98,8 @@ def paired_difference(
     """Return the interval of left - right, for two shares of the same items (Newcombe 1998, paired, method 10).
 
     The arguments count the items that both sides, only one side, or neither side answered correctly. The interval
-    combines two Wilson intervals with the correlation of the answers. So it is valid for few items. If all answers are
-    equal, its width is still above 0. (An interval from the variance of the differences would have the width 0.)
+    combines two Wilson intervals with the correlation of the answers, so it is valid for few items too. Its width is
+    above 0 even if all answers are equal.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -120,8 +120,7 @@ def paired_difference(
 def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
     """Return p values adjusted for several tests (Holm's step-down), by name.
 
-    tests: number of all tests, if `p_values` holds only some of them. The p values of the other tests are assumed to be
-    larger.
+    tests: number of all tests, if `p_values` holds only the smallest p values of them.
     """
     tests = max(tests, len(p_values))
     ordered = sorted(p_values.items(), key=lambda pair: pair[1])
@@ -132,8 +131,8 @@ def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
 def detectable(n: int, disagreement: float) -> float:
     """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
 
-    n: number of items. disagreement: the share of items that exactly one side answers correctly. For independent
-    answers with the accuracy p, it is 2 p (1 - p).
+    n: number of items. disagreement: share of items that exactly one side answers correctly. If both sides have the
+    accuracy p and independent answers, the disagreement is 2 p (1 - p).
     """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
     return z * math.sqrt(disagreement / n)
@@ -141,7 +140,7 @@ def detectable(n: int, disagreement: float) -> float:
 
 @cache
 def samples_needed(share: float) -> int:
-    """Return the fewest samples for the percentile `share`. At least one sample must lie beyond the percentile."""
+    """Return the fewest samples for the percentile `share`: enough for one sample beyond it, e.g. 0.95 -> 20."""
     return math.ceil(1 / (1 - Fraction(str(share))))
 
 

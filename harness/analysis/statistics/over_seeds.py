@@ -1,10 +1,9 @@
-"""Confidence intervals and tests of accuracy, over training runs that differ in the seed alone.
+"""Confidence intervals and tests of accuracy, over training runs that differ only in the seed.
 
-The results hold for other seeds and other test items of the same kind, too.
-
-Whoever repeats a comparison has new test items and new training runs. So the squared standard error is a sum of two
-parts, one for the items and one for the seeds. A test over items alone would mistake favourable seeds for a better
-method. Items are paired, since every run scores the same items (Miller, arXiv:2411.00640).
+The results also hold for other seeds and other test items of the same kind. A repeated comparison has new test items
+and new training runs. So the squared standard error is a sum of two parts, one for the items and one for the seeds. A
+test over items alone would mistake favourable seeds for a better method. Items are paired, since every run scores the
+same items (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by that of all recipe
 
 @dataclass(frozen=True)
 class Spread:
-    """An estimate and its standard error."""
+    """An estimate with its standard error and degrees of freedom."""
 
     value: float
     """The estimate."""
     error: float
-    """Standard error."""
+    """Standard error of the estimate."""
     df: float
     """Degrees of freedom of the t distribution of the estimate."""
 
@@ -57,7 +56,7 @@ class Spread:
 def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
     """Return the mean accuracy of two or more runs. If they did not score the same items, return None.
 
-    prior: the spread over seeds, estimated from all recipes of a group; None if it is unknown.
+    prior: the spread of accuracies over seeds, estimated from all recipes of a group; None if it is unknown.
     """
     if not same_items(runs):
         return None
@@ -71,8 +70,8 @@ def difference(
     """Return the difference of mean accuracies, left - right. If not all runs scored the same items, return None.
 
     The squared error of the difference has three parts. The first is var(difference of the mean answers to an item) /
-    items. The two others, one per side, are var(accuracies of the runs) / runs. priors: for each side, the spread over
-    seeds as in `mean`. If both sides have the same prior, its degrees of freedom count only once.
+    items. The two others, one per side, are var(accuracies of the runs) / runs. priors: for each side, the spread of
+    accuracies over seeds, as in `mean`. If both sides have the same prior, its degrees of freedom count only once.
     """
     if not same_items((*left, *right)):
         return None
@@ -86,10 +85,10 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
     """Return the difference of mean accuracies, left - right. left[i] and right[i] are runs with the same seed.
 
     If not all runs scored the same items, return None. The squared error of the difference has two parts:
-    var(difference of the mean answers to an item) / items, and var(difference of the accuracies of a seed) / seeds.
-    Effects that a seed has on both sides cancel. So even small differences between two versions of a program are found,
-    and equal versions have no error at all. Raises ValueError if the sides have unequal lengths, or fewer than two
-    seeds.
+    var(difference of the mean answers to an item) / items, and var(difference of the accuracies of a seed) / seeds. If
+    a seed affects both sides equally, its effect cancels. So even small differences between two versions of a program
+    are found, and equal versions have no error at all. Raises ValueError if the sides have unequal lengths, or fewer
+    than two seeds.
     """
     if len(left) != len(right) or len(left) < 2:
         raise ValueError(f"{len(left)} and {len(right)} runs cannot be paired by two or more seeds")
@@ -131,7 +130,7 @@ def _of_seeds(runs: Sequence[Accuracy], prior: Prior | None = None) -> tuple[flo
 
 
 def _means(runs: Sequence[Accuracy]) -> list[float]:
-    """Return the mean answer to each item over all runs, in the order of the items' ids."""
+    """Return the mean of the answers of all runs to each item, in the order of the items' ids."""
     answers = [run.answers for run in runs]
     ids = sorted(answers[0])
     return [sum(item) / len(item) for item in zip(*([one[i] for i in ids] for one in answers), strict=True)]

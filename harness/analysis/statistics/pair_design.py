@@ -1,4 +1,7 @@
-"""Design of an A/B comparison: the order of the process runs, and how many pairs are judged at which level."""
+"""Design of an A/B comparison: the order of its processes, how many pairs are judged, and at which level.
+
+Each side (A and B, e.g. old and new code) runs a Cell in several processes. Two processes, one per side, form a pair.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,44 @@ from harness.errors import UsageError, plural
 Stage = Literal["first", "fresh"]
 BLOCKS = ("ABBA", "BAAB")
 FEWEST = 6
-"""Fewest pairs. Five pairs allow no interval at 95 %, neither from order statistics nor from signed ranks."""
+"""Fewest pairs in a stage. Five pairs allow no interval at 95 %, neither from order statistics nor from signed ranks."""
 
 
 @dataclass(frozen=True)
 class Design:
     """Sequential design of an A/B comparison: numbers of pairs, planned looks at the pairs, and significance levels.
 
-    At a look, all pairs so far are judged. An alarm is a verdict `slower` or `faster`. The level limits the rate of
-    false alarms under any symmetric noise. On steady machines, the pairs vary little compared with the margin, and
-    false alarms are far rarer. On other machines, the rate comes near the level, e.g. if a kernel runs at one of two
-    speeds in each process. Such a Cell has a large `PairVerdict.mde80`.
+    A look judges all pairs that were measured so far. An alarm is a verdict `slower` or `faster`. The level limits the
+    rate of false alarms under any symmetric noise. On steady machines, the pairs vary little compared with the margin,
+    and false alarms are far rarer. On other machines, the rate comes near the level, e.g. if a kernel runs at one of
+    two speeds in each process. Such a Cell has a large `PairVerdict.mde80`.
     """
 
     first: int = 6
     """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Numbers of fresh pairs after which all fresh pairs so far are judged (a look) in the second stage."""
+    """Numbers of fresh pairs at which the second stage has a look, i.e. judges all fresh pairs so far."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """One-sided significance level of the verdicts `slower` and `faster`, one for each number in `fresh`. The first
-    level is stricter, because few pairs give few degrees of freedom."""
+    """One-sided significance level of the verdicts `slower` and `faster`, one for each look in `fresh`. The first level
+    is stricter, because few pairs give few degrees of freedom."""
     slower_by: float = 0.01
-    """Margin, as a share. A Cell is judged slower (or faster) only if its slow-down (or speed-up) exceeds this margin
-    significantly."""
+    """Margin, as a share of A's time. A Cell is judged slower (or faster) only if a test shows that its slow-down (or
+    speed-up) exceeds this margin."""
     same_within: float = 0.03
-    """Largest change of a Cell, as a share, that counts as unchanged."""
+    """Largest change of a Cell, as a share of A's time, that counts as unchanged."""
     interval: float = 0.95
-    """Level of an interval of the change. A Cell is proven unchanged if this interval lies within `same_within`. The
-    pairs are judged after the first stage, and after each number of pairs in `fresh`. If a Cell is slower by
-    `same_within`, each of these judgements calls it unchanged with a probability of at most (1 - interval) / 2."""
+    """Confidence level of the interval of the change. A Cell is proven unchanged if this interval lies within
+    `same_within`. If a Cell is slower by `same_within`, each look calls it unchanged with a probability of at most (1 -
+    interval) / 2."""
     suspect: float = 0.10
-    """Level of the test for a change of more than `suspect_by`. If the change is significant, the Cell needs fresh
-    pairs."""
+    """Level of the test for a change of more than `suspect_by`. A Cell with a significant change needs fresh pairs."""
     suspect_by: float = 0.005
-    """Smallest suspicious change, as a share."""
+    """Largest change of a Cell, as a share of A's time, that is not suspicious."""
     trim: float = 0.25
-    """Share of the pairs that is trimmed at either end."""
+    """Share of the pairs that the trimmed mean leaves out at either end."""
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a design that cannot reach a verdict."""
+        """Raise UsageError for invalid numbers of pairs, levels, margins or shares."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
                 raise _bad(
@@ -73,11 +75,11 @@ class Design:
 
     @property
     def level(self) -> float:
-        """One-sided level of the verdict `slower`, and of `faster`, over all judgements of fresh pairs together."""
+        """One-sided level of `slower`, over all looks at fresh pairs together. `faster` has the same level."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:
-        """Return the numbers of pairs after which a stage may be judged."""
+        """Return the numbers of pairs at which a stage has a look, i.e. judges all its pairs so far."""
         return (self.first,) if stage == "first" else self.fresh
 
 
@@ -86,7 +88,7 @@ def _bad(what: str, wanted: str) -> UsageError:
 
 
 def order(pairs: int, seed: int) -> str:
-    """Return the side (A or B) of each process run, in blocks of two pairs, e.g. "ABBABAAB". A pair has two runs.
+    """Return the side (A or B) of each process, in blocks of two pairs, e.g. "ABBABAAB" for 4 pairs.
 
     A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one,
     so a quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no

@@ -1,4 +1,7 @@
-"""Power of an A/B comparison: the smallest slow-down that its planned looks detect, given the spread of the pairs."""
+"""Power of an A/B comparison: the smallest slow-down that its planned looks detect, given the spread of the pairs.
+
+A look judges all pairs so far (see `pair_design`).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ if TYPE_CHECKING:
 
 _HALVINGS = 50
 FAR = 60
-"""Upper end of the search, in standard errors. A slow-down of this size is always detected."""
+"""Upper end of the search for the smallest detectable slow-down, in standard errors. Such a slow-down is always
+detected."""
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the smallest slow-down that a design detects with the probability POWER, as a log ratio.
+    """Return the smallest slow-down, as a log ratio, that a design detects with the probability POWER.
 
     scale: standard deviation of the log ratio of a pair.
     """
@@ -27,9 +31,9 @@ def reach(scale: float, design: Design) -> float:
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` that is detected with the power POWER.
+    """Return the smallest change between `low` and `high` that is detected with the probability POWER.
 
-    found: function that returns the power for a change. It must grow with the change.
+    found: function that returns the probability that a change is detected. It must grow with the change.
     """
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -40,8 +44,8 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 def power(change: float, scale: float, design: Design) -> float:
     """Return the probability that a Cell is judged slower, if its true log ratio is `change` (noncentral t).
 
-    The result is a product of probabilities. One is that the last planned look finds the change. The others are that no
-    earlier look judges the Cell unchanged. The product treats the looks as independent, so it is too low rather than
+    The result is a product: the probability that the last planned look finds the change, times the probabilities that
+    no earlier look judges the Cell unchanged. The product treats the looks as independent, so it is too low rather than
     too high. Almost all changes that an early look finds are found at the last look too.
     """
     last = design.fresh[-1]
@@ -55,7 +59,7 @@ def power(change: float, scale: float, design: Design) -> float:
 def found(errors: float, df: float, level: float) -> float:
     """Return the probability that a one-sided t test at `level` finds an effect.
 
-    errors: distance of the effect from the margin, in standard errors. df: degrees of freedom.
+    errors: distance of the true effect from the margin of the test, in standard errors. df: degrees of freedom.
     """
     from scipy.special import nctdtr, stdtrit
 

@@ -1,9 +1,9 @@
-"""Verdict on interleaved pairs of process runs, in two stages: B is slower than A, faster, the same, or undecided.
+"""Verdict on interleaved pairs of processes, in two stages: B is slower than A, faster, the same, or undecided.
 
-In the first stage, every Cell gets a few pairs. If they prove the Cell unchanged, that is the verdict. In the second
-stage, every other Cell gets fresh pairs, and these alone decide. So the pairs that made a Cell conspicuous are not
-counted twice. The number of looks at the fresh pairs is planned, and the looks share the level of the alarm. There is
-an alarm only if the change exceeds a margin. An unintended speed-up raises an alarm too.
+In the first stage, every Cell gets a few pairs. If they prove a Cell unchanged, that is its verdict. In the second
+stage, every other Cell gets fresh pairs, and these alone decide. So the pairs that made a Cell suspicious are not
+counted twice. A look judges all fresh pairs so far. The number of looks is planned, and the significance level of an
+alarm (the verdict `slower` or `faster`) is divided among them. There is an alarm only if the change exceeds a margin.
 
 All computations use log ratios. So if A and B are exchanged, `slower` and `faster` are exchanged, and nothing else
 changes.
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Speed-up, as a share, beyond which the sentence of a verdict asks whether the code still does the same work."""
+"""Share of A's time. If B is faster by more than this, `PairVerdict.sentence` asks whether B still does the same
+work."""
 
 NO_FRESH = "--no-fresh ran no fresh pairs, and only those can find a slow-down"
-"""Reason why times stay undecided if no fresh pairs run."""
+"""Reason why times stay undecided if the option --no-fresh switches off the fresh pairs."""
 
 
 class PairFinding(StrEnum):
@@ -44,14 +45,14 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """Result of judging all Cells after n pairs of each. Each array has one value per Cell."""
+    """Result of judging all Cells after n pairs of each Cell. Each array has one value per Cell."""
 
     seen: Trimmed
     """Trimmed means of the log ratios, and their errors."""
     p: Array
-    """One-sided p value of the hypothesis that the change is at most `slower_by`, in the direction of the effect. At a
-    look at fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always has a p value of
-    at most `Design.level`."""
+    """One-sided p value of the hypothesis that the true slow-down (or speed-up, whichever was observed) is at most
+    `Design.slower_by`. For fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always
+    has a p value of at most `Design.level`."""
     slower: Mask
     """True for each Cell that is slower."""
     faster: Mask
@@ -66,7 +67,7 @@ class Look:
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge the log ratios of all Cells at a planned look. The last axis of `log_ratios` holds the n pairs of a Cell.
+    """Judge the log ratios of all Cells at a planned look. `log_ratios` has the shape (..., n): n pairs of each Cell.
 
     The first stage calls no Cell slower or faster. Raises UsageError if no look at n pairs is planned, and HarnessError
     if a log ratio is not finite.
@@ -105,21 +106,21 @@ class PairVerdict:
     word: PairFinding
     """Kind of verdict."""
     stage: Stage
-    """Stage that decided: `first` or `fresh`."""
+    """Stage whose pairs gave the verdict: `first` or `fresh`."""
     effect: float
     """Hodges-Lehmann estimate of B / A - 1, the relative change of the time."""
     interval: tuple[float, float]
-    """Interval of B / A - 1 around the trimmed mean. The verdict rests on it."""
+    """Interval of B / A - 1 around the trimmed mean. The verdict `same` rests on it."""
     rank_interval: tuple[float, float] | None
     """Hodges-Lehmann interval of B / A - 1, which is valid for any symmetric noise. None if there are too few pairs."""
     p: float
-    """One-sided p value of the hypothesis that the change is within the margin `Design.slower_by`. `Look.p` explains
-    its adjustment for several looks."""
+    """One-sided p value of the hypothesis that the change is within the margin `Design.slower_by`. It is adjusted for
+    several looks as `Look.p` explains."""
     n: int
-    """Number of pairs of this stage."""
+    """Number of judged pairs of the stage."""
     mde80: float | None
     """Smallest slow-down that all planned looks together detect with 80 % power, given the spread of these pairs. None
-    if the pairs have no spread. None, too, if no fresh pairs run, because only fresh pairs can prove a slow-down."""
+    if the pairs have no spread, or if no fresh pairs run: only fresh pairs can prove a slow-down."""
     more: int
     """Number of fresh pairs to run before the pairs are judged again. 0 if the verdict is final."""
     sentence: str
@@ -129,7 +130,7 @@ class PairVerdict:
 def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fresh: bool = True) -> PairVerdict:
     """Judge the pairs of one Cell at one planned look.
 
-    runs_fresh: False if fresh pairs are switched off (--no-fresh).
+    log_ratios: one value per pair. runs_fresh: False if fresh pairs are switched off (--no-fresh).
     """
     found = look([list(log_ratios)], design, stage)
     masks = {PairFinding.SLOWER: found.slower, PairFinding.FASTER: found.faster, PairFinding.SAME: found.same}
@@ -152,9 +153,9 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage, *, runs_fre
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, runs_fresh: bool = True) -> PairVerdict:
     """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
-    first, fresh: log ratio of each pair of the first and the second stage. `fresh` may be empty; otherwise it must have
-    enough pairs for at least one planned look. Pairs after the deciding look are not read. runs_fresh: False if fresh
-    pairs are switched off (--no-fresh). Then no Cell is called slower or faster.
+    first, fresh: log ratio of each pair of the first and the second stage. Fresh pairs are not read if they come after
+    the deciding look, or are too few for the next planned look. runs_fresh: False if fresh pairs are switched off
+    (--no-fresh). Then no Cell is called slower or faster.
     """
     found = judge(first, design, "first", runs_fresh=runs_fresh)
     for planned in design.fresh:
@@ -165,7 +166,7 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design, *, ru
 
 
 def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
-    """Return the p value of a change in either direction for each verdict, adjusted by Benjamini-Hochberg.
+    """Return for each verdict the two-sided p value of a change, adjusted by Benjamini-Hochberg.
 
     verdicts: all verdicts of one report, by name. A verdict without fresh pairs counts with p = 1, since only fresh
     pairs can raise an alarm.

@@ -1,17 +1,17 @@
-"""Verdict on a new process run of a benchmark, e.g. of pytest, compared with older saved runs.
+"""Verdict on the time of a benchmark in a new process (e.g. of pytest), compared with saved runs of older processes.
 
-Each run is reduced to one number, the median of its rounds. More rounds would not predict the next process better,
-because the rounds of one process share its conditions (addresses, clocks, neighbours). The new run is compared with the
-prediction interval of the saved runs, in log ratios: if nothing changed, the new run is another sample from their
-distribution. Nothing is trimmed, since the new run may be disturbed too.
+A run is one process that times the benchmark in several rounds. It is reduced to the median of its rounds. More rounds
+would not predict the next process better, because the rounds of one process share its conditions (addresses, clocks,
+neighbours). The new run is compared with the prediction interval of the saved runs, in log ratios: if nothing changed,
+the new run is another sample from their distribution. Nothing is trimmed, since the new run may be disturbed too.
 
 The level of the verdict holds for normal noise. Noise may be different: a process may run at one of two speeds, e.g.
 because of its memory layout, and a few saved runs may all have the same speed. But under any noise, an unchanged run
-lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, a new run raises an alarm only if
-it lies beyond all of them.
+lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, only a run beyond all of them
+raises an alarm.
 
 The machine may have changed since the saved runs. Their spread does not show this, so the margin has to allow for it.
-To find smaller differences, run both sides interleaved (see `paired`).
+To find smaller differences, run old and new code in turn (see `paired`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""Largest slow-down, as a share, that is not reported. Sessions on one machine differ by some per cent without a
-change."""
+"""Slow-down, as a share of the saved time, that a run must exceed to be judged slower. Sessions on one machine differ
+by some per cent without a change."""
 ALARM = 0.01
-"""One-sided level of the verdicts `slower` and `faster`. It applies to each benchmark separately."""
+"""One-sided significance level of the verdicts `slower` and `faster`, for each benchmark separately."""
 FEWEST = 3
 """Fewest saved runs from which a spread is estimated."""
 ASSUMED = 0.05
-"""Assumed standard deviation of process runs, as a share. It is used if too few runs are saved, or if they have no
+"""Standard deviation between runs, as a share of their time. It is assumed if too few runs are saved or if they have no
 spread. The verdict states it.
 
 It was measured with five small kernels (add, copy, matmul, softmax, a Python loop) on a shared machine with two cores.
-Over 14 process runs, each kernel had a standard deviation between 0.9 % and 8.5 %; their root mean square was 5 %."""
+Over 14 runs, each kernel had a standard deviation between 0.9 % and 8.5 %; their root mean square was 5 %."""
 _ROUNDS = 0.9
-"""Level of an interval of one run's median. The interval is used if fewer than FEWEST runs are saved. It needs at least
-five rounds."""
+"""Confidence level of the interval of one run's median. The interval is used if the spread between runs is assumed. It
+needs at least five rounds."""
 _LARGEST = 700.0
 """Largest log ratio whose exponential is a finite float."""
 
@@ -68,17 +68,17 @@ class JudgedBenchmark:
     new: float
     """Median of the new run, in seconds."""
     interval: tuple[float, float]
-    """Interval of new / base - 1 at the level LEVEL."""
+    """Confidence interval of new / base - 1 at the level LEVEL."""
     runs: int
     """Number of saved runs."""
     mde80: float
-    """Smallest slow-down that is detected with a power of POWER."""
+    """Smallest slow-down, as a share of the saved time, that is detected with a power of POWER."""
     sentence: str
     """Verdict as a sentence."""
 
 
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge a new process run by comparing it with saved runs. saved, new: seconds of each round, above 0.
+    """Judge a new run by comparing it with saved runs. saved, new: seconds of each round, above 0.
 
     The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds 1 + margin, each at
     the level ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise
@@ -106,7 +106,7 @@ class _Noise:
 
     error: float
     unbiased: float
-    """Another estimate of the standard error, which is unbiased even for few runs."""
+    """Another estimate of this standard error, which is unbiased even for few runs."""
     df: float
     assumed: bool
 
@@ -142,7 +142,7 @@ def _verdict(pace: Pace, margin: float, p: float, change: float) -> str:
 
 
 def _evidence(n: int, assumed: bool, mde80: float) -> str:
-    """Return a text that gives the evidence of a verdict and the smallest detectable slow-down."""
+    """Return a text with the number of saved runs, any assumption about their spread, and the detectable slow-down."""
     runs = plural(n, "saved run")
     if assumed:
         why = f"{FEWEST} runs are needed to measure it" if n < FEWEST else "they do not differ"

@@ -1,10 +1,11 @@
 """Spread of accuracies over seeds, estimated with the help of all recipes of a group.
 
-Three seeds of one recipe give a poor estimate of its variance. So the variances of the recipes are treated as samples
-of one distribution, whose mean and width are estimated from them. Each variance is moved towards this mean, more
-strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). This is too optimistic for the
-best of several recipes. So a variance is never reduced, and the degrees of freedom of the other recipes count half. The
-tests simulate several spreads: in each, equal recipes are called unequal in less than 5 % of cases.
+Three seeds of one recipe (Cells that differ only in the seed) give a poor estimate of its variance. So the variances of
+the recipes are treated as samples of one distribution, whose mean and width are estimated from them. Each variance is
+moved towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). For
+the best of several recipes, the moved variance tends to be too low. So a variance is never reduced, and the degrees of
+freedom of the other recipes count half. The tests simulate several spreads: in each, equal recipes are called unequal
+in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from statistics import fmean
 from harness.records.record import Accuracy
 
 FEWEST, FEWEST_SEEDS = 5, 3
-"""Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each of these recipes."""
+"""FEWEST recipes, each with FEWEST_SEEDS seeds, are needed to estimate the distribution of variances."""
 _COUNTS = 0.5
-"""Weight of `Prior.df` in a sum with the degrees of freedom of one recipe. It is below 1 for two reasons: the
+"""Factor of `Prior.df` when it is added to the degrees of freedom of one recipe. It is below 1 for two reasons: the
 distribution is only estimated, and the best recipe was selected."""
 
 
@@ -31,12 +32,12 @@ class Prior:
     df: float
     """Degrees of freedom. They are infinite if the variances of the recipes do not differ significantly."""
     most: float
-    """Degrees of freedom of all seeds of all recipes together. No moderated variance may have more."""
+    """Degrees of freedom of all seeds of all recipes together. No moderated variance has more."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
         """Return the moderated variance of a recipe and its degrees of freedom.
 
-        own, df: the variance of the recipe's own accuracies and its degrees of freedom.
+        own: the variance of the recipe's own accuracies. df: the degrees of freedom of `own`.
         """
         if math.isinf(self.df):
             return max(own, self.variance), self.most
@@ -77,7 +78,7 @@ def variance(values: Sequence[float]) -> float:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance that an accuracy has because it is rounded to whole items."""
+    """Return the variance of the error that arises because accuracies are multiples of 1 / (number of items)."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 

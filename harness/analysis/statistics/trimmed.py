@@ -1,9 +1,9 @@
 """Trimmed t statistics and Hodges-Lehmann estimates of log ratios.
 
-The last axis of an array holds the pairs of a Cell; the other axes hold the Cells. The trimmed mean leaves out the
-highest and the lowest values of a Cell, `cut` values at either end. The variance replaces each of them by the nearest
-remaining value (Yuen 1974). So a disturbed process run costs a pair, but not the verdict. numpy and scipy are imported
-at the first computation, because code that only reads verdicts needs neither.
+The last axis of an array holds the pairs of a Cell; the other axes hold the Cells. A pair is the log ratio of two
+processes. The trimmed mean leaves out the highest and the lowest values of a Cell, `cut` values at either end. The
+variance replaces each of them by the nearest remaining value (Yuen 1974). So a disturbed process costs a pair, but not
+the verdict. numpy and scipy are imported at the first computation, because code that only reads verdicts needs neither.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 STILL = 1e-9
-"""Largest standard error of a log ratio that counts as no spread. Two real processes always differ by more."""
+"""Largest standard error of a log ratio that counts as no spread. The times of two real processes always differ by
+more."""
 
 
 def cut(n: int, share: float) -> int:
-    """Return how many of n values are trimmed at either end."""
+    """Return how many of n values are trimmed at either end. share: the part of the values to trim there."""
     return int(share * n)
 
 
@@ -56,11 +57,11 @@ class Trimmed:
 
     @property
     def mirrored(self) -> Trimmed:
-        """Result with A and B exchanged, i.e. for the negated log ratios."""
+        """The same result for the negated log ratios, i.e. with the two sides A and B exchanged."""
         return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:
-        """Return the two ends of the two-sided interval at `level`."""
+        """Return the lower and the upper end of the two-sided confidence interval at `level`, one value per Cell."""
         from scipy.special import stdtrit
 
         half = float(stdtrit(self.df, 0.5 + level / 2)) * self.error
@@ -68,16 +69,16 @@ class Trimmed:
 
     @property
     def scale(self) -> Array:
-        """Standard deviation of the log ratio of a pair, derived from the standard error.
+        """Standard deviation of the log ratio of a pair, derived from the standard error of the mean.
 
-        Under normal noise it is unbiased, even for few pairs.
+        Under normal noise, this estimate is unbiased even for few pairs.
         """
         shrunk = math.sqrt(2 / self.df) * math.exp(math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2))
         return self.error * math.sqrt(self.n) / shrunk
 
 
 def trimmed(log_ratios: Any, share: float) -> Trimmed:
-    """Return the trimmed mean of each Cell.
+    """Return the trimmed mean of each Cell, with its standard error.
 
     log_ratios: shape (..., n). share: part of the n values to trim at either end.
     """
@@ -95,9 +96,9 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
 
 
 def single(mean: float, error: float, df: float, n: int) -> Trimmed:
-    """Return the `Trimmed` of one Cell for a given mean and standard error.
+    """Return a `Trimmed` that holds one Cell with a given mean and standard error.
 
-    df: degrees of freedom; `math.inf` if the error is known exactly.
+    df: degrees of freedom; `math.inf` if the error is known exactly. n: number of values behind the mean.
     """
     import numpy as np
 
@@ -105,10 +106,10 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
-    """Return the median of all pairwise means of n values, and its confidence interval or, if n is too small, None.
+    """Return the Hodges-Lehmann estimate (the median of all pairwise means of n values) and its confidence interval.
 
-    The interval inverts the signed-rank test. So for any symmetric distribution and any n, its coverage is at least
-    `level`.
+    The interval inverts the signed-rank test, so its coverage is at least `level` for any symmetric distribution and
+    any n. If n is too small, it is None.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Make an environment in a staging folder of the cache, which is then renamed. A failure leaves nothing behind."""
+"""Make an environment in a staging folder of the cache, and then rename the folder. A failure leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 """Function that reports the next step in one line."""
 _MB = 1e6
 _GROWTH = 4
-"""Estimated bytes on disk per byte of a download: the wheel, its content, and the compiled modules."""
+"""Estimated bytes on disk per byte of a download. They hold the wheel, its content, and the compiled modules."""
 _COMPILED = 1.5
 """Estimated bytes on disk per byte of a wheel's content, with the compiled modules."""
 _LINK = "_peft_harness.pth"
@@ -37,7 +37,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 
 def ensure(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> MadeEnvironment:
-    """Return the environment. Make it if it does not exist.
+    """Return the environment that `spec` declares. Make it if it does not exist.
 
     If another process makes it at the same time, wait for that process. Raises UsageError for a requirement that cannot
     be satisfied, and AssetError for a broken index, a full disk or a broken environment.
@@ -52,7 +52,7 @@ def ensure(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> MadeEnviro
 
 
 def repair(environment: MadeEnvironment, options: IndexOptions, say: Say) -> list[str]:
-    """Make an environment again, from the same packages, if it is damaged. Return what was wrong.
+    """If an environment is damaged, make it again from the same packages. Return what was wrong (see `damage`).
 
     The damaged environment is replaced only after the new one is complete.
     """
@@ -74,7 +74,7 @@ def announce(spec: EnvironmentSpec, options: IndexOptions, say: Say) -> None:
 def _make(
     spec: EnvironmentSpec, place: Path, options: IndexOptions, say: Say, again: Sequence[str] | None = None
 ) -> MadeEnvironment:
-    """Make an environment. again: `Package.pin` of each package to install; if None, pip chooses the packages."""
+    """Make an environment in the folder `place`. again: `Package.pin` of each package; if None, pip chooses the packages."""
     what = f"environment {spec.name}"
     with cache.staging(what) as staging:
         made = staging / "made"
@@ -105,7 +105,7 @@ def _make(
 
 
 def _create_python(spec: EnvironmentSpec, made: Path) -> None:
-    """Create the interpreter, without packages of its own, and make the harness importable in it."""
+    """Create the environment's interpreter in `made`, without packages, and make the harness importable in it."""
     venv.EnvBuilder(with_pip=False, symlinks=True).create(made)
     target = folder.site_packages(made)
     if spec.isolated:
@@ -144,7 +144,7 @@ def _metadata_folder() -> str:
 
 
 def _choose(spec: EnvironmentSpec, staging: Path, options: IndexOptions, say: Say) -> list[Package]:
-    """Let pip choose the packages, say their size, and refuse them if the disk has too little room."""
+    """Let pip choose the packages, report their size by `say`, and raise an error if the disk has too little room."""
     say(f"{spec.name}: asking pip for {', '.join(spec.requirements)}")
     chosen = packages.resolve(spec, folder.interpreter(staging / "made"), options, staging)
     if not chosen:

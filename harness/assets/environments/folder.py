@@ -1,7 +1,8 @@
-"""Folders of finished environments below the cache. Each holds `environment.json`, which is written last.
+"""Folders of finished environments in the cache. Each folder holds `environment.json`, which is written last.
 
-Layout: environments/NAME-KEY/ with bin/python, lib/ and environment.json. NAME-KEY.lock exists while it is made.
-KEY is a hash of what the environment is made from, so that a changed requirement or another Python gets another folder.
+Layout: environments/NAME-KEY/ with bin/python, lib/ and environment.json. NAME-KEY.lock exists while the folder is
+made. KEY is a hash of the declaration and of the Python that makes the environment. So a changed requirement or another
+Python gets another folder.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def root() -> Path:
 
 
 def base(spec: EnvironmentSpec) -> dict[str, str]:
-    """Return what an environment depends on: versions and folders of the Python that runs the harness."""
+    """Return the versions and folders of the Python that runs the harness. An environment depends on them."""
     shared = {} if spec.isolated else {"prefix": sys.prefix, "packages": ":".join(site.getsitepackages())}
     facts = {"python": platform.python_version(), "executable": os.path.realpath(sys.executable), **shared}
     for project in () if spec.isolated else ("torch", *spec.projects):
@@ -132,7 +133,7 @@ def made() -> list[MadeEnvironment]:
 
 
 def remove(environment: MadeEnvironment) -> None:
-    """Remove an environment. Its folder is renamed first, so that a killed removal leaves no half environment."""
+    """Remove an environment. Its folder is renamed first, so an interrupted removal leaves nothing that looks complete."""
     with cache.staging(environment.name) as staging:
         environment.folder.rename(staging / "removed")
 
@@ -141,7 +142,7 @@ def remove(environment: MadeEnvironment) -> None:
 def locked(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of an environment's folder inside the context. wait: called once if another process holds the lock.
 
-    The lock is a file beside the folder. It is removed at the end. The kernel releases the lock of a killed process.
+    The lock is a file beside the folder, which is removed at the end. The kernel releases the lock of a killed process.
     """
     path = Path(f"{folder}.lock")
     lock = _lock(path, wait)

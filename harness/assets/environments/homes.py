@@ -12,7 +12,8 @@ from harness.assets.environments.folder import MadeEnvironment
 def of(implementations: Collection[str]) -> dict[str, MadeEnvironment | str]:
     """Map each implementation to its environment, which suites/environments.yaml or a user's file declares.
 
-    If the environment has not been made yet, map to its name. Implementations without an environment are left out.
+    If the environment has not been made yet, the value is its name. Implementations without an environment are left
+    out.
     """
     if not implementations:
         return {}

@@ -30,7 +30,7 @@ def require_start(environment: MadeEnvironment) -> None:
 
 
 def damage(environment: MadeEnvironment) -> list[str]:
-    """Return what is wrong with an environment, one line per package. An empty list: nothing is damaged."""
+    """Return what is wrong with an environment: one line for its interpreter and for each package that is damaged."""
     return [*_interpreter(environment), *_packages(environment)]
 
 

@@ -71,7 +71,7 @@ class Package:
         return f"{self.name}=={self.version}{f' --hash=sha256:{self.sha256}' if self.sha256 else ''}"
 
     def size(self) -> int | None:
-        """Return the size in bytes of the file, which is on a server or on this disk. None if the server gives no size."""
+        """Size of the package's file in bytes. None if the server of the file does not state it."""
         parts = urlsplit(self.url)
         if parts.scheme == "file":
             path = Path(unquote(parts.path))
@@ -141,7 +141,7 @@ def unpacked_size(wheels: Sequence[Path]) -> int:
 
 
 def install(spec: EnvironmentSpec, python: Path, wheels: Sequence[Path], work: Path) -> str:
-    """Install wheels, without an index, and return the name and version of the program that did it."""
+    """Install wheels, without an index. Return the name and version of the installing program, e.g. `pip 23.2.1`."""
     files = [str(path) for path in wheels]
     if uv := shutil.which("uv"):
         done = subprocess.run([uv, "--version"], capture_output=True, text=True, check=False)
@@ -159,9 +159,9 @@ def install(spec: EnvironmentSpec, python: Path, wheels: Sequence[Path], work: P
 
 
 def run_pip(spec: EnvironmentSpec, python: Path, arguments: Sequence[str], options: IndexOptions, work: Path) -> None:
-    """Run the pip of the Python that runs the harness, so that it acts on the interpreter of an environment.
+    """Run the pip of the Python that runs the harness, but for the interpreter `python` of an environment.
 
-    If pip fails, raises UsageError or AssetError with the reason. pip is killed if this process ends.
+    Raises UsageError or AssetError with the reason if pip fails. pip is killed if this process ends.
     """
     pip = [sys.executable, "-P", "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
     _run(spec, [*pip, *arguments], options, work)

@@ -34,8 +34,8 @@ class EnvironmentSpec(FrozenModel):
     """False if pip installs the requirements alone, without their own requirements. This is useful for a library that
     pins other versions of its requirements, but works with the installed versions."""
     implementations: list[str] = Field(default=[])
-    """Names of implementations and of training loops. If their libraries are not installed, `check` runs them in this
-    environment, and so does `bench`."""
+    """Names of implementations and of training loops. If their libraries are not installed, `check` and `bench` run
+    them in this environment."""
     about: str = ""
     """Purpose of the environment, in a sentence."""
 
@@ -95,15 +95,17 @@ def load(file: Path | None = None) -> dict[str, EnvironmentSpec]:
 
 
 def home_of(implementation: str) -> str:
-    """Return the name of the environment that the harness's own table declares for an implementation or a loop, or ""."""
+    """Return the name of the environment that the harness's own table declares for an implementation or a loop.
+
+    If it declares none, return an empty string.
+    """
     return next((spec.name for spec in load().values() if implementation in spec.implementations), "")
 
 
 def of_requirement(text: str) -> EnvironmentSpec:
-    """Return the environment in which only this requirement differs from the Python that runs the harness.
+    """Return the environment in which only the requirement `text` differs from the Python that runs the harness.
 
-    text: a requirement with a version, e.g. `peft==0.19.1`. Raises UsageError if `text` is not such
-    a requirement.
+    text: a requirement with a version, e.g. `peft==0.19.1`. Raises UsageError for any other text.
     """
     hint = "write a library and a version, e.g. peft==0.19.1"
     try:

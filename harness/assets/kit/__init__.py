@@ -1,1 +1,1 @@
-"""The command `kit`: a folder with all that a machine without network needs to run `peft-harness night`."""
+"""The command `kit`, which makes a folder from which a machine without network can run `peft-harness night`."""

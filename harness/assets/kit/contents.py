@@ -11,7 +11,7 @@ NEEDED = (
     "pyyaml", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "click", "rich",
     "markdown-it-py", "mdurl", "pygments", "jinja2", "markupsafe", "psutil", "packaging",
 )  # fmt: skip
-"""Distributions without which no command starts. Those that the target machine has are not unpacked there."""
+"""Distributions without which no command starts. Those that the target machine already has are not unpacked there."""
 USEFUL = (
     "bitsandbytes",
     "torchao",
@@ -33,13 +33,13 @@ class Half(NamedTuple):
     model: str
     """Name of the model in suites/sources.yaml."""
     suite: str
-    """The suite that trains it. The kit's `half.yaml` is this suite with the float16 model."""
+    """The suite that trains this model. The kit's `half.yaml` is this suite with the float16 model."""
     data: tuple[str, ...] = ()
     """Names in suites/sources.yaml of the data of this suite."""
 
 
 HALF = (Half("minilm-l6", "sentinels", ("movie-reviews",)), Half("tiny-llama", "night"))
-"""Candidates for the model in float16, best first. A kit holds the first that fits together with its data."""
+"""Candidates for the one float16 model of a kit, best first. The first that fits together with its data is copied."""
 SOURCES = ("tiny-llama", "toy-sentiment", "movie-reviews", "minilm-l6")
 """Names in suites/sources.yaml of the models and data that `peft-harness kit` copies as far as they fit."""
 FOLDERS = ("harness", "reference", "suites", "report_templates", "results/baselines")

@@ -12,7 +12,10 @@ _DTYPES = ("dtype", "torch_dtype")
 
 
 def main(folder: Path, target: Path) -> None:
-    """Copy the model. Only floating-point weights change: each is rounded once. Raises OverflowError if one is too large."""
+    """Copy the model folder `folder` to `target`. Each floating-point weight is rounded once to float16.
+
+    Raises OverflowError if a weight is too large for float16.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 

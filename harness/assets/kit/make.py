@@ -1,6 +1,6 @@
 """Make a kit: a folder with which a machine without network runs `peft-harness night`. Imports no torch.
 
-It holds the source, wheels, and models and data as far as they fit.
+A kit holds the source and wheels, and as many models and data sets as fit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The Operations that `bench` times: how their arguments are drawn, and the least work of a call. Imports no torch.
+"""The Operations that `bench` times, with the arguments and the least work of a call. This module imports no torch.
 
-Every module of this package has a dict `TIMED` that maps names of Operations to `TimedOperation`. A new module need not
-be listed anywhere. Bytes: every input is read once and every output is written once, in its own dtype. FLOPs: each
+Every module of this package has a dict `TIMED`: name of an Operation -> `TimedOperation`. A new module need not be
+listed anywhere. Bytes: every input is read once and every output is written once, in its own dtype. FLOPs: each
 multiplication and each addition counts as one, and a comparison as none.
 """
 
@@ -16,7 +16,7 @@ from harness.bench.costs import TimedOperation
 
 @cache
 def every() -> dict[str, TimedOperation]:
-    """Map the name of each timed Operation to its `TimedOperation`.
+    """Return a dict: name of each timed Operation -> its `TimedOperation`.
 
     Raises ValueError if two modules declare the same name.
     """

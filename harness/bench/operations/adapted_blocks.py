@@ -1,4 +1,4 @@
-"""Timed Operations: blocks of several layers with LoRA. Imports no torch."""
+"""Timed Operations: blocks of several layers with LoRA. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _block(*, qkv: bool) -> TimedOperation:
         return sum(s.rank * (E + D) for E, D in _outputs(s, qkv=qkv))
 
     def activations(s: BenchSize) -> int:
-        """Return the number of elements of x and the outputs."""
+        """Return the number of elements of the block's input x and of its outputs."""
         return s.tokens * (s.D + (sum(E for E, _ in _outputs(s, qkv=qkv)) if qkv else s.D))
 
     forward = Cost(

@@ -10,8 +10,10 @@ from harness.bench.sizes import BenchSize
 VERA = 16
 """VeRA's rank divided by LoRA's rank. If LoRA has the rank 16, VeRA has the rank 256."""
 SEQUENCES, ADAPTERS = 8, 4
-"""The batch of multi_lora_linear: the number of sequences, and the number of adapters that they share. A batch with a
-single token has a single sequence."""
+"""The batch of multi_lora_linear: its number of sequences, and the number of adapters that they share.
+
+A batch of a single token has a single sequence.
+"""
 
 
 def _linear_case(s: BenchSize, **more: Any) -> dict[str, Any]:
@@ -27,9 +29,9 @@ def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, p
     """Return the TimedOperation of a layer that computes x W^T plus a low-rank product.
 
     times: rank of the product divided by LoRA's rank. trains: `AB` if the factors A and B are trained, otherwise the
-    names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. These norms need the
-    product W A^T, which takes as many multiplications as W has elements, times the rank. packed: True if W is in 4
-    bits. Then decoding takes one more multiplication per element.
+    names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. The norms need the
+    product W A^T, which takes (elements of W) x (rank) multiplications. packed: True if W is in 4 bits. Decoding takes
+    one more multiplication per element.
     """
 
     def case(s: BenchSize) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     """A model for lm-eval. It uses `model` to answer requests of lm-eval: to score a text, or to generate a text.
 
     Requests with equal inputs share a forward pass. For example, if all choices of a question have a single token, one
-    pass over the prompt scores all of them. max_tokens: a longer sequence loses its beginning. `cut` holds lm-eval's
-    numbers of the items that lost their beginning.
+    pass over the prompt scores all of them. max_tokens: a longer sequence loses its beginning. `cut` holds the numbers,
+    as lm-eval counts them, of the items that lost their beginning.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the token ids of the context and of the continuation. Training and scoring both use these ids."""
+        """Return the token ids of the context and of the continuation, for training as well as for scoring."""
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 

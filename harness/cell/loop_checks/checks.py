@@ -1,7 +1,8 @@
 """Checks of a training loop. The docstring of each check states what a correct loop does.
 
-A gradient is judged at the weights at which the loop computed it, so that one fault does not hide in the consequences of
-another one. Losses and final weights are compared over the whole training, so a fault also shows in all later steps.
+A gradient is judged at the weights at which the loop computed it, so that earlier faults do not affect the comparison.
+Losses and final weights are compared over the whole training, so a fault also shows in all later steps. The reference
+is the Method's implementation in `reference/`. The harness's own loop is `harness.cell.training.loop`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _DRAWS = (None, *range(PERTURBED_DRAWS))
 class ReferenceTrainings:
     """Training runs of the reference with the harness's own loop, in float64 and in the trainee's dtype.
 
-    The checks compare a run of the loop under test with these runs. All implementations of a Method in one dtype share
-    them.
+    The checks compare these runs with a run of the loop under test. All implementations of a Method in one dtype are
+    compared with the same runs.
     """
 
     def __init__(self, trainee: Trainee) -> None:

@@ -1,4 +1,7 @@
-"""Training loops with one planted fault each. `check --loop NAME --self-test` tries the checks on them."""
+"""Training loops with one planted fault each. `check --loop NAME --self-test` tries the checks on them.
+
+A Method may add its own term to the loss, e.g. AdaLoRA's regularizer.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +69,11 @@ class FaultyLoop:
         return parts
 
     def _seen(self, part: Batch) -> Batch:
-        """Return the batch whose loss is computed for this part."""
+        """Return the batch that goes through the model for this part of a batch."""
         return part
 
     def _weight(self, part: Batch, batch: Batch, parts: Sequence[Batch]) -> float:
-        """Return the weight of a part's loss in the loss of the step."""
+        """Return the factor of a part's loss in the loss of the step."""
         return part.scored / batch.scored
 
     def _term(self, adapted: Adapted) -> Any:
@@ -175,7 +178,7 @@ class ForgetsAfterStep(FaultyLoop):
 
 
 class ReportsAMean(FaultyLoop):
-    """Reports the mean loss over the steps so far, as the log of transformers does."""
+    """Reports the mean of the losses up to the current step, as the log of transformers does."""
 
     caught_by = "losses"
 

@@ -68,7 +68,7 @@ class Observed:
     end: dict[str, Tensor] = field(default_factory=dict)
     """Trained tensors after the last step."""
     method_steps: list[int] = field(default_factory=list)
-    """Arguments of the calls of the Method's `after_step`."""
+    """Step numbers with which the loop called the Method's `after_step`, in order."""
     changed: list[str] = field(default_factory=list)
     """Names of frozen tensors that changed."""
     in_evaluation: int = 0
@@ -107,9 +107,10 @@ def batches(recipe: Training) -> list[Batch]:
 
 
 def attached(trainee: Trainee, moved_by: int | None = None) -> Adapted:
-    """Return the adapted model of a trainee before training. None of its factors is zero.
+    """Return the adapted model of a trainee before training. None of the adapter's factors is zero.
 
-    moved_by: seed of a random perturbation of each number by up to half a unit in the last place, or None for none.
+    moved_by: seed of a random perturbation, which moves each number by up to half a unit in the last place. None: no
+    perturbation.
     """
     start, state = _start(trainee)
     if moved_by is not None:
@@ -195,10 +196,10 @@ class _WatchedOptimizer(UnsavedOptimizer):
 def gradients_at(
     trainee: Trainee, weights: Sequence[dict[str, Tensor]], dtype: str, seed: int | None
 ) -> dict[str, Tensor]:
-    """Compute the gradients of the reference in `dtype` for each batch, at the given weights.
+    """Return the gradients of the reference in `dtype`, one backward pass per batch, each at the given weights.
 
-    Return them by name. The name is `step N NAME`, where NAME is the name of a trained tensor. weights: the trained
-    tensors before each step. seed: seed of a random perturbation of the weights, as in `attached`.
+    The result maps `step N NAME` to a gradient, where NAME is the name of a trained tensor. weights: the trained
+    tensors before each step. seed: seed of a random perturbation of the weights, or None (see `attached`).
     """
     adapted, found = _attach(trainee.of_reference(dtype)), dict[str, Tensor]()
     load(adapted, {}, _start(trainee)[1])

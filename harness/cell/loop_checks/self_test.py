@@ -26,7 +26,7 @@ class LoopSelfTest:
     """Results of the self-test."""
 
     caught: dict[str, bool]
-    """Name of a faulty loop -> whether the check named in its `caught_by` failed, as it must."""
+    """Name of a faulty loop -> whether the check in the loop's `caught_by` failed, as it must."""
     false_alarms: Sequence[str]
     """Checks that failed on a loop without a fault, as `loop/check`."""
 

@@ -20,20 +20,19 @@ from harness.methods.registry import Registry
 from harness.records.record import Training
 
 _STEPS = 12
-"""Number of steps of each training run. The checks use fewer, but some settings need several steps to show an effect.
-"""
+"""Number of steps of each training run. The checks use fewer steps, but some settings need several to show an effect."""
 
 
 @dataclass(frozen=True)
 class _Own:
-    """The training runs to compare with, by the harness's own loop: one in float32 and one in float64."""
+    """Two training runs of the harness's own loop, in float32 and in float64, with which other runs are compared."""
 
     float32: Observed
     float64: Observed
 
 
 class SettingTrials:
-    """Trains a model with each setting of a library's loop, and compares with runs of the harness's own loop."""
+    """Trains a model with each setting of another library's loop, and compares with runs of the harness's own loop."""
 
     def __init__(self, registry: Registry, foreign: TrainingLoop) -> None:
         self._registry, self._loop = registry, foreign

@@ -32,9 +32,9 @@ def measure(
 ) -> Checkpoint:
     """Write adapter and head as one safetensors file into `folder`, and return the sizes.
 
-    trains_base: whether the Method trains the model's own weights. If so, a user must save the whole model, and no
-    adapter file is written. The adapter file has no name, so it vanishes even if the process is killed. If the file
-    cannot be written, e.g. to a full disk, no error is raised, and the result has the reason.
+    The file is temporary and has no name, so nothing is left of it even if the process is killed. trains_base: whether
+    the Method trains the model's own weights. If so, a user must save the whole model, and no adapter file is written.
+    If the file cannot be written, e.g. to a full disk, no error is raised, and the result has the reason.
     """
     if trains_base or not (adapter or head):
         because = "the model's own weights are trained: all of them are saved" if trains_base else "nothing is trained"

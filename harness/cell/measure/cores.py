@@ -18,8 +18,8 @@ def available_cores() -> int:
 def limit_cores(count: int | None) -> Iterator[list[int]]:
     """Limit this process and its future children to `count` of its cores. Yield the numbers of these cores.
 
-    count: None for all cores. The function selects the cores with the highest numbers, because those with the lowest
-    numbers handle most interrupts. On a system that cannot do this (macOS), it limits nothing and yields an empty list.
+    count: None for all cores. The cores with the highest numbers are used, because the cores with the lowest numbers
+    handle most interrupts. macOS cannot do this: all cores stay available, and the yielded list is empty.
     """
     process = psutil.Process()
     if not hasattr(process, "cpu_affinity"):

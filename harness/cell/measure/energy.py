@@ -16,7 +16,7 @@ of a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
 """Upper bound of the power of a CPU package, in watts. RAPL's counter starts again at zero after about 262 kJ. A window
-is refused if, at this power, the counter could have started again twice."""
+of time is not measured if, at this power, the counter could start again twice in the window."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class EnergyMeter:
 
     @property
     def source(self) -> str:
-        """The name of the counter, or an empty string."""
+        """The name of the counter; empty if there is none."""
         return self.counter.source if self.counter else ""
 
     def start(self) -> None:
@@ -62,7 +62,7 @@ class EnergyMeter:
     def joules(self) -> float | None:
         """Return the joules used since `start`, or None if they are unknown.
 
-        They are unknown without a counter, and within the first LEAST_S seconds after `start`.
+        They are unknown if no counter can be read, if the counter may have been reset, or in the first LEAST_S seconds.
         """
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:
@@ -72,7 +72,7 @@ class EnergyMeter:
 
 
 def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
-    """Return an energy meter: of `gpu` if `cuda` is true, otherwise of the CPU packages.
+    """Return a meter of the energy of `gpu` if `cuda` is true, otherwise of the CPU packages.
 
     because: the reason why `gpu` is None. root: the folder with the kernel's counters.
     """

@@ -1,4 +1,8 @@
-"""Measure raw latencies of three alternating variants: the base, the unmerged model and the merged model."""
+"""Measure latencies of three variants in turn: the base model, the unmerged model and the merged model.
+
+The unmerged model runs the adapter beside the weights. In the merged model, the adapter is added to the weights. The
+results are raw samples.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ BLOCKS = 4
 average position in time."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""If a forward pass takes more than SLOW_S seconds, each block times only FEWER passes of a variant. This gives eight
-passes in total. A 95 % interval needs at least six."""
+"""If a forward pass takes more than SLOW_S seconds, each block times only FEWER passes of a variant: eight passes in
+all blocks together. A 95 % interval needs at least six."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 
 
@@ -48,9 +52,9 @@ def measure(
     variants, and a slow drift affects them equally. The first runs after each change of variant are discarded. At the
     end the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
 
-    evaluation: number and length of prompts, and number of passes. By default there are twelve passes, or eight if they
-    are slow. merged_refused: the reason why the merged model is not timed; empty if it is. layers: path -> adapted
-    layer. If `detach` was called before, the layers must be given, because `detach` may have emptied `Adapted.layers`.
+    evaluation: number and length of prompts, and number of passes. By default there are twelve passes, or eight if a
+    pass is slow. merged_refused: the reason why the merged model is not timed; empty if it is timed. layers: path ->
+    adapted layer. They must be given if `detach` was called before, because `detach` may have emptied `Adapted.layers`.
     """
     timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block
@@ -85,7 +89,7 @@ def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, ev
 class Prompt:
     """A batch of prompts of equal length, and the times that a model has taken for this batch so far.
 
-    batch: number of prompts; None for the number in `evaluation`.
+    batch: number of prompts. None: `evaluation` gives this number.
     """
 
     def __init__(
@@ -100,9 +104,9 @@ class Prompt:
 
     @cached_property
     def ids(self) -> Tensor:
-        """The token ids of the prompts, int64 (N, L). They are drawn when they are first read.
+        """The token ids of the prompts, int64 (N, L). They are drawn when this property is first read.
 
-        `unmeasured` is called when memory is short, and never reads them.
+        `unmeasured`, which is called when memory is short, does not read it, and so allocates nothing.
         """
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
@@ -169,7 +173,10 @@ def _cache(model: nn.Module) -> str:
 
 
 class _Variants:
-    """A switch between the variants, by the adapter's own methods. It checks the layers after `detach` and `unmerge`."""
+    """A switch between the base, unmerged and merged variants. It calls the adapter's own methods.
+
+    It raises ImplementationError if `detach` leaves a layer adapted, or if `unmerge` does not restore a layer.
+    """
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
         self._adapted, self._layers, self._off = adapted, dict(layers), False
@@ -187,7 +194,7 @@ class _Variants:
 
     @contextmanager
     def active(self, variant: Variant) -> Iterator[None]:
-        """Make a variant active inside the context, and attach the adapter again at the end."""
+        """Inside the context, make `variant` active. At the end, make the unmerged model active again."""
         if variant == "merged":
             self.merge()
         elif variant == "base":
@@ -204,7 +211,7 @@ class _Variants:
             self._adapted.merge()
 
     def unmerge(self) -> None:
-        """Unmerge the adapter. Raises ImplementationError if an adapted layer is not back in its place."""
+        """Unmerge the adapter. Raises ImplementationError if the model does not contain every adapted layer again."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
         if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
@@ -266,7 +273,7 @@ def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) ->
 def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
     """Decode greedily with a key-value cache. Return the seconds that each token took.
 
-    passes: least number of tokens to time.
+    passes: smallest number of tokens to time; None for a single round of decoding.
     """
     times: list[float] = []
     while len(times) < (passes or 1):

@@ -57,7 +57,7 @@ class PeakMeter:
             self._sampled = self.now()
 
     def synchronize(self) -> None:
-        """Wait until the GPU has done all queued work. This work belongs to the phase that queued it."""
+        """Wait until the GPU has done all queued work, so that the work counts for the phase that queued it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -108,7 +108,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:
-    """List a model's parameters, its buffers, and the scales of its quantised weights."""
+    """List a model's parameters and buffers, and the scales of its quantised weights."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         found += tensors_in(getattr(parameter, "quant_state", None))
@@ -140,7 +140,7 @@ def _trim() -> None:
 def peak_while(run: Callable[[], object]) -> int | None:
     """Call `run`. Return the peak bytes of all CPU tensors during the call, or None if torch has no profiler.
 
-    This includes tensors that existed before the call. Equal runs give the same peak, to the byte, because the peak
+    The peak includes tensors that existed before the call. Equal runs give the same peak, to the byte, because the peak
     adds up the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
 
     Some memory is not included. Tensors that were made during imports are missing, because the garbage collector does

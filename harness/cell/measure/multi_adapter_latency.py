@@ -46,8 +46,8 @@ def measure(
     one adapter alternate. If the implementation cannot mix adapters, or the check fails, the latencies have a reason
     instead of times.
 
-    An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
-    model (`Adapted`) has a method `mixed`. This method takes several adapters, each a dict with the names of
+    An implementation can mix adapters in one of two ways. Either it has the Operation `multi_lora_linear`, or its
+    adapted model (`Adapted`) has a method `mixed`. `mixed` takes several adapters, each a dict with the names of
     `Adapted.tensors()`, and returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)

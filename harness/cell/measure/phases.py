@@ -1,4 +1,4 @@
-"""Measure the phases of a Cell: wall time, memory peak, load, energy and the state of the GPU."""
+"""Measure the phases of a Cell: wall time, memory peak, load average, energy and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from harness.records.record import Phase
 class PhaseClock:
     """A meter of the phases of a Cell, one after the other. `done` lists the results, including those of failed phases.
 
-    announce: called with the name of each phase when the phase begins. energy, gpu: meters; None if the machine has no
-    such meter.
+    announce: function that is called with the name of each phase when the phase begins. energy, gpu: meters; None if
+    the machine has no such meter.
     """
 
     def __init__(

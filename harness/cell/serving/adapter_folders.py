@@ -19,9 +19,9 @@ from harness.errors import Unsupported
 def save(subject: Subject, tensors: Mapping[str, Tensor], base: Path, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
 
-    subject: a model with LoRA. tensors: the trained tensors, by the names of `Adapted.tensors()`: A and B of each layer
-    and, if the config has `lora_bias`, the bias of B. base: folder of the base model. Raises Unsupported if a layer is
-    not linear.
+    subject: a model with LoRA. tensors: the trained tensors, by their names in `Adapted.tensors()`. These are A and B
+    of each layer and, if the config has `lora_bias`, the bias of B. base: folder of the base model. Raises Unsupported
+    if a layer is not linear.
     """
     for path, layer in subject.bases.items():
         if not isinstance(layer, nn.Linear):
@@ -46,9 +46,9 @@ def _key(name: str) -> str:
 
 
 def _targets(subject: Subject) -> list[str]:
-    """Return peft's `target_modules`: the last part of each adapted path.
+    """Return peft's `target_modules`: the last part of the path of each adapted layer, e.g. `q_proj`.
 
-    If other layers of the model share one of these parts, return the whole paths instead.
+    If other layers of the model have one of these last parts too, return the whole paths instead.
     """
     model: Any = subject.original.model or subject.model
     last = {path.rpartition(".")[2] for path in subject.bases}

@@ -19,8 +19,8 @@ def find(job: Job, new: Path) -> Path:
     """Return the folder of a Cell's base model.
 
     If the model is only a config.json without weights, save it into `new`, with the same random weights as in the Cell,
-    and return `new`. Servers need a tokenizer, so `new` gets a tokenizer with a word for every token. The harness sends
-    token ids only.
+    and return `new`. Servers need a tokenizer, so `new` also gets one, with a word for every token. The harness itself
+    sends only token ids.
     """
     given = Path(job.model.path)
     if job.model.source.scheme != "shape":

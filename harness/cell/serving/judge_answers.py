@@ -46,8 +46,8 @@ class Judged:
 def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
     """Send requests under each load, and judge the answers.
 
-    session: a session with at least two adapters. subject: the Method and the dtype that name the checks. Raises
-    ServerError if the server does not answer.
+    session: a session with at least two adapters. base: folder of the base model. subject: the Method and dtype for the
+    names of the checks. case: the case for these names. Raises ServerError if the server does not answer.
     """
     names = [BASE, *session.adapters]
     trained, second = names[1:3]
@@ -90,7 +90,7 @@ def judge(session: Session, base: Path, subject: Named, case: Case) -> Judged:
 
 
 def _check(subject: Named, case: Case, name: str, phase: RequestPhase, results: Sequence[SubjectResult]) -> CheckResult:
-    """Return the check result of one load, judged by the answers in the load's phase."""
+    """Return the check result of one load. name: the check's name. phase: where the load's answers were collected."""
     found = {one: part for one in results for part in one.phases if part.phase is phase}
     if undecided := next(
         (one for one in results if one.verdict in (SubjectVerdict.CANNOT_TELL, SubjectVerdict.NOT_COMPARED)), None
@@ -115,7 +115,7 @@ def _check(subject: Named, case: Case, name: str, phase: RequestPhase, results: 
 
 
 def _wrong_together(result: SubjectResult) -> bool:
-    """Return whether all answers of a model together are judged wrong, although each answer alone is judged right."""
+    """Return whether the answers of a model are wrong as a whole, although each single answer is judged right."""
     return result.verdict is SubjectVerdict.NONCONFORMING and not any(part.wrong for part in result.phases)
 
 

@@ -1,4 +1,7 @@
-"""Serve the adapter of a Cell: start a server, judge its answers, and time each load that has right answers."""
+"""Serve the adapter of a Cell: start a server, judge its answers, and time it under several loads.
+
+A load is a mix of models that requests go to, e.g. several adapters. It is timed only if its answers are right.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,10 @@ def draw(run: CellRun, subject: Subject) -> Adapters:
 
 
 def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
-    """Serve adapters in the server that the Cell names, and return the times; None without adapters.
+    """Serve adapters in the server that the Cell names, and return the times. Without adapters, return None.
 
-    adapters: as `draw` returns them. If the server is missing, fails or answers wrongly, a check fails or is skipped, and
-    the result has a reason instead of times.
+    adapters: as `draw` returns them. If the server is missing, fails or answers wrongly, a check fails or is skipped,
+    and the result has a reason instead of times.
     """
     cell = run.cell
     if not adapters:
@@ -85,7 +88,10 @@ def serve(run: CellRun, subject: Subject, adapters: Adapters) -> Served | None:
 
 
 def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) -> Served:
-    """Add the check ALIVE with the reason why nothing was timed, and return `served`."""
+    """Add the check ALIVE to the Cell's results, with the reason why nothing was timed, and return `served`.
+
+    failed: True if the check fails, False if it is skipped.
+    """
     case = Case("trained", seed=run.cell.seed)
     result = skipped(subject, case, ALIVE, served.because)
     run.checks.append(result.model_copy(update={"outcome": Outcome.FAIL}) if failed else result)
@@ -93,9 +99,9 @@ def _untimed(run: CellRun, subject: Subject, served: Served, *, failed: bool) ->
 
 
 def _save(subject: Subject, adapters: Adapters, base: Path, folder: Path) -> dict[str, Path]:
-    """Save the adapters. Return a dict that maps the name of each adapter on the server to its folder.
+    """Save each adapter to its own folder. Return name of the adapter on the server -> folder.
 
-    The trained adapter is the first.
+    The trained adapter is the first entry.
     """
     saved: dict[str, Path] = {}
     for number, tensors in enumerate(adapters):
@@ -150,7 +156,7 @@ def _served(
 
 
 def _choose_dialect(session: Session) -> None:
-    """Find the dialect (form of requests) that the server accepts, and use it in the session.
+    """Find the dialect (form of requests) that the server accepts, and set it in the session.
 
     Only dialects with token ids as prompts are tried, so no tokenizer is needed.
     """

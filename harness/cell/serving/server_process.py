@@ -121,7 +121,7 @@ class RunningServer:
 def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) -> Iterator[RunningServer]:
     """Start a server, wait until it answers, and yield it. At the end, the server and all its children are killed.
 
-    The server also dies if this process dies in any way. It writes to the stdout of this process. own: as in
+    The server also dies if this process dies in any way. The server writes to the stdout of this process. own: as in
     `find_python`. Raises ServerError if the server ends or does not answer in time.
     """
     command = [python.path, *kind.arguments(launch)]
@@ -140,7 +140,7 @@ def running(kind: ServerKind, python: ServerPython, own: str, launch: Launch) ->
 
 
 def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begun: float) -> None:
-    """Wait until the server lists the base model, which it calls `name`.
+    """Wait until the server lists the base model under the name `name`.
 
     Raises ServerError if the process ends, if it does not answer in time, or if another server answers on the port.
     """
@@ -160,7 +160,7 @@ def _wait(process: Subprocess, client: Client, kind: ServerKind, name: str, begu
 
 
 def _listed(client: Client) -> list[str]:
-    """Return the names of the server's models. If the server does not list any yet, return an empty list."""
+    """Return the names of the models that the server lists. The list is empty if the server is not ready."""
     try:
         return [one.name for one in client.models()]
     except (ServerError, UsageError):
@@ -175,9 +175,9 @@ def _ended(process: Subprocess) -> str:
 
 
 def _environment(own: str) -> dict[str, str]:
-    """Return this process's environment variables for a server, without PYTHONPATH if the server has its own Python.
+    """Return the environment variables for a server: those of this process, without PYTHONPATH if `own` is not empty.
 
-    own: as in `find_python`.
+    own: interpreter of the server's own environment, or an empty string.
     """
     return {key: value for key, value in os.environ.items() if not (own and key == "PYTHONPATH")}
 
@@ -185,8 +185,8 @@ def _environment(own: str) -> dict[str, str]:
 def reason(log: Path, start: int) -> str:
     """Return the first line of a log that names an exception. If there is none, return the last line.
 
-    Later exceptions are often consequences of the first. start: number of bytes at the beginning of the log to ignore. The
-    result is empty if no line is left.
+    The first exception is chosen because later ones are often its consequences. start: number of bytes at the beginning
+    of the log to ignore. The result is empty if no line is left.
     """
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(start)

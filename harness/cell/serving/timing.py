@@ -39,9 +39,9 @@ def measure(
 ) -> list[ServedTimes]:  # fmt: skip
     """Return the times under each load. A load in `refused` gets its reason instead.
 
-    base, adapters: names on the server; the first adapter is the trained one. ids: token ids that prompts are drawn from.
-    Each request has a new prompt, so that no prefix cache answers. The loads take turns, and each round reverses their
-    order. The first round of each load is not timed.
+    base, adapters: names on the server; the first adapter is the trained one. ids: token ids from which prompts are
+    drawn. Each request has a new prompt, so that no answer comes from a prefix cache. The loads take turns, and their
+    order reverses in each round. The first round of each load is not timed.
     """
     draw = random.Random(f"{seed} served")  # noqa: S311  # prompts, not secrets
     targets = _targets(base, adapters)
@@ -97,7 +97,7 @@ def _targets(base: str, adapters: Sequence[str]) -> list[_Target]:
 def _round(
     client: Client, models: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> tuple[float, list[tuple[float, float]]]:
-    """Send the requests at the same time. Return the wall time, and the seconds to the first and last token of each."""
+    """Send the requests at the same time. Return the wall time, and each request's seconds to its first and last token."""
     ready = Barrier(len(models) + 1)
 
     def request(model: str, prompt: Sequence[int]) -> tuple[float, float]:

@@ -26,8 +26,7 @@ class Example:
     answer: int = 0
     """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
-    """True if the text was too long and lost tokens. It is always False for texts of causal models that have a
-    label."""
+    """True if the text was too long and lost tokens. Always False for a causal model's text with a `label`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """Divide the batch into `count` smaller batches of neighbouring texts, and return them.
 
-        Each of them is padded to its own longest text.
+        Each smaller batch is padded to its own longest text.
         """
         if count == 1:
             return [self]
@@ -180,10 +179,9 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
 class Prompts:
     """A tokeniser of prompts and answers, for training and for generation.
 
-    A prompt begins with the beginning-of-sequence token, if the tokenizer adds this token. A prompt that is too long
-    loses its beginning, but not this token. An answer that is too long loses its end, and also the end-of-sequence
-    token. max_tokens: in training, the limit of prompt and answer together; in generation, the limit of the prompt
-    alone.
+    A prompt begins with the beginning-of-sequence token, if the tokenizer adds one. A prompt that is too long loses its
+    beginning, except for this token. An answer that is too long loses its end, and also the end-of-sequence token.
+    max_tokens: in training, the limit of prompt and answer together; in generation, the limit of the prompt alone.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
@@ -200,8 +198,8 @@ class Prompts:
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt and the tokens of its answer. No tokens are cut off.
 
-        Prompt and answer are tokenised together. But if a token would span the end of the prompt and the start of the
-        answer, they are tokenised separately, because a generating model reads only the prompt.
+        Prompt and answer are tokenised together, unless one token would span the end of the prompt and the start of the
+        answer. Then they are tokenised separately, because a generating model reads only the prompt.
         """
         before, whole = self._plain(prompt), self._plain(prompt + answer)
         together = whole[: len(before)] == before

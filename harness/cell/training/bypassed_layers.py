@@ -1,4 +1,4 @@
-"""Recognise a model, e.g. Mamba, that reads the weight of an adapted layer instead of calling this layer."""
+"""Recognise errors of a model, e.g. Mamba, that reads the weight of an adapted layer instead of calling this layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NO_EFFECT = "an adapter on it has no effect"
 
 
 def explain(error: Exception, layers: Mapping[str, object]) -> str:
-    """Return a message if the model raised `error` because it bypasses an adapted layer, else an empty string.
+    """Return a message if the model raised `error` because it reads an adapted layer's weight, else an empty string.
 
     layers: path -> adapted layer.
     """

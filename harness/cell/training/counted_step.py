@@ -33,9 +33,8 @@ def step_peak(
 
     At the end, even after an error, the function restores three things: the trained parameters; the model's buffers,
     such as the statistics of a BatchNorm; and the random states of torch, Python, numpy and the generators that are
-    attributes of modules. It does not restore untrained buffers of the Method, which may be as large as the weights.
-    Nor does it restore the optimizer, or other state such as a counter or a generator in a closure. At the end there are
-    no gradients.
+    attributes of modules. It does not restore the optimizer, other state such as a counter or a generator in a closure,
+    or untrained buffers of the Method, which may be as large as the weights. At the end there are no gradients.
     """
     parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)
@@ -62,7 +61,7 @@ def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N8
 
 @contextmanager
 def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Copy the state that a step may change. Yield the copies, and restore the state at the end of the context."""
+    """Copy the state that a step may change, and yield the copies. At the end of the context, restore the state."""
     saved = [*trainable, *_buffers(adapted)]
     # A module may replace its buffer by a new tensor.
     places = [

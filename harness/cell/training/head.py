@@ -21,8 +21,8 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
     """Return the parameters of an encoder's head by name. They may be new, or come from a checkpoint.
 
     The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`. lacks: names of
-    the parameters that the checkpoint lacks, for example parameters of the pooler if it is the checkpoint of a masked
-    language model. These parameters start at random, so they must train.
+    the parameters that the checkpoint lacks. For example, the checkpoint of a masked language model lacks the
+    parameters of the pooler. These parameters start at random, so they must train.
     """
     if kind != "encoder":
         return {}
@@ -32,7 +32,7 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
 
 @torch.no_grad()
 def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
-    """Initialise these parameters of the head in place, from the Cell's seed alone, and return them by name.
+    """Initialise the head's parameters `names` in place, from the Cell's seed alone, and return them by name.
 
     Matrices get random values. Biases of linear layers get zeros. Other parameters keep the values of the model's
     initialiser. For example, if the weight of a norm were zero, the norm's output and gradient would be zero.
@@ -52,10 +52,10 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 def adapted_layers(
     model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
 ) -> tuple[Any, list[str]]:
-    """Return a Method's config, and the paths of the layers that the Method adapts, without the layers of the head.
+    """Return a Method's config, and the paths of the layers that the Method adapts. Layers of the head are left out.
 
-    In the returned config, `targets` may be these paths. For example, the paths replace `all-linear`, because only the
-    model shows which layers this means. Raises UsageError if all targets are in the head.
+    In the returned config, these paths replace `targets` if `targets` is a word such as `all-linear`, or names layers
+    of the head. Raises UsageError if all targets are in the head.
     """
     chosen = configure(method, config)
     matched = list(adaptable_layers(model, chosen))

@@ -22,8 +22,8 @@ from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 ZERO_GRADIENT_STEPS = 5
-"""If the gradients of this many first steps are all zero, nothing trains. In a later step, a gradient of zero may be
-valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
+"""If the gradients of this many first steps are all zero, nothing trains. A zero gradient in a later step may be valid:
+in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
 
 
 @dataclass
@@ -38,14 +38,14 @@ class StepSamples:
     cpu_seconds: float = 0.0
     """CPU time of the process, summed over the timed parts of all steps."""
     outside_seconds: float | None = None
-    """Seconds between the timed parts. None if nothing but measurement happens there."""
+    """Seconds between the timed parts of steps. None if the loop only measures there."""
 
 
 class StepLog:
-    """The numbers of the steps so far. It ends a training run that diverges, or in which nothing trains.
+    """The numbers of the steps so far. `add` raises an error if the training diverges, or if nothing trains.
 
     steps: number of steps of the whole training. report: function that is called with the number of each step, counted
-    from 1, and its loss.
+    from 1, and the step's loss.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Paramet
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
     """Take one optimizer step over the parts of a batch. Return the loss of the batch, a scalar tensor.
 
-    seed: seed to which the global random state is reset before the step is repeated, if float16 gradients overflow.
+    seed: the global random state is set to this seed before the step is repeated, if float16 gradients overflow.
     """
     loss = backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():

@@ -24,12 +24,12 @@ class TrainingLoop:
     step: Callable[..., object]
     """Function that takes one more step, so that its memory can be counted. It has the arguments of `loop.step`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Option of the loop's library -> its default. `train` of a loop with options has two more arguments: `options`, and
-    `own_optimizer`, which tells whether the library makes its own optimizer and schedule."""
+    """Option of the loop's library -> its default. If a loop has options, its `train` has two more arguments:
+    `options`, and `own_optimizer`, which says whether the library makes its own optimizer and schedule."""
 
 
 def find(name: Loop) -> TrainingLoop:
-    """Return the loop of this name. The import of the libraries that it needs takes seconds, and may fail."""
+    """Return the loop called `name`. For some loops this imports a library, which takes seconds and may fail."""
     if name == "trl":
         from harness.cell.training import trl_loop
 

@@ -109,8 +109,8 @@ def _some(names: list[str]) -> str:
 def lacks(checkpoint: str) -> frozenset[str]:
     """Return the names of the weights that an encoder's checkpoint lacks.
 
-    checkpoint: path of its folder. If the path is empty, because the model has no checkpoint, the result is empty. The
-    weights are not read, because the model is loaded onto the meta device. Raises AssetError like `load`.
+    checkpoint: path of the checkpoint's folder; empty if the model has no checkpoint, and then the result is empty too.
+    The weights are not read, because the model is loaded onto the meta device. Raises AssetError like `load`.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
@@ -185,8 +185,9 @@ def future_token_leakage(model: Any) -> float:
     """Return how much the logits at all earlier positions depend on the last token: 0 for a causal model.
 
     The number is the norm of the gradient at the last token's embedding, divided by the norm of the gradient at all
-    embeddings. If the logits do not depend on the last token, the gradient is exactly zero in every dtype. Another way
-    would be to change the last token and to compare the logits, but rounding in 16 bits could hide the difference.
+    embeddings. If the logits do not depend on the last token, the gradient is exactly zero in every dtype. Comparing
+    the logits before and after a change of the last token would be less exact: rounding in 16 bits could hide a
+    difference.
     """
     found: list[Tensor] = []
 

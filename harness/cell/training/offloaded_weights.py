@@ -1,8 +1,8 @@
-"""Free the memory of weights that no matrix product uses, as long as a Method trains.
+"""Free the memory of weights that no matrix product uses, while a Method trains.
 
 For example, QLoRA multiplies by its 4-bit codes and PiSSA by its residual, not by the original weights. The original
 weights are needed only by `detach`, which restores the model, and by the check of `detach`. The papers do not count
-them as memory, so this measurement does not count them either.
+these weights as memory, so the harness does not count them either.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the weights of adapted layers that the Method has replaced by other tensors, by path of the parameter.
+    """Return path -> weight for each weight of an adapted layer that the Method replaces by another tensor.
 
     bases: path -> the layer under the adapter. The result leaves out weights that another module also uses (a tied
-    embedding), and weights that share their storage with the replacement.
+    embedding), and weights that share their storage with the replacing tensor.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -52,8 +52,8 @@ def release(weights: Mapping[str, nn.Parameter]) -> None:
 class OffloadedWeights:
     """Weights that were moved out of the measured memory: from a CPU to a file, or from a GPU to the host's memory.
 
-    folder: where the file is written. The file has no name, and vanishes with this process. If it cannot be written, no
-    weight is released, and the constructor raises OSError or RuntimeError.
+    folder: where the file is written. The file is temporary and has no name, so it vanishes with this process. If it
+    cannot be written, no weight is released, and the constructor raises OSError or RuntimeError.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path) -> None:

@@ -32,9 +32,9 @@ class MasterWeights(torch.optim.Optimizer):
     Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to a parameter between two
     steps, the master adopts the new value. `state` includes the masters, so that the memory ledger counts them.
 
-    inner: a new optimizer over the parameters. From now on, it steps the masters instead. `loss_scale` is the factor by
-    which the loss is multiplied before its backward pass; the gradients are divided by it again. If no parameter is
-    float16, the factor is 1, and `scales` is False. `lower_loss_scale` halves the factor, which never grows again.
+    inner: a new optimizer over the parameters; it now steps the masters instead. `loss_scale` is the factor by which
+    the loss is multiplied before its backward pass; the gradients are divided by it again. If no parameter is float16,
+    the factor is 1, and `scales` is False. `lower_loss_scale` halves the factor, which never grows again.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -48,7 +48,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return a parameter's master, or the parameter if it has none. A master shows steps too small for 16 bits."""
+        """Return a parameter's master, or the parameter if it has none. Only masters show changes too small for 16 bits."""
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
@@ -109,8 +109,8 @@ def make(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then a linear decrease to zero.
 
-    If the Method has no optimizer of its own, `build` makes one. It has float32 master weights if a trained tensor is
-    float16 or bfloat16.
+    If the Method has no optimizer of its own, `build` makes the optimizer. It gets float32 master weights if a trained
+    tensor is float16 or bfloat16.
 
     If the Method has its own optimizer, this optimizer also steps the head. Its moments have 8 bits if `name` is
     `adamw-8bit`. It steps bfloat16 weights directly, as GaLore's paper does to save memory. For float16 weights it has
@@ -170,7 +170,7 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """Update every weight during the backward pass from now on, if the recipe has layer-wise updates.
+    """If the recipe has layer-wise updates, make each backward pass update the weights from now on.
 
     Return the object that makes these updates, or None without layer-wise updates. Raises UsageError if a step needs
     several backward passes, or all gradients at once.
@@ -197,9 +197,9 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
     """Return a new optimizer over `groups`.
 
     `adamw` is always torch's optimizer. Optimizers with 8-bit moments or paged states come from the reference in Cells
-    of `reference`, and from harness/kernels in all other Cells. If each implementation provided its own optimizer, two
-    implementations would differ in more than their layers. So no Cell uses bitsandbytes' optimizers; they are checked
-    as Operations.
+    of the implementation `reference`, and from harness/kernels in all other Cells. No Cell uses bitsandbytes'
+    optimizers, because implementations with different optimizers would differ in more than their layers. bitsandbytes'
+    optimizers are checked as Operations.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
@@ -208,9 +208,10 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the parameter groups of the Method's tensors.
+    """Return the parameter groups for `body`, the trained parameters of the Method, without the head.
 
-    If `recipe.lr_ratio` is not 1 (LoRA+), the factors B and their biases c are a second group with another rate.
+    If `recipe.lr_ratio` is not 1 (LoRA+), the factors B and their biases c are a second group with another learning
+    rate.
     """
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
@@ -273,7 +274,7 @@ def _note_on_16_bits(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and the optimizers inside it.
+    """Return an optimizer and the optimizers inside it, from the outside to the inside.
 
     The last optimizer computes the steps. Each optimizer around it adds master weights or paging.
     """

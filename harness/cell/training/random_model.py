@@ -100,7 +100,7 @@ def _draw(
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the same shape on `device`. It holds NaN, or 0 if the dtype is an integer.
+    """Return a tensor with the shape and dtype of `tensor` on `device`. It holds NaN, or 0 if the dtype is an integer.
 
     If a NaN remains later, the initialiser has left the tensor out.
     """

@@ -77,10 +77,10 @@ def train(
     """Train as `loop.train` does, but by SFTTrainer, and return the measured numbers of all steps.
 
     A step is timed from SFTTrainer's `on_step_begin` to the end of the optimizer's step. The time between two steps, in
-    which SFTTrainer makes the next batch, is summed in `outside_seconds`. The gradients of the last step remain, as after
-    `loop.train`. options: fields of SFTConfig that differ from `ALIGNED`. own_optimizer: whether SFTTrainer makes its own
-    optimizer and schedule. Raises Unsupported for what SFTTrainer cannot do, RefusedOptions if it refuses `options`, and
-    the errors of `loop.train`.
+    which SFTTrainer makes the next batch, is summed in `outside_seconds`. The gradients of the last step remain, as
+    after `loop.train`. options: fields of SFTConfig that differ from `ALIGNED`. own_optimizer: whether SFTTrainer makes
+    its own optimizer and schedule. Raises Unsupported for a training that SFTTrainer cannot do, RefusedOptions if
+    SFTTrainer refuses `options`, and the errors of `loop.train`.
     """
     refuse(adapted, batches)
     log = StepLog(adapted, optimizer, len(batches), report)
@@ -136,7 +136,7 @@ def _dropout(model: nn.Module) -> str:
 
 
 class _OneStep(TrainerCallback):  # type: ignore[misc]
-    """A callback that adds the Method's own term of the loss, and stores losses and sizes of the parts of a step."""
+    """A callback that adds the Method's own term to the loss, and stores the losses and sizes of the parts of a step."""
 
     def __init__(self, adapted: Adapted) -> None:
         self.adapted = adapted
@@ -144,7 +144,7 @@ class _OneStep(TrainerCallback):  # type: ignore[misc]
         self.padded_tokens = self.tokens = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Forget the losses and sizes of the step before, and compute the gradients of the Method's own term."""
+        """Forget the losses and sizes of the previous step, and compute the gradients of the Method's own loss term."""
         self.losses.clear()
         self.padded_tokens = self.tokens = 0
         if (term := self.adapted.regularizer()) is not None:
@@ -165,7 +165,7 @@ class _Watch(_OneStep):
         self.gradients: list[Tensor | None] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the global random state of the step, and start its time."""
+        """Set the global random state of the step, and start timing."""
         torch.manual_seed(loop.seed_of_step(self._seed, state.global_step))
         loop.synchronize(self._device)
         self._started, self._cpu = time.perf_counter(), time.process_time()
@@ -175,7 +175,7 @@ class _Watch(_OneStep):
         super().on_step_begin(args, state, control)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the time of the step, and store its numbers."""
+        """End the timing of the step, and store the step's numbers."""
         step = state.global_step + 1
         self.adapted.after_step(step)
         loss = float(torch.stack(self.losses).sum())
@@ -188,7 +188,7 @@ class _Watch(_OneStep):
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that gives `watch` the loss of each part. Its own log has only means over several steps."""
+    """SFTTrainer that gives the loss of each part of a batch to `watch`. SFTTrainer's log has only means over steps."""
 
     def __init__(self, *arguments: Any, watch: _OneStep, **options: Any) -> None:
         super().__init__(*arguments, callbacks=[watch], **options)
@@ -258,14 +258,14 @@ def rows_of(parts: Sequence[Batch]) -> datasets.Dataset:
 
 
 def _no_words() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that has only the token for padding, number 0. The texts are token ids already."""
+    """Return a tokenizer whose only token is the padding, number 0. The texts are token ids already."""
     vocabulary = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))  # noqa: S106
     return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>")  # noqa: S106
 
 
 @contextmanager
 def _refusals(options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn an error into RefusedOptions if there are options, since one of them may be its cause."""
+    """If `options` is not empty, turn an error inside the context into RefusedOptions: an option may be its cause."""
     try:
         yield
     except Unsupported:
@@ -293,7 +293,7 @@ def _without_launcher() -> Iterator[None]:
 
 @contextmanager
 def _restored(model: Any) -> Iterator[None]:
-    """Restore at the end of the context the forward pass, the configs and the tags of a model, which SFTTrainer changes."""
+    """At the end of the context, restore what SFTTrainer changes in a model: its forward pass, configs and tags."""
     attributes = {name: value for name, value in vars(model).items() if not isinstance(value, dict)}
     configs = [model.config, *([model.generation_config] if hasattr(model, "generation_config") else [])]
     ids = [{name: getattr(config, name, None) for name in (*_TOKEN_IDS, "use_cache")} for config in configs]

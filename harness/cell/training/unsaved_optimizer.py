@@ -1,4 +1,4 @@
-"""Wrapper of the Cell's optimizer for use by other libraries, which must not save or load its state."""
+"""Wrapper of the Cell's optimizer for use by other libraries. It keeps them from saving or loading the optimizer's state."""
 
 from __future__ import annotations
 

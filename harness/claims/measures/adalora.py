@@ -1,4 +1,6 @@
-"""Measures: AdaLoRA's budget, schedule and scores, by the reference and by direct calculation."""
+"""Measures: AdaLoRA's budget, schedule and scores, by the reference (`reference/adalora.py`) and by direct calculation.
+
+A triplet is one singular value (lambda) of an update with its two vectors."""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Po
     """Number of parameters in AdaLoRA's triplets that remain after pruning.
 
     A triplet is one singular value (lambda) with its two vectors. rank: number of triplets of each layer before
-    pruning. budget: number of triplets of the whole model after pruning. The result is a range, because the layers may
-    differ in size: it covers every choice of the remaining triplets.
+    pruning. budget: number of triplets of the whole model after pruning. Triplets of different layers may differ in
+    size, so the result is a range over all choices of the remaining triplets.
     """
     config = {"rank": 1, "target_rank": 1, "targets": targets}
     sizes: Counter[str] = Counter()
@@ -47,8 +49,10 @@ def budget_at(
 ) -> MeasureResult:
     """AdaLoRA's budget b(t), a number of triplets, at the first or the last step t of the cubic phase.
 
-    equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the reference. T is the
-    number of steps of all epochs over `examples` examples. The last batch of an epoch may be smaller.
+    In this phase, the budget falls from `rank` triplets per layer to `target_rank`. t_i, t_f: steps before and after
+    the cubic phase. equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the
+    reference. T is the number of steps of all epochs over `examples` examples. The last batch of an epoch may be
+    smaller.
     """
     from reference.adalora import budget
 
@@ -140,7 +144,7 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
 
 @measure("property")
 def pruned_triplets_recover() -> MeasureResult:
-    """Check whether AdaLoRA prunes by setting only lambdas to zero, and whether these grow before the next pruning."""
+    """Check whether AdaLoRA's pruning sets only lambdas to zero, and whether these grow again before the next pruning."""
     import torch
 
     adapted, layer = _adapted(target_rank=2)

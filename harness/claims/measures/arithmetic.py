@@ -1,7 +1,7 @@
 """Measures: arithmetic with printed numbers or results of other measures. Imports no torch.
 
 The parameter `last` is one unit of the last digit of the least precise number among the arguments: 0.1 for 2.5 and
-1.25. It is 0 if all are exact.
+1.25. It is 0 if all arguments are exact. It sets the range of results that the rounding of the numbers allows.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Me
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """Largest relative reduction: the largest of 1 - `of` / `than` over the positions of two lists.
 
-    This measure suits a claim with `up to`. last: one unit of the last digit of the least precise number; 0 if all are
-    exact. For sums of printed figures, it is this unit times the number of terms.
+    It fits a claim such as `up to 60 % less`. last: one unit of the last digit of the least precise number; 0 if all
+    are exact. For sums of printed figures, it is this unit times the number of terms.
     """
     shares = [ONE - quotient(one, other, last) for one, other in zip(of, than, strict=True)]
     largest = Interval(*(max(getattr(one, end) for one in shares) for end in ("value", "least", "most")))
@@ -120,8 +120,8 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
     """The mean of printed scores over tasks.
 
-    of: one score per task. For a task with several scores, e.g. accuracy and F1, a list of these scores, whose mean
-    counts as one score. last: one unit of the scores' last digit, e.g. 0.1.
+    of: one score per task. A task with several scores, e.g. accuracy and F1, has a list of scores, whose mean counts as
+    one score. last: one unit of the scores' last digit, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]

@@ -1,6 +1,6 @@
 """Measures: numbers of parameters, by formula, of baselines that no Method implements. Imports no torch.
 
-These are adapters, prefixes and projectors.
+The baselines are adapters, prefixes and projectors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from harness.claims.sums import summed
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The number of inputs and the number of outputs of a layer, e.g. `[1024, 4096]`."""
 _MIN_STEP = 5
-"""If `fitted` is set, one more rank must add at least this many units of the last digit of the printed figure.
-Otherwise some rank would fit nearly any figure."""
+"""If `fitted` is set, raising the rank by one must change the number by at least this many units of the figure's last
+digit. With smaller steps, nearly any figure would fit some rank."""
 
 
 @measure("share")
@@ -39,8 +39,8 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
     """Number of parameters of prefix tuning: `tokens` vectors before the keys and before the values of every layer.
 
-    before: names of the layers that compute keys and values: the last parts of their paths. The vectors of a layer have
-    the length of the layer's output.
+    before: names of the layers that compute keys and values (the last part of a path, e.g. `k_proj`). The vectors of a
+    layer have the length of the layer's output.
     """
     return summed((tokens, layer.out_features) for layer in _layers(model, before))
 
@@ -76,7 +76,8 @@ def vision_transformer(
 ) -> MeasureResult:
     """Number of parameters of CLIP's vision tower: patches, positions, blocks and norms, without the text projection.
 
-    patch, image: side of a patch, and of the image, in pixels.
+    width, mlp: numbers of features of a token, and inside an MLP. layers: number of blocks. patch, image: side of a
+    patch, and of the image, in pixels.
     """
     tokens = (image // patch) ** 2 + 1
     block = 4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width
@@ -88,31 +89,31 @@ def vision_transformer(
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """Number of parameters that is proportional to a rank, if the paper prints the number but not the rank.
 
-    of_rank_1: the number at rank 1. to: the printed number. last: one unit of the last digit of `to`. If some rank
-    gives `to`, the result is a range over ranks, because a rank that is chosen to fit cannot confirm the figure. If no
-    rank gives `to`, the result is the number at the nearest rank. fitted: return the number at the nearest rank in both
-    cases. This raises ValueError if one more rank adds less than 5 units of the last digit, because nearly any figure
-    would then fit.
+    If no rank gives the printed number, the result is the number at the nearest rank. If some rank gives it, the result
+    is a range over ranks, because a rank that is chosen to fit cannot confirm the figure. of_rank_1: the number at rank
+    1. to: the printed number. last: one unit of the last digit of `to`. fitted: return the number at the nearest rank
+    in both cases. With `fitted`, raises ValueError if one more rank adds less than 5 units of the last digit, because
+    nearly any figure would then fit.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 @measure("share")
 def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """A share that is proportional to a rank, if the paper prints the share but not the rank.
+    """A share that is proportional to a rank, e.g. of a model's parameters, if the paper prints the share but not the rank.
 
-    For example, it is a share of a model's parameters. The arguments are explained in `at_some_rank`.
+    of_rank_1: the share at rank 1. to: the printed share. The result, `last` and `fitted` are as in `at_some_rank`.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
-    """Find the n among 1, 2, ... for which `start + n * step` is nearest to the figure `to`. Return a result for it.
+    """Find the n among 1, 2, ... for which `start + n * step` is nearest to the figure `to`. Return a result for this n.
 
-    If the nearest value gives the printed figure, return a range of values, because an n that is chosen to fit cannot
-    confirm the figure. If it does not, no n gives the figure, and the nearest value is returned. fitted: return the
-    nearest value in both cases; this raises ValueError if `step` is less than 5 times `last`. last: one unit of the
-    figure's last digit. what: the word for one step, e.g. `rank`.
+    If this nearest value does not round to the figure, the result is the nearest value. Otherwise the result is a range
+    of values, because an n that is chosen to fit cannot confirm the figure. fitted: return the nearest value in both
+    cases; raises ValueError if `step` is less than 5 times `last`. last: one unit of the figure's last digit. what: the
+    word for n, e.g. `rank`.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

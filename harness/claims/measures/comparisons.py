@@ -30,7 +30,7 @@ def increasing(of: Quantities) -> MeasureResult:
 
 @measure("property")
 def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
-    """Check whether `to` is less than `of` by exactly the share `share` of `of`, e.g. by 2/3 of `of`."""
+    """Check whether 1 - `to` / `of` is exactly `share`, e.g. 2/3."""
     less = 1 - to / of
     shown = less if less.denominator < 100 else float(less)
     return MeasureResult(less == share, f"1 - {written(to)} / {written(of)} = {shown}")
@@ -38,5 +38,5 @@ def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
 
 @measure("number")
 def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
-    """The figure that the paper prints for the same quantity in another place. place: section or table of the paper."""
+    """The figure that the paper prints for the same quantity in another section or table. place: this section or table."""
     return MeasureResult(figure, f"{written(figure)} in {place}")

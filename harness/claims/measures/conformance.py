@@ -1,4 +1,7 @@
-"""Measures: results of the conformance suite, which compares small tensors with a reference in float64."""
+"""Measures: results of the conformance suite, which compares implementations of a Method with a float64 reference.
+
+It uses small tensors.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,9 @@ Check = Annotated[str, AfterValidator(_check)]
 
 @measure("property")
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
-    """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
+    """Check whether an implementation passes one check in all float32 cases that `peft-harness check` tries by default.
 
-    The reference computes the expected results in float64. The tolerances are the same as in `peft-harness check
-    IMPLEMENTATION --method METHOD`.
+    The reference computes the expected results in float64. The tolerances are those of `peft-harness check`.
     """
     from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW

@@ -1,4 +1,7 @@
-"""Measures: DoRA's magnitudes, and its gradients, with the norm as a variable or as a constant."""
+"""Measures: DoRA's magnitudes, and its gradients, with the norm as a variable or as a constant.
+
+DoRA multiplies each row of V' = W0 + B A (the direction) by a magnitude m and divides it by its norm.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Number of trainable parameters of DoRA, with the Method `method` for the directions.
+    """Number of trainable parameters of a DoRA whose directions are trained by the Method `method`.
 
-    `lora` gives DoRA itself, and `vera` gives DVoRA. magnitudes: names of the layers with magnitudes: the last parts of
-    their paths.
+    `lora` gives DoRA itself, and `vera` gives DVoRA. magnitudes: names of the layers with magnitudes (the last part of
+    a path, e.g. `q_proj`).
     """
     directions = attached_model.trained(model, method, config, {}).values()
     every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
@@ -26,7 +29,7 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
 
 @measure("property")
 def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
-    """Check whether a DoRA layer has, by default, one magnitude per input or per output."""
+    """Check whether a DoRA layer has, by default, one magnitude for each `axis`: for each input, or for each output."""
     have = len(_layer(_drawn("float64"), detach_norm=True).m)
     wanted = _IN if axis == "input" else _OUT
     return MeasureResult(have == wanted, f"a layer with {_IN} inputs and {_OUT} outputs has {have} magnitudes")
@@ -36,11 +39,10 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
 def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
     """Check whether DoRA's gradients by autograd agree with the equations of the paper.
 
-    The gradient of m must agree with eq. 7, and the gradients of A and B with `equation`. This equation gives the
-    gradient of V' = W0 + B A; the gradients of A and B follow from it. Eq. 6 is m / |V'| (I - V' V'^T / |V'|^2) dL/dW',
-    and eq. 11 is m / |V'| dL/dW'. detach_norm: whether the norm |V'| is a constant in the backward pass. Autograd
-    computes in float32, and the equations are computed in float64. The conformance suite's tolerance for gradients
-    applies.
+    The gradient of m must agree with eq. 7. `equation` gives the gradient of V' = W0 + B A; the gradients of A and B
+    must agree with it. Eq. 6 is m / |V'| (I - V' V'^T / |V'|^2) dL/dW', and eq. 11 is m / |V'| dL/dW'. detach_norm:
+    whether the norm |V'| is a constant in the backward pass. Autograd computes in float32, and the equations are
+    computed in float64. The conformance suite's tolerance for gradients applies.
     """
     drawn = _drawn("float32")
     layer = _layer(drawn, detach_norm)

@@ -1,6 +1,6 @@
-"""Measures: peak memory of a Cell's training step with the full-sized model, on fake tensors without data.
+"""Measures: peak memory of the training step of a Cell (a training setup), with the full-sized model on fake tensors.
 
-Imports torch only when a measure is computed.
+Fake tensors have no data. Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from harness.claims.measures.records import Entry, SuiteName, predicted, shape_o
 def step_peak(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Peak memory of tensors in a training step of a Cell.
 
-    The step's CPU code runs on fake tensors, which have no data, so that a model of any size works. Texts have their
-    maximum length. The peak does not include paged states, which are in host memory. Nor does it include workspaces,
-    the overhead of the allocator, or CUDA's context.
+    The step's CPU code runs on fake tensors, so a model of any size works. Texts have their maximum length. The peak
+    does not include paged states (which are in host memory), workspaces, the overhead of the allocator, or CUDA's
+    context.
     """
     own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)

@@ -1,6 +1,7 @@
 """Measures: the values (levels) of 4-bit types, and the errors of these types on weights from a normal distribution.
 
-NF4, FP4 and the 8-bit type of the block constants come from the references.
+Each block of weights has a constant, by which its 4-bit values are multiplied. NF4, FP4 and the 8-bit type of these
+constants come from the references.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
 """A 4-bit type. `fp4` is bitsandbytes' float. `e2m1` and `e3m0` are floats with as many bits of exponent (e) and
-mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like eq. 1 for 8 bits. `int4-both-ends` has
-the values -8 .. 7 divided by 8."""
+mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like the QLoRA paper's eq. 1 for 8 bits.
+`int4-both-ends` has the values -8 .. 7 divided by 8."""
 _DRAWN = 2**18
 """Number of weights that are drawn from a normal distribution to measure an error. With so many, the error of NF4 is
 known to a third of a percent."""
@@ -51,7 +52,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
     """Check whether the levels of the QLoRA paper's eq. 4, divided by the largest magnitude, are the printed levels.
 
     Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2, where Q is the quantile function of the normal
-    distribution. ends: whether levels that are not finite are kept (`as printed`) or left out.
+    distribution. ends: whether infinite levels are kept (`as printed`) or left out.
     """
     import torch
 
@@ -70,7 +71,8 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Check whether each level of a 4-bit type gets an equal share of normally distributed weights.
 
-    A deviation by sampling error is allowed. block: number of weights that share a quantisation constant.
+    A deviation by 5 standard errors of the sample is allowed. block: number of weights that share a quantisation
+    constant.
     """
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 

@@ -1,4 +1,4 @@
-"""Measures: bits and bytes of a QLoRA model, whose linear layers have 4-bit weights and block constants."""
+"""Measures: bits and bytes of a QLoRA model. Its linear layers have 4-bit weights, and one constant per block of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def constant_bits(
     """Bits per weight that the block constants take, as a mean over all layers that QLoRA quantises.
 
     There is one constant per `block` weights. double: whether the constants are quantised too. A constant that is not
-    quantised has 32 bits. A quantised constant has 8 bits; then there are 32 further bits per `second_block` constants,
-    and 32 per layer for the mean of the constants.
+    quantised has 32 bits. A quantised constant has 8 bits, plus 32 bits per `second_block` constants, and 32 bits per
+    layer for the mean of the constants.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")

@@ -15,7 +15,9 @@ from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
-"""Rule that selects the projected side of a matrix. `std` is the rule of the authors' code."""
+"""Rule that selects the projected side of a matrix. `std`, the rule of the authors' code: left for a matrix with fewer
+rows than columns, otherwise right. `reverse_std`: the other side. `paper`: as `std`, but left for a square matrix.
+`full`: both."""
 
 
 @measure("bytes")
@@ -29,8 +31,8 @@ def optimizer_bytes(
 ) -> MeasureResult:
     """Bytes of the optimizer's states: Adam's two moments per trainable number, and GaLore's projectors.
 
-    The moments of a matrix that GaLore projects are smaller. moments, projectors: bytes per number. also: regular
-    expressions; parameters of the model whose names match one of them train too.
+    If GaLore projects a matrix, the moments have the smaller size of the projected gradient. moments, projectors: bytes
+    per number. also: regular expressions; parameters of the model whose names match one of them train too.
     """
     states = _states(model, method, config, also)
     in_moments = sum(number * moments_of_one for (_, moments_of_one, _), number in states.items())
@@ -55,8 +57,9 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
     """Operations to refresh all of GaLore's projectors once.
 
-    A refresh computes the singular value decomposition of each matrix's gradient, with both bases. For a gradient of m
-    x n, m >= n, this takes 6 m n^2 + 20 n^3 operations (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
+    A refresh computes the singular value decomposition of each matrix's gradient, with left and right singular vectors.
+    For a gradient of m x n, m >= n, this takes 6 m n^2 + 20 n^3 operations (R-SVD; Golub and Van Loan, Matrix
+    Computations, section 8.6).
     """
     shapes: Counter[tuple[int, int]] = Counter()
     for (shape, _, projector), number in _states(model, method, config, None).items():
@@ -85,7 +88,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain after a saving. saved: the saved bytes. share: the saved bytes as a share of all bytes."""
+    """Bytes that remain after a saving. saved: the saved bytes. share: the saved bytes as a share of the original bytes."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
@@ -98,7 +101,7 @@ def width(model: Model) -> MeasureResult:
 
 @measure("property")
 def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
-    """Check whether a width is a multiple of the number of heads, so that each head has a whole width."""
+    """Check whether `width` is a multiple of `heads`, so that all attention heads have the same whole width."""
     return MeasureResult(width % heads == 0, f"{width} / {heads} = {width / heads:.6g}")
 
 
@@ -106,8 +109,8 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
     """Check whether a weight and its optimizer states have as many numbers in all as Table 1 of the GaLore paper says.
 
-    For a weight of m x n, m <= n, and rank r, these are mn + mr + 2nr numbers with GaLore, and mn + 3mr + 3nr with
-    LoRA. They are counted after a step of Adam.
+    A weight of m x n, m <= n, and its states have mn + mr + 2nr numbers with GaLore, and mn + 3mr + 3nr with LoRA, at
+    rank r. They are counted after a step of Adam.
     """
     m, n = min(rows, columns), max(rows, columns)
     shown, holds = [], True
@@ -120,7 +123,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Check whether projecting a gradient at full rank, and then projecting it back, restores it (section 3.3).
+    """Check whether a gradient that is projected at full rank, and then projected back, is unchanged (section 3.3).
 
     The full rank is the smaller side of the matrix.
     """
@@ -191,7 +194,7 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
 
 
 def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
-    """Count the trainable tensors by size.
+    """Count the trainable tensors of each kind.
 
     The result maps (shape, elements of both moments, elements of the projector) to the number of such tensors.
     """

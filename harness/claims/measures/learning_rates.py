@@ -1,4 +1,4 @@
-"""Measure: the ratio of two best learning rates, from Records of several rates and seeds. Imports no torch."""
+"""Measure: the ratio of two best learning rates, from Records (results) of several rates and seeds. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ first."""
 
 @measure("ratio")
 def best_rate_ratio(suite: SuiteName, of: Rates, to: Rates) -> MeasureResult:
-    """Ratio of two best learning rates, `of` / `to`, with an interval that is valid for new seeds.
+    """Ratio of two best learning rates, `of` / `to`, with a confidence interval over seeds.
 
-    Each side is a list of entries that differ only in their learning rates. With each seed, the loss of an entry is its
-    mean training loss over the last third of the steps; all entries train on the same batches. The best rate is the
-    vertex of a parabola in the logarithm of the rate. The parabola goes through the lowest loss and its two neighbours.
-    If the lowest loss is at an end of a list, the best rate may be outside of the list, and the measure gives no
-    result.
+    `of` and `to` are lists of suite entries that differ only in their learning rates. For each seed, the loss of an
+    entry is its mean training loss over the last third of the steps; all entries train on the same batches. A parabola
+    in the logarithm of the rate is drawn through the lowest loss and its two neighbours. The best rate is the vertex of
+    this parabola. If the lowest loss is at an end of a list, the best rate may be outside of the list, and the measure
+    gives no result.
     """
     above, below = _sides(suite, of, to)
     if list(above) != list(below) or len(above) < 2:

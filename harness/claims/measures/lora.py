@@ -97,7 +97,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Check whether merging LoRA leaves the modules and shapes of the base model, and so adds no computation."""
+    """Check whether a model with merged LoRA has the modules and shapes of its base model, and so adds no computation."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)

@@ -47,7 +47,8 @@ def adapters_of_some_rank(
 ) -> MeasureResult:
     """Number of parameters of adapters, if the paper prints this number but not the rank.
 
-    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`.
+    If some rank gives the printed number, the result is a range over ranks. printed: the printed number. last: one unit
+    of its last digit. fitted: return the number at the nearest rank instead of a range (see `at_some_rank`).
     """
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
@@ -77,10 +78,10 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Number of parameters of prefix-layer tuning, if the paper prints it but not the number of virtual tokens.
+    """Number of parameters of prefix-layer tuning, if the paper prints this number but not the number of virtual tokens.
 
-    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, for ranks instead of
-    tokens.
+    If some number of tokens gives the printed number, the result is a range. printed: the printed number. last: one
+    unit of its last digit. fitted: return the number for the nearest number of tokens instead.
     """
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")

@@ -59,11 +59,10 @@ def adam_ignores(p: Positive, q: Positive, steps: Positive) -> MeasureResult:
 
 @measure("property")
 def first_step_averages(rank: Positive) -> MeasureResult:
-    """Check whether LoRA's first update of W is the mean of its updates at rank 1 with each row of A alone.
+    """Check whether LoRA's first update of W is the mean of `rank` updates, each by a LoRA of rank 1 with one row of A.
 
-    LoRA's factor is 1/r. If all ranks draw the rows of A from one distribution, this mean implies that the expected
-    first update does not depend on the rank. The rank must be a power of two, so that the mean is exact up to the order
-    of the sum.
+    LoRA's factor is 1/r. If the rows of A have the same distribution at all ranks, the expected first update then does
+    not depend on the rank. The rank must be a power of two, so that the mean is exact up to the order of the sum.
     """
     import torch
 

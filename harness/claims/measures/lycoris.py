@@ -11,8 +11,8 @@ from harness.claims.measures.models_without_presets import linear_trainable, ran
 def kronecker_counts_by_formula(sides: list[Sides], factors: list[Positive], rank: Positive) -> MeasureResult:
     """Check whether LoKr trains u_p u_q + r (v_p + v_q) numbers in a layer of p outputs and q inputs (equations 4 and 5).
 
-    u is the largest divisor of a size that is at most min(factor, sqrt(size)), and v = size / u. The rank must be small
-    enough that LoKr decomposes the right block of every layer.
+    For a size s (p or q), u_s is its largest divisor up to min(factor, sqrt(s)), and v_s = s / u_s. The rank r must be
+    small enough that LoKr decomposes the right block of every layer.
     """
     shown, holds = [], True
     for inputs, outputs in sides:

@@ -36,7 +36,8 @@ def vision_parameters(
 ) -> MeasureResult:
     """Number of parameters of a vision transformer without its head.
 
-    patch, pixels: side of a patch, and of the image, in pixels.
+    width, mlp: numbers of features of a token, and inside an MLP. patch, pixels: side of a patch, and of the image, in
+    pixels.
     """
     return summed(p.shape for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
 

@@ -19,9 +19,9 @@ def rotation_counts_by_formula(inputs: Positive, outputs: Positive, blocks: list
 
 @measure("property")
 def cayley_is_orthogonal(sizes: list[Positive]) -> MeasureResult:
-    """Check whether OFT's blocks, by the exact formula, are rotations (R^T R = I, det R = 1), for random numbers in Q.
+    """Check whether OFT's blocks R, by Cayley's exact formula from random Q, are rotations (R^T R = I, det R = 1).
 
-    Zeros in Q must give the identity. The error may be a thousand roundings of float64.
+    Each Q is skew-symmetric. Zeros in Q must give the identity. The error may be a thousand roundings of float64.
     """
     import torch
 

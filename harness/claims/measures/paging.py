@@ -1,7 +1,7 @@
 """Measures: paging of optimizer states, by the reference on a CPU. Imports torch only when a measure is computed.
 
 A simulated device has a limited size. It holds the states, and the memory that a batch needs. A long text needs more
-memory for one step. The measure counts the bytes that move, but not the time that this would take on a GPU.
+memory for one step, so states must move to the host. No time is measured.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ Split = dict[str, list[str]]
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
     """Number of parameters of a model. Tied parameters count once.
 
-    without: regular expressions; a parameter whose name matches one of them is left out. only: regular expressions;
-    a parameter whose name matches none of them is left out. Raises ValueError for an expression that matches no
+    without, only: regular expressions. Parameters whose names match one of `without` are left out. If `only` is given,
+    just the parameters whose names match one of `only` are counted. Raises ValueError for an expression that matches no
     name.
     """
     every = attached_model.parameters(model)
@@ -40,9 +40,9 @@ def trainable_parameters(
 ) -> MeasureResult:
     """Number of trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions; a tensor of the Method is left out unless its name matches one of them. also: regular
-    expressions; a parameter of the model counts as trainable, too, if its name matches one of them, e.g. `classifier`
-    or `embed_tokens`. If the Method trains this parameter anyway, it counts once.
+    only, also: regular expressions. If `only` is given, just the tensors of the Method whose names match one of `only`
+    are counted. Parameters of the model whose names match one of `also`, e.g. `classifier` or `embed_tokens`, count as
+    trainable too. A parameter that the Method trains anyway counts once.
     """
     return summed(_trained(model, method, config, split, only, also))
 
@@ -76,7 +76,7 @@ def trainable_share(
     """Trainable parameters of a Method, as a share of the model's parameters.
 
     of: if it is `base+adapter`, the model's parameters include the trainable parameters of the Method; if it is `base`,
-    they do not.
+    they do not. only, also: as in `trainable_parameters`.
     """
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), attached_model.parameter_count(model)

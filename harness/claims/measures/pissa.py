@@ -60,10 +60,10 @@ def pissa_takes_the_principal_part(
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
 ) -> MeasureResult:
-    """Error of the fast SVD: the sum of the absolute differences from the exact SVD.
+    """Error of the principal part of a weight by the fast SVD: the sum of the absolute differences from the exact
+    SVD's.
 
-    Both SVDs give a principal part of a weight. These parts are compared element by element, in float64. niter:
-    iterations of the fast SVD.
+    The two parts are compared element by element, in float64. niter: iterations of the fast SVD.
     """
     import torch
 
@@ -79,7 +79,8 @@ def fast_svd_error(
 def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> MeasureResult:
     """Check whether a trained PiSSA equals a LoRA of rank `lora_rank` on the original weight W, in float64.
 
-    The equation is W + s B' A' = W_res + s B A, where W_res is PiSSA's residual and s is the scaling.
+    The equation is W + s B' A' = W_res + s B A. B' and A' are LoRA's factors, W_res is PiSSA's residual, and s is the
+    scaling.
     """
     from reference import pissa
 
@@ -129,10 +130,12 @@ def quantisation_error_reduced(
     """Relative reduction of QLoRA's quantisation error by LoftQ or QPiSSA, before training (eqs. 6 to 8).
 
     The error is the nuclear norm of W - (Q + B A), where W is the weight and Q is stored in 4 bits. In QLoRA, Q is
-    nf4(W), and B A is 0. by: `loftq` begins with B A = 0. Each iteration sets Q to nf4(W - B A), and then takes A and B
-    from the SVD of W - Q. `qpissa` begins with A and B from the SVD of W, and Q is nf4(residual). Each further
-    iteration takes A and B from the SVD of W - Q, and then updates the residual. residual_of: whether this update uses
-    the A and B of this step or of the step before (Algorithm 1, line 5).
+    nf4(W), and B A is 0.
+
+    by: `loftq` begins with B A = 0. Each iteration sets Q to nf4(W - B A), and then takes A and B from the SVD of W -
+    Q. `qpissa` begins with A and B from the SVD of W, and Q is nf4(residual). Each further iteration takes A and B from
+    the SVD of W - Q, and then updates the residual. residual_of: whether the residual is updated with the A and B of
+    this iteration or of the one before (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))

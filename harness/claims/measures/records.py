@@ -1,6 +1,7 @@
 """Measures: memory of Cells, from the Records of a run, and functions that all measures of Records share.
 
-An uncertain measurement is an interval. It reproduces a claim only if the whole interval agrees with the claim.
+An entry of a suite is a training setup. Its Cells differ only in the seed, and each has a Record with its results. An
+uncertain measurement is an interval. It reproduces a claim only if the whole interval agrees with the claim.
 """
 
 from __future__ import annotations
@@ -52,12 +53,11 @@ Entry = Annotated[str, AfterValidator(_entry)]
 """A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
 `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""A parameter that lists the ids of entries of a suite. They differ only in the number of blocks of their model."""
+"""A parameter that lists the ids of entries of `suite`. They differ only in the number of blocks of their model."""
 LABELS = 2
 """Number of classes of the new classification head of an encoder, as in tasks with random labels."""
 _EQUAL_FIELDS = ("method", "base", "dtype", "optimizer")
-"""Fields that must be equal in a Cell and in smaller Cells before the memory of the Cell is scaled up from the smaller
-Cells."""
+"""Fields of a Cell. `scaled_memory` requires equal values of these fields in the whole Cell and in the smaller Cells."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -115,9 +115,10 @@ def memory_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def extrapolated_memory(suite: SuiteName, cells: Depths) -> MeasureResult:
-    """Peak memory of training a whole model, extrapolated linearly from Cells with only its first blocks.
+    """Peak memory of training a whole model, extrapolated linearly from Cells with only the model's first blocks.
 
-    Each pair of Cells with neighbouring depths gives a line. If there are several lines, the result is a range.
+    Each pair of Cells with neighbouring numbers of blocks gives a line. If there are several lines, the result is a
+    range.
     """
     value, how, own = _extrapolated(suite, cells)
     return value.measured(f"{how}; {record_sources.place(own)}")
@@ -134,15 +135,15 @@ def extrapolated_memory_ratio(suite: SuiteName, of: Depths, to: Depths) -> Measu
 
 @measure("bytes")
 def scaled_memory(suite: SuiteName, cells: Depths, whole_suite: SuiteName, whole: Entry) -> MeasureResult:
-    """Training memory of a Cell, scaled up from Cells with a narrower model.
+    """Training memory of the Cell `whole`, estimated from two Cells with a narrower model.
 
-    cells: two entries with the narrower model, one with a single block and one with two blocks. Their ranks are smaller
-    in proportion. whole: the entry with the whole model, whose memory is computed. The measure counts the bytes of
-    weights, adapter, gradients, the optimizer's states and the temporary tensors of the optimizer's step. These bytes
-    grow in proportion to the parameters, separately inside and outside of the blocks.
+    cells: the two narrower entries, one with a single block and one with two blocks. Their ranks are smaller in
+    proportion. The bytes of weights, adapter, gradients, the optimizer's states and the temporary tensors of the
+    optimizer's step are taken from the Records of `cells`. They are multiplied by the ratio of the numbers of
+    parameters: one ratio for the blocks, and one for the rest of the model.
 
-    `harness.memory_model` predicts the rest: activations, logits, and the states that a paged optimizer leaves on the
-    GPU because they are small. The result is a range. The least value is without activations and logits, and the
+    `harness.memory_model` predicts all other bytes: activations, logits, and the states that a paged optimizer leaves
+    on the GPU because they are small. The result is a range. The least value is without activations and logits, and the
     largest value is with all of them.
     """
     at = record_sources.cell(whole_suite, whole)
@@ -161,7 +162,10 @@ def scaled_memory(suite: SuiteName, cells: Depths, whole_suite: SuiteName, whole
 
 @measure("ratio")
 def scaled_memory_ratio(suite: SuiteName, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """Ratio `of` / `to` of two memories without activations and logits, each scaled up as in `scaled_memory`."""
+    """Ratio `of` / `to` of two training memories, each scaled up to `model` as in `scaled_memory`.
+
+    Activations and logits are left out.
+    """
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)
@@ -178,7 +182,10 @@ def trained_parameters(suite: SuiteName, cell: Entry) -> MeasureResult:
 
 @measure("property")
 def undecidable(needs: str) -> MeasureResult:
-    """Property that the harness cannot decide, e.g. a score of GPT-3. needs: what a decision would require."""
+    """A property that the harness cannot decide, e.g. a score of GPT-3. It never has a result.
+
+    needs: what a decision would require.
+    """
     raise NotRunError(f"a decision requires {needs}")
 
 
@@ -190,17 +197,17 @@ def over(x: Interval, y: Interval) -> Interval:
 
 
 def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
-    """Return the Records of two entries. Raises ValueError unless they have the same model, texts and budget."""
+    """Return the Records of two entries. Raises ValueError if their model, task or budget differs."""
     a, b = record_sources.records(suite, of, to)
     record_sources.comparable(a, b)
     return a, b
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the name of the model that Cells of several depths share, and number of blocks -> Records.
+    """Return a model's name without its number of blocks, and number of blocks -> Records, in ascending order.
 
-    The name does not include the number of blocks. The dict is in ascending order. Raises ValueError if the Cells
-    differ in anything but the number of blocks.
+    cells: entries that differ only in the number of blocks of their model. Raises ValueError if they differ in anything
+    else.
     """
     sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
@@ -224,7 +231,7 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale the counted bytes of Cells up to `model`. Return the bytes, the arithmetic as text, and one Record.
+    """Scale the bytes in the Records of `cells` up to `model`. Return the bytes, the arithmetic as text, and one Record.
 
     paged: bytes of the states that a paged optimizer leaves on the GPU when it trains `model`.
     """

@@ -8,9 +8,9 @@ from harness.claims.measures.arithmetic import written
 
 @measure("count")
 def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> MeasureResult:
-    """`of`, rounded to a whole multiple of `to`.
+    """The number `of`, rounded to a whole multiple of the number `to`. cut: round down instead.
 
-    A paper may round a size to `125M` first, and then print it as `125.0M`. cut: round down instead.
+    A paper may round a size to `125M` first, and then print it as `125.0M`.
     """
     number = int(of // to) if cut else round(of / to)
     return MeasureResult(number * to, f"{written(of)} as {number:,} x {written(to)}")
@@ -18,7 +18,7 @@ def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> MeasureResu
 
 @measure("count")
 def in_binary_millions(of: Quantity) -> MeasureResult:
-    """A count in units of 2^20, written as if these units were millions.
+    """A count, divided by 2^20 and written as if it had been divided by one million.
 
     Some tables print counts in this way.
     """
@@ -27,7 +27,7 @@ def in_binary_millions(of: Quantity) -> MeasureResult:
 
 @measure("bytes")
 def in_gigabytes_of_1024_million(of: Quantity) -> MeasureResult:
-    """Bytes in units of 1,024 x 10^6, written as if these units were gigabytes.
+    """Bytes, divided by 1,024 x 10^6 and written as if they had been divided by 10^9.
 
     Some tables print such sizes: they divide by 1,000 twice and by 1,024 once.
     """

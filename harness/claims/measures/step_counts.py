@@ -28,8 +28,9 @@ def training_operations(
     """Operations (multiplications and additions) of all matrix products in one training step.
 
     The step is a forward and a backward pass over `batch` texts of `tokens` tokens, with the Method's reference
-    attached. The attention is full, and every token has a loss. The loss includes the Method's own term, as in AdaLoRA.
-    The optimizer's step is not included. checkpointing: whether the backward pass computes each block again.
+    attached. The attention is full, and every token has a loss. The loss includes the Method's own term, e.g. AdaLoRA's
+    regularizer. The optimizer's step is not included. checkpointing: whether the backward pass computes each block
+    again.
     """
     from harness.claims import meta_step
 
@@ -43,8 +44,8 @@ def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """Relative increase in time, `of` / `than` - 1, if time is proportional to operations. of, than: operations.
 
     The result is a range. One end is the increase in operations, as if matrix products took all the time. The other end
-    is 0, as if both steps spent all their time on the same other work. The true increase may lie outside of the range:
-    an optimizer's step, norms, dequantisation and communication are not included, and no time is measured.
+    is 0, as if both steps spent all their time on equal other work. The true increase may lie outside of the range: an
+    optimizer's step, norms, dequantisation and communication are not included, and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))

@@ -1,4 +1,8 @@
-"""Measures: times of Cells, from the Records of a run. Imports no torch."""
+"""Measures: times of Cells, from the Records of a run. Imports no torch.
+
+An entry of a suite is a training setup. Its Cells differ only in the seed; each runs in a process of its own, and has a
+Record with its results.
+"""
 
 from __future__ import annotations
 
@@ -64,9 +68,9 @@ def step_time_more(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("ratio")
 def latency_ratio(suite: SuiteName, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
-    """Ratio `of` / `to` of the times that two variants of a Cell's model take for one pass, in the same process.
+    """Ratio `of` / `to` of the times that two variants of a Cell's model (e.g. base and merged) take for one pass.
 
-    at: kind of pass: a forward pass, a prefill, or the decoding of one token.
+    Both are timed in the same process. at: kind of pass: a forward pass, a prefill, or the decoding of one token.
     """
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
@@ -89,9 +93,8 @@ def phase_ratio(suite: SuiteName, phase: str, of: Entry, to: Entry) -> MeasureRe
 def refresh_share(suite: SuiteName, cell: Entry) -> MeasureResult:
     """Share of the training time that GaLore's projector refreshes take.
 
-    The first step has a refresh, and takes longer than a median step. This extra time, as a share of the time of all
-    steps until the next refresh, is the largest possible value. But the first step also takes longer because it warms
-    up. So the result is a range from 0 to that value.
+    The first step has a refresh, and takes longer than a median step. The result is a range from 0 to this extra time,
+    as a share of the time of all steps until the next refresh. It begins at 0 because the first step also warms up.
     """
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
@@ -115,9 +118,9 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the smallest interval that covers these intervals, one per process.
+    """Return the smallest interval that covers all of `intervals`, one per process.
 
-    Its value is the median of their values.
+    The value of the result is the median of the values of `intervals`.
     """
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))

@@ -1,4 +1,4 @@
-"""Measures: scores and losses of training, from the Records of a run with several seeds. Imports no torch.
+"""Measures: scores and losses of training, from the Records (results) of a run with several seeds. Imports no torch.
 
 These runs are small: a difference that they do not show may exist at the paper's scale.
 """
@@ -32,7 +32,8 @@ def scores_higher(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean accuracy of `of` exceeds the mean accuracy of `than` minus 2 percentage points.
 
-    The 2 points are the margin of the command `gate`.
+    The 2 points are the margin of the command `gate`. The result is undecided if the interval of the difference
+    contains -2 points.
     """
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
@@ -42,7 +43,8 @@ def scores_no_lower(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
 def loss_falls_faster(suite: SuiteName, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean training loss of `of`, over all steps, is below the mean training loss of `than`.
 
-    Runs with the same seed are compared. They train on the same batches.
+    Runs with the same seed are compared. They train on the same batches. The result is undecided if the interval of the
+    difference contains 0.
     """
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
@@ -68,7 +70,8 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
     """Return, as the result of a property, whether a difference is above `least`.
 
-    It is undecided if the interval of the difference has values on both sides of `least`. how: the arithmetic as text.
+    The property is undecided if the interval of the difference has values on both sides of `least`. how: the arithmetic
+    as text.
     """
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)

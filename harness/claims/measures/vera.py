@@ -52,8 +52,9 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
     """Check whether the elements of VeRA's product B A have the variance 4 / in at every rank r. in: number of inputs.
 
-    The mean variance over 64 draws may differ by its standard error. Kaiming's variance is 2 / fan_in: 2 / in for A,
-    and 2 / r for B. An element of B A sums r products, so that its variance is r (2 / in) (2 / r) = 4 / in.
+    The mean variance over 64 draws may differ by 5 of its standard errors. By Kaiming's rule the variance is 2 /
+    fan_in: 2 / in for A, and 2 / r for B. An element of B A sums r products, so that its variance is r (2 / in) (2 / r)
+    = 4 / in.
     """
     import torch
 

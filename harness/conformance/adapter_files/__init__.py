@@ -1,1 +1,1 @@
-"""Adapter files: read one, judge it, and compute the logits that it must give."""
+"""Adapter files: read one, judge it, and compute the logits that it defines."""

@@ -33,9 +33,9 @@ _FORMS = {
     "target_modules": "{}", "exclude_modules": "{}", "rank_pattern": _ENDS, "alpha_pattern": _ENDS,
     "modules_to_save": r"(^|.*\.){}($|\..*)", "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
 }  # fmt: skip
-"""Key of the config -> the regular expression into which peft puts a pattern of this key."""
+"""Key of the config -> regular expression that peft builds around a pattern of this key. `{}` stands for the pattern."""
 _LARGEST = 2**31
-"""Largest rank and largest absolute alpha that are accepted. No layer has so many features."""
+"""Largest accepted rank and largest accepted absolute alpha. No layer has so many features."""
 _META = "a dot, a bracket or a star has a special meaning; `\\.` stands for a dot"
 _AS_PEFT = "write it as peft's `save_pretrained` does"
 
@@ -43,7 +43,7 @@ _AS_PEFT = "write it as peft's `save_pretrained` does"
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     """Return the JSON object in a file. hint: advice to show in the error.
 
-    Raises UsageError if the file is missing, is not a regular file, cannot be read or holds something else.
+    Raises UsageError if the file is missing, is not a regular file, cannot be read or holds no JSON object.
     """
     if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
         raise UsageError("is no regular file", where=str(path), hint=hint)
@@ -63,13 +63,13 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def require_lora(config: Mapping[str, Any], where: Path) -> None:
-    """Raise UsageError unless this is the valid config of a LoRA adapter. where: its path, for the message."""
+    """Raise UsageError unless `config` is a valid LoRA config. where: path of the config, for the message."""
     for what, hint in _mistakes(config):
         raise UsageError(what, where=str(where), hint=hint)
 
 
 def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield pairs (mistake, hint). Only the first is certain, because each test assumes that earlier ones passed."""
+    """Yield pairs (mistake, hint). Use only the first: each test assumes that all earlier tests passed."""
     if (kind := config.get("peft_type")) != "LORA":
         hint = "`peft-harness check PATH` judges LoRA adapters: peft_type LORA"
         yield f"unknown type of adapter: peft_type is {_short(kind)}", hint
@@ -99,9 +99,9 @@ def _mistakes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterator[tuple[str, Any]]:
-    """Yield pairs (name for messages, value): one for `key` unless it is missing or null, one per entry of `patterns`.
+    """Yield pairs (name for messages, value) for a setting and its exceptions, such as `r` and `rank_pattern`.
 
-    patterns: key of a dict that maps patterns of layer names to values, such as `rank_pattern`.
+    A setting that is missing or null is left out. patterns: key of a dict that maps patterns of layer names to values.
     """
     if config.get(key) is not None:
         yield key, config[key]
@@ -110,7 +110,7 @@ def _with_patterns(config: Mapping[str, Any], key: str, patterns: str) -> Iterat
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the values that peft uses as regular expressions, each with its key."""
+    """Yield pairs (key, value) for the values that peft uses as regular expressions."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
             yield key, config[key]

@@ -41,7 +41,7 @@ class AdapterFile:
     config: Mapping[str, Any]
     """Content of the adapter_config.json."""
     header: Mapping[str, TensorHeader]
-    """Key -> dtype and shape of each tensor of the file."""
+    """Key -> dtype and shape, for each tensor of the file."""
 
     @classmethod
     def read(cls, path: Path) -> AdapterFile:
@@ -69,7 +69,10 @@ class AdapterFile:
 
     @property
     def local_base(self) -> Path | None:
-        """Folder that base_model_name_or_path names, relative to the working directory or to the adapter, if it exists."""
+        """Folder of the base model that the config names, relative to the working directory or to the adapter.
+
+        None if there is no such folder.
+        """
         name = self.config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
             return None
@@ -81,7 +84,7 @@ class AdapterFile:
     def base_for_task(self, folder: Path) -> Path:
         """Return a folder from which the base model loads as the class that this adapter needs, e.g. a classifier.
 
-        folder: the base model. If its config.json names another class, the result is a temporary copy; see `task_base`.
+        folder: the base model. If its config.json names another class or number of labels, the result is a temporary copy.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for key, one in self.header.items():
@@ -108,7 +111,7 @@ class AdapterFile:
 
 
 def _weights(path: Path) -> Path:
-    """Return the path of the weights of an adapter. Raises UsageError if there is no such file."""
+    """Return the path of an adapter's weights. Raises UsageError if there is no such file."""
     hint = "give the folder that peft's `save_pretrained` wrote, or its adapter_model.safetensors"
     try:
         if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Names of the adapters in suites/adapters, the corpus with which loaders are checked. No torch."""
+"""Names of the adapters in suites/adapters, with which loaders are checked. This module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Findings about one adapter file: mistakes in its keys, shapes and values, by themselves and compared with a base."""
+"""Findings about one adapter file: mistakes in its keys, shapes and values, with and without a base model to compare."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ _NAMED = re.compile(r"\.lora_[AB]\.(?!weight$|bias$)|\.lora_embedding_[AB]\.|\.l
 _EMBEDDING = re.compile(r".*\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings|shared)\.(weight|bias)")
 """Key of the weight or bias of a whole embedding or output head."""
 _WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
-"""Part of the key of a bias that peft saves a second time: with `bias="all"`, for a module of modules_to_save."""
+"""Part of a key that marks a second copy of a bias. peft saves such copies with `bias="all"`, for biases inside a
+module of modules_to_save."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Finding:
 def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
     """Return the findings about an adapter, in the order of `KINDS`.
 
-    base: the base model, whose parameters may be on the device `meta`. None if the file is judged by itself.
+    base: the base model, whose parameters may be on the device `meta`. If None, the file is not compared with a base
+    model.
     """
     if found := unsupported(adapter.config):
         return [Finding("unsupported", CONFIG, f"{key}: {meaning}") for key, meaning in found.items()]
@@ -106,7 +108,7 @@ def judge(adapter: AdapterFile, base: nn.Module | None = None) -> list[Finding]:
 
 
 def is_saved_embedding(settings: AdapterSettings, key: str) -> bool:
-    """Return whether a key belongs to a whole embedding or head, and modules_to_save does not name this module."""
+    """Return whether a key belongs to a whole embedding or output head that modules_to_save does not name."""
     return _EMBEDDING.fullmatch(key) is not None and not any(f".{name}." in key for name in settings.replaced_modules)
 
 
@@ -116,7 +118,7 @@ class _Judge:
 
     @cached_property
     def pairs(self) -> dict[str, dict[str, str]]:
-        """Start of a key, up to `.lora_A` or `.lora_B` -> a dict that maps `A` and `B` to whole keys."""
+        """Start of a key, up to `.lora_A` or `.lora_B` -> dict from `A` and `B` to whole keys."""
         found: dict[str, dict[str, str]] = {}
         for key in self.adapter.header:
             if match := _HALF.fullmatch(key):
@@ -124,7 +126,7 @@ class _Judge:
         return found
 
     def alone(self) -> Iterator[Finding]:
-        """Yield the findings about the file by itself, without a base model."""
+        """Yield the findings about the file that need no base model."""
         if not self.pairs:
             hint = "save the adapter by `save_pretrained` of the PeftModel, with gathered weights if it was sharded"
             yield Finding("empty", self.adapter.weights.name, f"{len(self.adapter.header)} tensors, no lora_A", hint)
@@ -159,7 +161,7 @@ class _Judge:
                 yield Finding("scaling", path, f"the config gives the scaling {settings.scaling(path):g}")
 
     def _selects_none(self) -> bool:
-        """Return whether the config names layers, but none of those in the file."""
+        """Return whether target_modules is not empty, but selects no layer of the file."""
         settings, paths = self.adapter.settings, [_path(start) for start in self.pairs]
         if not paths or not settings.target_modules:
             return False
@@ -169,7 +171,7 @@ class _Judge:
         )
 
     def _is_stack(self, path: str) -> bool:
-        """Return whether this may be the path of a module with a parameter in target_parameters."""
+        """Return whether `path` may be a module that holds a parameter of target_parameters, such as stacked experts."""
         parents = [name.rpartition(".")[0] for name in self.adapter.settings.target_parameters or ()]
         return any(path == parent or path.endswith(f".{parent}") or not parent for parent in parents)
 
@@ -267,13 +269,13 @@ class _Judge:
         yield from self._of_replaced(reading, base, tokens)
 
     def _is_copy(self, key: str) -> bool:
-        """Return whether a key belongs to a copy of a tensor. peft's loader ignores such copies."""
+        """Return whether a key belongs to a second copy of a tensor. peft's loader ignores such copies."""
         return _WRAPPER.search(key) is not None and _WRAPPER.sub(".", key) in self.adapter.header
 
     def _tokens(self, reading: AdapterReading, base: nn.Module) -> int:
-        """Return the vocabulary size of the embeddings in the file, if it differs from that of the base model.
+        """Return the number of tokens of the embeddings in the file, if it differs from that of the base model.
 
-        Return 0 if it does not differ, or if the file lacks one of the embeddings of the base model.
+        Return 0 if the numbers are equal, or if the file does not resize all embeddings of the base model to one number.
         """
         sides = [_embeddings(base, side) for side in ("input", "output")]
         tables = {id(one.weight): one.weight for one in sides if one is not None}
@@ -291,7 +293,7 @@ class _Judge:
         return 0 if count in {len(one) for one in tables.values()} else int(count)
 
     def _of_biases(self, reading: AdapterReading, base: nn.Module) -> Iterator[Finding]:
-        """Yield a finding if the file lacks biases of the base model that the config's key `bias` promises."""
+        """Yield a finding if the config's key `bias` promises biases of the base model that the file lacks."""
         setting = self.adapter.settings.bias
         adapted = {update.path for update in reading.updates}
         wanted = [name for name, _ in base.named_parameters(remove_duplicate=False) if name.endswith(".bias")]
@@ -303,7 +305,10 @@ class _Judge:
             yield Finding("bias", "bias", f"bias is {setting}, but the file has no {first_names(missing)}")
 
     def _misfits(self, update: LayerUpdate, base: nn.Module, resized: int) -> Iterator[Finding]:
-        """Yield a finding for each tensor of an update whose shape is wrong. resized: result of `_tokens`."""
+        """Yield a finding for each tensor of `update` whose shape is wrong.
+
+        resized: a number of tokens that is allowed too, from `_tokens`.
+        """
         module = base.get_submodule(update.path)
         is_head = module is _embeddings(base, "output")
         if update.kind != "stack":  # `rank` reports a rank that differs from the config
@@ -351,7 +356,7 @@ def _path(start: str) -> str:
 
 
 def _embeddings(base: nn.Module, side: str) -> Any:
-    """Return the module with the embedding (`input`) or the head (`output`) of a model. None if it has none."""
+    """Return a model's embedding (side `input`) or output head (side `output`), or None if the model has none."""
     try:
         return getattr(base, f"get_{side}_embeddings", lambda: None)()
     except (NotImplementedError, AttributeError):  # transformers raises this for a model without tokens

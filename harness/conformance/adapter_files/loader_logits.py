@@ -1,6 +1,6 @@
 """Compare the logits that loaders compute from one adapter file with those of the reference, in worker processes.
 
-So a loader that hangs, crashes, prints or leaves processes behind spoils only its own result.
+A loader that hangs, crashes, prints or leaves processes behind therefore spoils only its own result.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from harness.methods.registry import Implementation, Registry, discover
 from harness.process.worker_pool import WorkerPool
 
 DEFAULT = "hf-peft"
-"""Loader to compare if none is named."""
+"""Loader that is compared if the user names none."""
 _OWN = (DEFAULT, "reference")
 _B_PER_PARAMETER = 12
-"""Bytes of memory that a comparison needs per parameter: 8 for the reference in float64, and 4 for a float32 copy."""
+"""Number of bytes that a comparison needs per parameter: 8 for the reference in float64, and 4 for a float32 copy."""
 _TASKS = (None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 """Values of task_type whose models return logits for token ids alone."""
 
 
 @dataclass(frozen=True)
 class LoaderRequest:
-    """Request of a user: which loaders to compare with the reference, and how long to wait for them."""
+    """Options of a user: which loaders to compare with the reference, and how long to wait for them."""
 
     names: Sequence[str] = ()
     """Names of loaders. If empty, DEFAULT is compared."""
@@ -51,7 +51,7 @@ class LoaderRequest:
     """Seconds without a result after which a loader counts as hanging."""
 
     def registry(self) -> Registry:
-        """Return a Registry that has the named loaders. Plug-ins are imported in a worker process, not in this process."""
+        """Return a Registry that has the named loaders. Plug-ins are imported only in a worker process."""
         return discover(only=_OWN) if set(self.names) <= set(_OWN) else worker_processes.discover(self.patience)
 
 
@@ -99,8 +99,8 @@ def _run(
 ) -> dict[str, LoaderLogits]:
     """Run loaders one after the other, and map their names to the results.
 
-    After a crash or a hang, a new process runs the loaders that had not begun. A loader that has answered keeps its result:
-    if the process dies between two loaders or after the last one, a note on stderr says so.
+    After a crash or a hang, a new process runs the loaders that had not begun. The results of earlier loaders are kept.
+    If the process dies while no loader runs, a note on stderr says so.
     """
     remaining, found, pool = {one.name: one.point for one in loaders}, dict[str, LoaderLogits](), WorkerPool()
     while remaining:
@@ -129,7 +129,7 @@ def _run(
 
 
 def _explained(found: LoaderLogits, used: Sequence[str]) -> LoaderLogits:
-    """Return the result, with the id of the known defect that explains it if there is one."""
+    """Return the result. If a known defect explains it, the result contains the defect's id."""
     if found.verdict not in ("differs", "raises"):
         return found
     explaining = (one.id for one in defects.known() if one.explains_file(found.loader, used, found.detail))

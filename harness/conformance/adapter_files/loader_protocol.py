@@ -1,4 +1,4 @@
-"""Messages between `check PATH` and the worker that runs loaders. No torch."""
+"""Messages between `check PATH` and the worker that runs loaders. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class LoaderLogits(FrozenModel):
     largest: float | None = None
     """Largest absolute difference of a logit. None if it is not finite, or if nothing was compared."""
     share: float | None = None
-    """The error as a share of the allowed error, by the tolerance policy `carried-noise`."""
+    """The error divided by the allowed error, by the tolerance policy `carried-noise`."""
     detail: str = ""
     """The worst logit, the exception that the loader raised, or the reason why nothing was compared."""
     defect: str = ""
-    """Id of the known defect that explains the verdict. Empty if no known defect does."""
+    """Id of the known defect that explains the verdict. Empty if there is none."""
 
 
 class ReferenceComputed(FrozenModel):
-    """Event: the reference has computed logits. It shows that the worker does not hang."""
+    """Event: the reference has computed logits. This event shows that the worker does not hang."""
 
     runs: int
     """Number of computations so far for this loader, or 0 for the computation in float64."""

@@ -1,4 +1,7 @@
-"""Read how known loaders interpret the features of an adapter file, from loader_readings.yaml."""
+"""Read how known loaders interpret the features of an adapter file, from loader_readings.yaml.
+
+A feature is a property of a file that a loader must support, such as `rslora` or `rank_pattern`.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 FeatureVerdict = Literal["wrong", "refused", "not known", "ok"]
-"""Result of a loader for a feature. `wrong`: its logits are not those that the file defines, but it raises no error.
-`refused`: it raises an error. `not known`: loader_readings.yaml does not say. `ok`: its logits are those that the file
-defines."""
+"""Result of a loader for a file with a feature. `wrong`: it raises no error, but computes other logits than the file
+defines. `refused`: it raises an error. `not known`: loader_readings.yaml does not say. `ok`: it computes the logits
+that the file defines."""
 _EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.lora_A")
-"""Part of a key that belongs to a layer of one expert. The group is the name of the layer."""
+"""Part of a key that belongs to one expert's layer. The regular expression's group is the layer's name."""
 _ACTIVATED = "alora_invocation_tokens"
 _WORST_FIRST: tuple[FeatureVerdict, ...] = ("wrong", "refused", "not known", "ok")
 
 
 class FeatureSupport(FrozenModel):
-    """Treatment of adapter files with one feature by one loader."""
+    """How one loader treats adapter files with one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -38,7 +41,7 @@ class FeatureSupport(FrozenModel):
 
 
 class KnownLoader(FrozenModel):
-    """A loader, and how it treats features of adapter files: feature -> FeatureSupport."""
+    """A loader, and how it treats each feature of adapter files."""
 
     loader: str
     readings: dict[str, FeatureSupport]
@@ -51,7 +54,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """Treatment of one adapter file by one loader: the worst result over the features of the file."""
+    """How one loader treats one adapter file: its worst result over the features of the file."""
 
     loader: str
     verdict: FeatureVerdict
@@ -69,8 +72,8 @@ def _read() -> _File:
 def features(adapter: AdapterFile, findings: Sequence[Finding] = (), base: nn.Module | None = None) -> list[str]:
     """List the features that an adapter uses, in the order of loader_readings.yaml.
 
-    findings: findings about the adapter. base: the base model, whose parameters may be on the device `meta`. Without
-    it, features that depend on the base model are left out.
+    findings: findings about the adapter. base: the base model, whose parameters may be on the device `meta`. If None,
+    features that depend on the base model are left out.
     """
     settings, keys = adapter.settings, list(adapter.header)
     head = any(".lm_head.lora_" in key for key in keys)
@@ -120,7 +123,7 @@ def _convolutions(adapter: AdapterFile, base: nn.Module | None) -> Iterator[Any]
 
 
 def verdicts(used: list[str]) -> Iterator[LoaderVerdict]:
-    """Yield a verdict on each known loader, for a file with these features."""
+    """Yield a verdict on each known loader, for a file with the features `used`."""
     for known in _read().loaders:
         found = [_of_feature(known, feature) for feature in used]
         yield min(found, key=lambda one: (_WORST_FIRST.index(one.verdict), not one.because))

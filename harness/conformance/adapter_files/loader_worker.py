@@ -1,7 +1,8 @@
 """Worker process of `check PATH`: loads one adapter file with loaders, and compares their logits with the reference's.
 
-The command is `python -m harness.conformance.adapter_files.loader_worker FD LINE TASK`. TASK is a LoaderTask as JSON. The
-worker writes the events of `loader_protocol` to the file descriptor FD. It dies when the other end of the pipe LINE closes.
+The command is `python -m harness.conformance.adapter_files.loader_worker FD LINE TASK`. TASK is a LoaderTask as JSON.
+The worker writes the events of `loader_protocol` to the file descriptor FD. LINE is one end of a pipe, also a file
+descriptor; the worker dies when the other end closes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main(fd: int, line: int, task: LoaderTask) -> None:
 
 
 class _ReferenceError(Exception):
-    """The reference cannot compute logits. unexpected: True for a defect of peft-harness."""
+    """Error: the reference cannot compute logits. unexpected: True if the cause is a defect of peft-harness."""
 
     def __init__(self, reason: str, *, unexpected: bool = False) -> None:
         super().__init__(reason)
@@ -94,7 +95,7 @@ class _Comparison:
 
     @classmethod
     def of(cls, task: LoaderTask, emit: EventWriter) -> _Comparison:
-        """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if it cannot."""
+        """Draw prompts, and compute their logits by the reference. Raises UsageError or Unsupported if this fails."""
         adapter = AdapterFile.read(Path(task.adapter))
         base = adapter.base_for_task(Path(task.base))
         prompts = drawn(base, 0)[:PROMPTS]
@@ -137,7 +138,7 @@ class _Comparison:
 
 
 def _largest(have: list[Tensor], want: list[Tensor]) -> float | None:
-    """Return the largest difference of a logit. None if it is not finite, or if shapes differ."""
+    """Return the largest absolute difference between logits. Return None if it is not finite, or if shapes differ."""
     pairs = list(zip(have, want, strict=False))
     if len(have) != len(want) or any(one.shape != other.shape for one, other in pairs):
         return None

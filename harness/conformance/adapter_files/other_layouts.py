@@ -1,4 +1,4 @@
-"""Recognise the layouts of LoRA files that other programs write, by their keys. Such files are not judged."""
+"""Recognise LoRA files that other programs write in other layouts, by their keys. Such files are not judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of the LoRA files of one program."""
+    """Layout in which one program writes LoRA files."""
 
     name: str
     file: str
@@ -33,5 +33,5 @@ LAYOUTS = (
 
 
 def layout_of(keys: Collection[str]) -> str:
-    """Return the name of the layout that all keys of a file have, or an empty string."""
+    """Return the name of the layout in LAYOUTS that all keys of a file fit, or an empty string if there is none."""
     return next((one.name for one in LAYOUTS if keys and all(map(one.keys.match, keys))), "")

@@ -29,15 +29,15 @@ def reference_logits(
 ) -> list[Tensor]:
     """Return the logits of the base with the weights that the adapter file gives, one tensor per prompt, in `dtype`.
 
-    The shapes are (tokens, vocabulary), or (labels,) for a classifier. The model is of the class that task_type names.
-    A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
+    The shapes are (tokens, vocabulary), or (labels,) for a classifier. The config's task_type decides the model's
+    class. A model computes some parts in float32 for every dtype; if `dtype` is float64, they are in float64 too.
 
     adapter: None for the base alone. prompts: token ids. perturbation: generator that moves each weight by up to half a
-    unit in its last place, as correct rounding may do. starts: one number per prompt, the index of the first token
-    whose logits are returned; if empty, the logits of all tokens are returned.
+    unit in its last place, as rounding may do. starts: for each prompt, the index of the first token whose logits are
+    returned; if empty, the logits of all tokens are returned.
 
-    Raises UsageError if the file does not fit the base, or if neither has the weights of a layer. Raises Unsupported
-    for a config that the reference does not implement.
+    Raises UsageError if the file does not fit the base, or if both lack the weights of a layer. Raises Unsupported for
+    a config that the reference does not implement.
     """
     model = load_base(base_folder if adapter is None else adapter.base_for_task(base_folder), dtype)
     if dtype is torch.float64:
@@ -68,11 +68,11 @@ class WeightedAdapterFile:
     folder: Path
     weight: float = 1.0
     factor: float = 1.0
-    """Factor on the scaling that the file gives."""
+    """Number by which the file's scaling is multiplied."""
 
 
 def combined(base_folder: Path, parts: Sequence[WeightedAdapterFile], dtype: torch.dtype) -> nn.Module:
-    """Return the base with a weighted sum of adapters, in `dtype`. Without parts, this is the base."""
+    """Return the base with a weighted sum of adapters, in `dtype`. If `parts` is empty, return the base."""
     model = load_base(base_folder, dtype)
     if dtype is torch.float64:
         model = model.double()
@@ -87,8 +87,7 @@ def logits_of(
     perturbation: torch.Generator | None = None,
     starts: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Return the logits of a model that `combined` or `reference_logits` has made. For arguments, see
-    `reference_logits`.
+    """Return the logits of a model from `combined` or `reference_logits`. The other arguments are those of the latter.
 
     A perturbation changes the weights of `model` in place.
     """
@@ -105,7 +104,7 @@ def logits_of(
 class _Float64(TorchFunctionMode):
     """Within this context, a float64 tensor stays in float64, even where a model asks for float32.
 
-    In transformers, norms, softmax and rotary embeddings convert to float32. This would round the result.
+    In transformers, norms, softmax and rotary embeddings convert to float32. This conversion would round the result.
     """
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""The subject of a check of a loader: the implementation, and one adapter from suites/adapters."""
+"""The subject of loader checks: the implementation, and one adapter from suites/adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST, SECOND = "style", "style-2"
 
 @dataclass(frozen=True)
 class ExpectedAdapter:
-    """An adapter on disk, usually from suites/adapters, with prompts and the logits that it must give for them."""
+    """An adapter on disk, usually from suites/adapters, with prompts and the logits that it defines for them."""
 
     name: str
     folder: Path
@@ -46,7 +46,7 @@ class ExpectedAdapter:
 
 @cache
 def corpus_adapter(name: str) -> ExpectedAdapter:
-    """Read one adapter from suites/adapters, with the prompts and logits in its expected.safetensors. name: its folder."""
+    """Read the adapter `name` from suites/adapters, with the prompts and logits in its expected.safetensors."""
     file = AdapterFile.read(corpus.folder() / name)
     expected = load_file(file.folder / "expected.safetensors")
     count = sum(key.startswith("prompt.") for key in expected)
@@ -71,7 +71,7 @@ class LoaderSubject:
 
     @property
     def method(self) -> str:
-        """The target's name, which is the same for all loaders. Check ids contain it in the place of a Method's name."""
+        """The name ADAPTER_FILES, for every loader. Check ids contain it in the place of a Method's name."""
         return ADAPTER_FILES
 
     def fresh(self) -> Loader:
@@ -91,11 +91,13 @@ class LoaderSubject:
         return loader
 
     def truth(self) -> dict[str, Tensor]:
-        """Map the name of each prompt to the logits that the adapter must give for it, in float64."""
+        """Return the float64 logits that the adapter defines, under the names `prompt 0`, `prompt 1` and so on."""
         return by_prompt(self.adapter.logits)
 
     def rounded(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the reference's logits in the dtype of the case, by prompt: first unchanged, then with perturbed weights."""
+        """Yield the reference's logits in the case's dtype, named as in `truth`: first as computed, then with perturbed
+        weights.
+        """
         one, adapter = self.adapter, AdapterFile.read(self.adapter.folder)
         for seed in (None, *range(PERTURBED_DRAWS)):
             perturbation = None if seed is None else torch.Generator().manual_seed(seed)
@@ -103,21 +105,21 @@ class LoaderSubject:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The longest prompt, in a list. Checks that compute logits many times use only this prompt."""
+        """A list with only the longest prompt. Checks that compute logits many times use it."""
         return [max(self.adapter.prompts, key=len)]
 
     @property
     def another(self) -> Path:
-        """Folder of another adapter of the same layers: other values, a rank that is larger by 1, and twice the alpha."""
+        """Folder of another adapter of the same layers: other values, a rank larger by 1, and twice the alpha."""
         return variants.another(self.adapter.folder, self.adapter.base)
 
     def compare(
         self, have: Mapping[str, Sequence[Tensor]], want: Mapping[str, Sequence[WeightedAdapterFile]]
     ) -> Judgement:
-        """Compare logits with those that the reference computes in float64 for weighted sums of adapters.
+        """Judge logits by those that the reference computes in float64 for weighted sums of adapters.
 
-        have: name of each sum -> its logits for `prompts`. want: name of each sum -> its adapters; none for the base
-        alone.
+        have: name of each sum -> its logits for `prompts`. want: name of each sum -> its adapters; an empty list stands
+        for the base alone.
         """
 
         def expected(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
@@ -155,5 +157,5 @@ def _named(logits: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, Tensor
 
 
 def by_prompt(logits: list[Tensor]) -> dict[str, Tensor]:
-    """Map the names `prompt 0`, `prompt 1` and so on to logits."""
+    """Return a dict from the names `prompt 0`, `prompt 1` and so on to the tensors in `logits`."""
     return {f"prompt {index}": one for index, one in enumerate(logits)}

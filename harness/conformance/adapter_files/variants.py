@@ -49,9 +49,9 @@ def another(folder: Path, base: Path) -> Path:
 
 
 def with_dropout(folder: Path, base: Path) -> Path:
-    """Return a folder with a copy of the adapter in `folder`, but with dropout DROPOUT, or 0 if it adapts experts.
+    """Return a folder with a copy of the adapter in `folder` whose config has dropout.
 
-    base: the folder of the base model.
+    The probability is DROPOUT, or 0 if the adapter adapts experts. base: the folder of the base model.
     """
     return _with_dropout(folder, base).path
 

@@ -1,1 +1,1 @@
-"""The parity gate of a Cell: checks that run inside the Cell, before and after its measurements."""
+"""The parity gate of a Cell (one measured training run): checks before and after the Cell's measurements."""

@@ -1,4 +1,4 @@
-"""Find out whether memory suffices to merge adapters into a packed base.
+"""Find out whether memory suffices to merge adapters into a packed (4-bit) base.
 
 During the merge, dense and packed weights are in memory at the same time.
 """
@@ -13,16 +13,16 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _CHECK_B = 32
-"""Bytes that the check `merge` needs for each weight of the largest layer. The check copies one layer at a time to
+"""Bytes that the check `merge` needs for each element of the largest weight. The check copies one layer at a time to
 float64."""
 
 
 def merge_shortage(subject: Subject) -> str:
     """Return a message if memory is too small to merge the layers of a packed base, otherwise an empty string.
 
-    The estimate is too high for a library that packs each merged weight again. A merge by such a library may be skipped
-    although memory would suffice. The opposite mistake would be worse: if memory ran out, the system might kill the
-    process, and all measurements of the Cell would be lost.
+    The estimate is too high for a library that packs each merged weight again, so a merge may be skipped although
+    memory would suffice. An estimate that is too low would be worse: the system might kill the process, and all
+    measurements of the Cell would be lost.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:

@@ -1,4 +1,4 @@
-"""Check of several adapters in one batch: each row must equal the result of its own adapter."""
+"""Check of several adapters in one batch: each row must equal the result of its own adapter. A row is one text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from harness.errors import Unsupported
 from harness.records.record import CheckResult
 
 Adapters = Sequence[Mapping[str, Tensor]]
-"""The tensors of each adapter, by the names of `Adapted.tensors()`."""
+"""One dict per adapter: name, as in `Adapted.tensors()` -> tensor."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
-"""Function that returns a context. In this context, row n of every batch goes through adapter n."""
+"""Function that returns a context in which adapter n computes row n of every batch."""
 
 NAME = "multi-adapter"
 
@@ -29,7 +29,7 @@ NAME = "multi-adapter"
 def check_rows(
     subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
-    """Compare the output of every adapted layer inside the model with the reference; return the result of the check.
+    """Compare the outputs of every adapted layer in the model with the reference. Return the result of the check.
 
     Row n of a layer's output must equal the output of the float64 reference with adapter n. The allowed error is that
     of a single adapter. forward: runs the model on a batch with one row per adapter.
@@ -47,7 +47,7 @@ def check_rows(
 
 
 def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
-    """Run the model, and raise Unsupported unless the input of every adapted layer has `count` rows."""
+    """Run the model. Raise Unsupported if the input of an adapted layer does not have `count` rows."""
     for path, (x, _) in _observe_layers(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
@@ -56,7 +56,7 @@ def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object])
 def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
     """Run the model, and return the input and the output of each adapted layer, by path.
 
-    Raises Unsupported for a layer that is called by keyword.
+    Raises Unsupported for a layer that gets its input as a keyword argument.
     """
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -90,7 +90,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
     """Return a function that runs the reference's layer on each row of x, and returns all outputs.
 
-    Row n goes through adapter n.
+    The layer gets the tensors of adapter n for row n.
     """
     start = f"{path}."
 

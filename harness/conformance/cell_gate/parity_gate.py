@@ -1,4 +1,7 @@
-"""Parity gate of a Cell: measurements begin only after the Cell's own layers have passed the checks."""
+"""Parity gate of a Cell (one measured training run).
+
+Measurements begin only after the Cell's own layers have passed the checks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def gate(
     the reference's.
 
     run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
-    initial tensors. None means the subject's own. forward: runs a given model on the same inputs, so that gradients can
+    initial tensors; by default the subject's own. forward: runs a given model on the same inputs, so that gradients can
     be computed. base: the quantisation of the base, such as `nf4 by bitsandbytes`.
     """
     case = Case("init", seed=seed, run_model=run_model, base_output=base_output, forward=forward)
@@ -82,17 +85,17 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """Stand-in for the subject in the result of a check of a packed base. `method` is a text such as `base nf4`."""
+    """Stand-in for the subject when a packed base is checked without an adapter. `method`: e.g. `base nf4`."""
 
     method: str
     dtype: str
 
 
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
-    """Compare every packed layer, without its adapter, with a plain layer that has the decoded weight.
+    """Compare every packed layer, without its adapter, with a dense layer that has the decoded weight.
 
-    Return the worst judgement as the result of a check. If a packed layer multiplied wrongly, every Method with this
-    layer as its base would be wrong.
+    Return the worst judgement as a result of the check `forward`. If a packed layer multiplied wrongly, every Method
+    with this layer as its base would be wrong.
     """
     config = configure(_NO_ADAPTER, {})
     none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
@@ -117,9 +120,9 @@ def after_training(
 ) -> list[CheckResult]:
     """Run the checks that must wait until training has ended, and return their results.
 
-    They must wait because some libraries merge into the base weight. If memory is too small to merge, run no check, and
-    return a skip of the check of merging instead. forward: runs a given model so that gradients can be computed. It is
-    needed only for adapters without a reference.
+    They must wait because some libraries change the base weight when they merge. If memory is too small to merge, no
+    check runs, and the only result says that the check of merging was skipped. forward: runs a given model so that
+    gradients can be computed. It is needed only for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
         name = "merge_itself" if subject.method in UNREFERENCED else "merge"

@@ -1,15 +1,16 @@
 """The checks. Each tests one property that an implementation can violate, and returns a `CheckResult`.
 
-There is one file per topic. A check is a function with this decorator, which also declares when the check is tried:
+There is one file per topic. A check is a function `check_NAME` with the decorator `check`, by which the harness finds
+it:
 
     @check(States.WARM)
     def check_strides(subject: Subject, case: Case) -> CheckResult:
         ...
 
-The harness finds checks by this decorator. A check has the name of its function without `check_`. Parity suites
-(`suites/parity/*.yaml`) refer to the check by this name, and `peft-harness explain strides` prints the function's
-docstring. Its first argument is the subject: an implementation that is attached to a model, an Operation with its
-arguments, or a loader of adapter files. A check restores the subject's state before it returns.
+The decorator also declares when the check is tried. Parity suites (`suites/parity/*.yaml`) refer to a check by NAME,
+and `peft-harness explain NAME` prints the docstring. The first argument is the subject: an implementation that is
+attached to a model, an Operation with its arguments, or a loader of adapter files. A check restores the subject's state
+before it returns. A Cell is one measured training run. Its parity gate tries some checks on the Cell's own model.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class States(Enum):
     INIT = auto()
     """Only `init`, the state right after attaching."""
     WARM = auto()
-    """Only `warm` (random adapter tensors) if the parity suite lists `warm`, otherwise every state that it lists. This
-    is for checks that show nothing new at the start, where most updates are zero."""
+    """Only `warm` (random adapter tensors). If the parity suite does not list `warm`, every state that the suite lists.
+    This value suits checks that show nothing new in the state `init`, where most updates are zero."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
         """Return whether a check that declares this value is tried in `state`.
@@ -68,11 +69,11 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Need of a check for the reference implementation of the Method."""
+    """Whether a check needs the reference implementation of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()
-    """The check needs no reference. It is tried whether there is a reference or not."""
+    """The check needs no reference. It is tried for adapters with and without a reference."""
     ABSENT = auto()
     """The check is tried only for adapters without a reference (`method: peft`)."""
 
@@ -87,12 +88,13 @@ class Check(Generic[_Subject]):
     in_cell: tuple[CellStage, ...]
     reference: Reference
     depends_on_sizes: bool
-    """True if the checked property depends on the sizes of the layers or on the settings of the Method or Operation. If
-    False, the check is not tried in the sample that a wide selection of cases adds to the suite's examples."""
+    """True if the result may change with the sizes of the layers or the settings of the Method or Operation. If False,
+    the check is tried in the suite's examples, but not in the sample of further cases that a wide selection adds."""
     only_wide: bool
-    """True if the check is tried only in a wide selection of cases (`CaseSelection.is_wide`)."""
+    """True if the check is tried only when the selection of cases is wide (`CaseSelection.is_wide`)."""
     also_in_typical_case: bool
-    """True if a check with `only_wide` is also tried in the suite's typical case when the selection is not wide."""
+    """True if a check with `only_wide` is also tried when the selection is not wide, but only in the suite's typical
+    case."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -117,7 +119,7 @@ def check(
     only_wide: bool = False,
     also_in_typical_case: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Return a decorator that makes the function `check_NAME` the check NAME.
+    """Return a decorator that turns the function `check_NAME` into the Check NAME.
 
     in_cell: stages at which the parity gate of a Cell also tries the check. The other parameters become fields of
     `Check`. Raises TypeError if the name of the function does not begin with `check_`.

@@ -28,7 +28,7 @@ _RESUMED = (13, 21)
 _LOADED = 20
 """Step before which `check_budget` loads other pruning masks into the model. The last pruning is over by then."""
 _SMALL = 2.0**-18
-"""Size of gradients that are subnormal in float16, so that their products with weights vanish there."""
+"""Size of gradients that float16 holds only as subnormal numbers. Their products with weights are 0 in float16."""
 _LARGEST = 20_000
 """Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
 
@@ -37,10 +37,10 @@ _LARGEST = 20_000
 def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
-    I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
-    10). The check sets random gradients in three steps before the first pruning: once with beta1 and beta2 that differ,
-    and once with the betas of the config and with gradients so small that float16 could not hold I. The averages must
-    therefore be stored in float32 or float64.
+    I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
+    The check takes three steps with random gradients, all before the first pruning. It does so twice: with beta1 and
+    beta2 that differ, and with the betas of the config and gradients so small that I would be 0 in float16. The
+    averages must therefore be stored in float32 or float64.
     """
     found = []
     for size, betas in ((1.0, {"beta1": 0.85, "beta2": 0.7}), (_SMALL, {})):
@@ -64,8 +64,8 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
 def check_unused(subject: Subject, case: Case) -> CheckResult:
     """If a layer gets no gradient in a step, AdaLoRA's averages change as they do for a gradient of zero.
 
-    The importance of this layer, for example an expert that no token reaches, therefore declines. The averages of all
-    other layers follow their gradients.
+    The importance of such a layer therefore declines, for example that of an expert that no token reaches. The averages
+    of all other layers follow their gradients.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None or not any(".exp_avg_ipt_" in name for name in fresh.state()):
@@ -86,12 +86,14 @@ def check_unused(subject: Subject, case: Case) -> CheckResult:
 def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
-    b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
-    per layer on average. Between two prunings lambdas may grow back, and the check lets them grow back at each step.
-    In float32 and float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two
-    lambdas with close scores may change places. Twice, the check continues with a fresh model that gets `tensors()` and
-    `state()`, as after an interruption. Once, if `state()` contains the pruning masks, the check writes other masks there,
-    which must take effect.
+    b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12). At the end,
+    target_rank lambdas per layer are left on average. Between two prunings a pruned lambda may become nonzero again,
+    and the check sets all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are
+    the same as in the reference, by the scores of eq. 7. In half precision two lambdas with close scores may change
+    places.
+
+    Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
+    `state()` contains the pruning masks, the check writes other masks there once, which must take effect.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -130,10 +132,10 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_pruned(subject: Subject, case: Case) -> CheckResult:
-    """While some lambdas are pruned, outputs and gradients still equal the reference's.
+    """While some lambdas (singular values) are pruned, outputs and gradients still equal the reference's.
 
     A pruned lambda gets a gradient, so it may grow again until the next pruning. The scaling does not depend on the
-    number of triplets that are left.
+    number of lambdas that are left.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None:
@@ -170,11 +172,11 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield the regularizer and its gradients as correct programs with other rounding errors might compute them.
+    """Yield plausible values of the regularizer and its gradients: values that a correct program may compute.
 
-    The reference in the subject's dtype gives the first result, which may happen to be exact, because the regularizer
-    is a single number. For the other results, each tensor is moved by up to half a unit in the last place, the
-    reference computes in float64, and each number that it returns is moved in the same way.
+    The reference in the subject's dtype gives the first values. The regularizer is a single number, so these may happen
+    to be exact. For all further values, each tensor is moved by up to half a unit in the last place, the reference
+    computes in float64, and each number that it returns is moved in the same way.
     """
     yield _regularizer(_reference(subject, subject.dtype))
     for seed in range(PERTURBED_DRAWS):
@@ -186,9 +188,10 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers of a model together, since they share a budget, and return it.
+    """Attach the reference to all layers of a model, and return it.
 
-    Its tensors and its state have the subject's present values.
+    The layers share one budget, so the reference needs all of them. Its tensors and state get the subject's present
+    values.
     """
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
@@ -206,7 +209,7 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 def _judge_averages(
     subject: Subject, case: Case, name: str, mine: Adapted, truth: Adapted, rounded: Adapted
 ) -> Judgement:
-    """Compare the averages of the subject's adapter `mine` with the averages of the reference.
+    """Judge the averages of the subject's adapter `mine` by the averages of the reference.
 
     truth: the reference in float64. rounded: the reference in the subject's dtype. name: name of the check.
     """
@@ -228,22 +231,22 @@ def _set_gradients(
 
 @torch.no_grad()
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
-    """Fill every tensor with random values. None of the values is zero, as is usual after an optimizer step."""
+    """Fill every tensor with random values, none of them zero. An optimizer step usually leaves no zeros either."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
 
 
 def _unmasked(adapted: Adapted) -> Tensor:
-    """Return a mask over the lambdas of all layers, layer after layer. It is True where a lambda is not zero."""
+    """Return a bool vector over the lambdas (singular values) of all layers. It is True where a lambda is not zero."""
     named = sorted(adapted.tensors().items())
     return torch.cat([tensor.detach().flatten() != 0 for name, tensor in named if name.endswith(".E")])
 
 
 def _regularizer(adapted: Adapted) -> dict[str, Tensor]:
-    """Return AdaLoRA's term of the loss as `term`, and its gradients as `grad <name>`.
+    """Return the term that AdaLoRA adds to the loss as `term`, and its gradients as `grad <name>`.
 
-    If the loss has no such term, return an empty dict.
+    If there is no such term, return an empty dict.
     """
     term = adapted.regularizer()
     if term is None:

@@ -1,4 +1,4 @@
-"""Check of the ways to call an implementation: modes of torch, shapes and layouts of the input, copies and repetition."""
+"""Check of the ways (forms) to call an implementation: modes of torch, layouts of the input, copies and repetition."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LAYERS = 2
 
 
 class LayerForm(StrEnum):
-    """Names of ways to call a layer, besides those in the tables of `call_forms` and `call_histories`.
+    """Names of the forms that this module adds to the tables of `call_forms` and `call_histories`.
 
     `{}` stands for the name of a tensor or a dtype.
     """
@@ -72,7 +72,7 @@ class LayerForm(StrEnum):
 
 
 def forms() -> dict[str, list[str]]:
-    """Return the names of all ways to call (forms) that the check `calls` tries, grouped by what is called."""
+    """Return the names of all forms that the check `calls` tries, grouped by what is called."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
         "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
@@ -86,8 +86,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
     The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
-    cannot apply is left out, for example a change of the input in place if the input is token numbers. copy.deepcopy
-    must copy a layer. pickle may refuse it, but a pickled layer must compute the same. No call may make memory grow.
+    does not apply is left out: token numbers, for example, are not changed in place. copy.deepcopy must copy a layer.
+    pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -105,7 +105,8 @@ class _LayerJudge:
     truth: dict[str, Tensor]
     draws: Iterable[Mapping[str, Tensor]]
     passed: list[dict[str, Tensor]] = field(default_factory=list)
-    """Outputs and gradients of the calls that passed. A call that gives the same, to the last bit, passes at once."""
+    """Outputs and gradients of the calls that passed. A later call passes at once if its results equal one of these bit
+    for bit."""
 
     def __call__(
         self,
@@ -116,8 +117,8 @@ class _LayerJudge:
     ) -> Judgement:
         """Judge the output and the gradients `mine` of a call in the form `name`.
 
-        wanted: names of the tensors that `mine` must have. further: results that correct programs might give in this
-        form, in addition to `draws`.
+        wanted: names of the tensors that `mine` must have. further: results that correct programs may give in this
+        form, in addition to those in `draws`.
         """
         expected = {n: t for n, t in self.truth.items() if n in wanted}
         known = ({n: one[n] for n in expected} for one in self.passed if expected.keys() <= one.keys())
@@ -172,7 +173,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
-    """If a correct layer rounds differently in `form`, call the reference's layer in this form and yield the result."""
+    """Yield the result of the reference's layer in `form`, if a correct layer rounds differently in this form."""
     if form.rounds_differently:
         own = subject.reference(path, subject.dtype)
         seen = form.run(replace(call, layer=own.layer, tensors=own.tensors, numbers=()))
@@ -181,7 +182,7 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 
 
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of copies of the layer whose tensors were halved after a first call."""
+    """Yield judgements of copies of the layer whose tensors were halved between two calls. The second call is judged."""
     autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
     seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
     found = {name: one for name, one in seen.items() if one is not None}
@@ -222,11 +223,11 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
 
 
 def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of outputs and gradients under autocast in both 16-bit dtypes, also after the tensors change.
+    """Yield judgements of outputs and gradients under autocast to 16 bits, before and after the tensors change.
 
-    Autocast rounds to 16 bits, so the errors may be as large as rounding errors of 16 bits. The output must have the
-    dtype of autocast or of the reference's output, because later layers may refuse two dtypes. A packed layer may
-    return the dtype of its input, as bitsandbytes does.
+    Autocast rounds to bfloat16 or float16, so errors may be as large as rounding errors of 16 bits. The output must
+    have the dtype of autocast or of the reference's output, because later layers may refuse a mixture of dtypes. A
+    packed (4-bit) layer may return the dtype of its input, as bitsandbytes does.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
     mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
@@ -250,7 +251,7 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
 
 
 def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
-    """Run the layer forward under autocast to `dtype`, and backward outside, as torch's documentation recommends."""
+    """Run the layer forward under autocast to `dtype`, and backward outside it, as torch's documentation recommends."""
 
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, DTYPES[dtype]):
@@ -261,7 +262,7 @@ def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype
 
 
 def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
-    """Yield output and gradients as correct programs might give them under autocast. own: the reference in float32."""
+    """Yield outputs and gradients that a correct program may give under autocast. own: the reference in float32."""
     yield _autocast(call, own.layer, own.tensors, dtype, call.x)
     for seed in range(PERTURBED_DRAWS):
         generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
@@ -273,8 +274,8 @@ def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterato
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of the output while one adapter tensor is tiny, as after the first steps of training.
 
-    The layer runs in eval mode and without gradients. A tensor whose decrease cancels the output of the base, as DoRA's m
-    does, is left out: rounding decides about what is left.
+    The layer runs in eval mode and without gradients. Some tensors are left out, such as DoRA's m: if m is tiny, the
+    update cancels nearly all of the base layer's output, and rounding errors dominate the small remainder.
     """
     before = float(call.output(training=False)["y"].double().norm())
     for name, tensor in call.tensors.items():
@@ -293,7 +294,7 @@ def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[
 
 @contextmanager
 def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
-    """Let only the tensor `name` require a gradient in this context. LoRA-FA, for example, trains only one factor."""
+    """Let only the tensor `name` require a gradient inside this context. LoRA-FA, for example, trains one factor."""
     others = [tensor for key, tensor in tensors.items() if key != name]
     for tensor in others:
         tensor.requires_grad_(False)
@@ -305,7 +306,7 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first adapted layer: second derivatives, torch.func, and a copy in another dtype."""
+    """Yield judgements of the first layer: second derivatives, torch.func, and a copy in another dtype."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -331,7 +332,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Round a copy of the layer to the dtype `other`, run it in `dtype`, and return output and gradients."""
+        """Round a copy of the layer `of` to the dtype `other`, run it in `dtype`, and return output and gradients."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -347,7 +348,8 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Return the gradients of sum(x * dL/dx) with respect to `tensors`, by name.
 
-    dL/dx is the gradient of the input x for the incoming gradient dy. If dL/dx has no graph, return an empty dict.
+    dL/dx is the gradient of the layer's input x when the gradient of its output is dy. If dL/dx has no graph, return an
+    empty dict.
     """
     leaf = x.detach().clone().requires_grad_(True)
     with preserved_state(layer, tensors, training=False):
@@ -364,10 +366,10 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
 def _by_functorch(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Return outputs by torch.func.vmap, and the derivative along dx = x by torch.func.jvp.
+    """Return the output by torch.func.vmap, and the derivative in the direction x by torch.func.jvp.
 
-    vmap maps over inputs of one row each. If torch refuses vmap or jvp, leave its result out. torch refuses both for an
-    autograd.Function that does not define rules for them.
+    vmap maps over the rows of x. The result of vmap or jvp is missing if torch refuses to compute it, as it does for an
+    autograd.Function without a rule for vmap or jvp.
     """
     seen: dict[str, Tensor] = {}
     with preserved_state(layer, tensors, training):

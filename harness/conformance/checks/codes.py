@@ -1,4 +1,8 @@
-"""Checks of the NF4 codes of a packed (4-bit) weight."""
+"""Checks of the NF4 codes of a packed (4-bit) weight.
+
+NF4 stores a block of elements as 4-bit codes, which are indices of 16 levels, and as absmax, the block's largest
+magnitude.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
     units of the middle of two levels. Libraries divide by absmax or multiply by its reciprocal, which may differ there.
     A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
-    If absmax is quantised too, its decoded values must equal the reference's decoded values, up to the rounding of
-    the mean that is added back. The codes of a large model are judged in pieces while its layers are packed.
+    If absmax is quantised too, its decoded values must equal the reference's decoded values, up to the rounding of the
+    mean that decoding adds. The codes of a large model are judged in pieces while its layers are packed.
     """
     wanted = subject.expected_codes.keys() | subject.judged_codes.keys()
     if not wanted:
@@ -42,10 +46,10 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT)
 def check_packing(subject: Subject, case: Case) -> CheckResult:
-    """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight, by the rules of the check `codes`.
+    """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight.
 
-    In all other checks, the reference computes with the codes that `state()` shows. If `state()` shows no codes, the
-    reference computes with its own codes, and this check cannot judge the implementation's codes.
+    The rules are those of the check `codes`. In all other checks, the reference computes with the codes in `state()`.
+    If there are none, it computes with its own codes, and this check cannot judge the implementation's codes.
     """
     found = []
     block, double = subject.config.block, subject.config.double_quant

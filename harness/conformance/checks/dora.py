@@ -23,7 +23,8 @@ from reference.shared.layers import as_stored, features_in_out, floating_dtype
 def check_norm(subject: Subject, case: Case) -> CheckResult:
     """Every row of DoRA's merged weight has the norm |m|, and m starts as the row norms of the base weight.
 
-    W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5). With one magnitude per input, this holds for columns.
+    W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5). If the config asks for one magnitude per input, the same holds
+    for columns in place of rows.
     """
     fresh = case.attach_again()
     if fresh is None or not fresh.adapted.can_merge:
@@ -54,8 +55,8 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     """A row of zeros in DoRA's base weight gives finite outputs and gradients.
 
-    Pruned models have such rows (columns, with one magnitude per input). A row of zeros has no direction: at the
-    start its norm and its m are 0.
+    Pruned models have such rows. If the config asks for one magnitude per input, the check tries a column of zeros. A
+    row of zeros has no direction: at the start its norm and its m are 0.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -77,8 +78,8 @@ def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
     """Return the weight matrix (E, D) that a merged layer applies, computed from its outputs for the unit vectors.
 
     base: the layer that was adapted. For an embedding, the matrix is the transposed table. For nn.Conv2d, it is the
-    kernel with one row per output channel. It is None for a convolution of any other class, because outputs do not show
-    a kernel.
+    kernel with one row per output channel. For another convolution, return None, because outputs do not show its
+    kernel.
     """
     layer.eval()
     if isinstance(base, nn.Conv2d):

@@ -1,4 +1,7 @@
-"""Check of dropout in training and eval mode."""
+"""Check of dropout in training and eval mode.
+
+A mask says which features of each token are dropped. p is the probability of dropping a feature.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ TOKENS = 64
 """Smallest number of tokens in the check's input. A convolution gets this number of images, or fewer if it has many
 channels (see `CHANNELS`)."""
 CHANNELS = 4_096
-"""Largest number of images times channels. A larger convolution in 16 bits takes minutes. If this number would leave fewer
-than `IMAGES` images, the convolution still gets `IMAGES` images."""
+"""Largest product of the number of images and the number of channels. A larger convolution in 16 bits takes minutes.
+Even a convolution with many channels gets at least `IMAGES` images."""
 IMAGES = 8
 """Smallest number of images with which a convolution is checked."""
 MANY = 8_192
@@ -40,14 +43,14 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """Training mode drops features of the adapter's input as the config states; eval mode drops none.
 
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
-    uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not
-    drop or retain all features of a wide token together. The random numbers need not equal the reference's.
+    uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not drop or retain
+    all features of a wide token together. The random numbers need not equal the reference's.
 
-    In the check's input, every token has only one feature that is not zero. The output must equal the reference's with
-    this feature retained or dropped, which reveals the mask. The gradients must equal the reference's for this
-    mask. The binomial distribution bounds the number of dropped features. For a convolution, an image is a
-    token, and the middle pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval
-    mode gives.
+    In the check's input, every token has only one feature that is not zero. The output must equal the reference's
+    output with this feature either retained or dropped, which reveals the mask. The gradients must equal the
+    reference's for this mask. The binomial distribution bounds the number of dropped features. For a convolution, an
+    image is a token, and the middle pixel of a channel is the feature. For an embedding, dropout does nothing: training
+    mode must give the same output as eval mode.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
@@ -77,7 +80,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             truth, draws = reference_runs(subject, path, only, dy, run=masked)
 
             def known(seen: dict[str, Tensor], where: Tensor = where) -> dict[str, Tensor]:
-                """Return the observation with `grad x` only at the nonzero features. Only their mask is known."""
+                """Return `seen` with `grad x` only at the nonzero features, because only their mask is known."""
                 return {**seen, "grad x": seen["grad x"].flatten(1).gather(1, where)}
 
             factor = case.factor("gradient")
@@ -117,8 +120,8 @@ def _changes(
 def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """Return a copy of x with a single nonzero feature per token, and the positions (T, 1) of these features.
 
-    A position is an index into the flattened token. In an image, the feature is the middle pixel of a channel, because
-    a convolution may skip other pixels.
+    A position is an index into the flattened token. features: index of the feature of each token. In an image it is the
+    index of a channel, and the feature is the channel's middle pixel, because a convolution may skip other pixels.
     """
     size = x[0, 0].numel()
     where = (features * size + size // 2).view(-1, 1).to(x.device)
@@ -128,10 +131,10 @@ def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks: Sequence[float]) -> list[Tensor]:
-    """Return which rows of each output in `ys` agree with the reference's output, one bool tensor (T,) per comparison.
+    """Compare the outputs `ys` with the reference's. Return one bool tensor (T,) per comparison: which rows agree.
 
-    masks: factors by which the reference multiplies all features instead of dropping some. Every output is compared
-    with the reference's output for every factor; the comparisons of the first output come first.
+    masks: factors. For each factor, the reference multiplies all features by it instead of dropping some. Every output
+    is compared with the reference's output for every factor; the comparisons of the first output come first.
     """
     # x[:0] fits no output, so that no gradients are computed.
     truth, draws = reference_runs(subject, path, x, x[:0], run=partial(_masked_outputs, masks))
@@ -150,7 +153,7 @@ def _rows_as(subject: Subject, path: str, ys: Sequence[Tensor], x: Tensor, masks
 def _masked_outputs(
     masks: Sequence[float], layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Return one output of the reference's layer in training mode for each factor in `masks`.
+    """Return the outputs of the reference's layer in training mode, one per factor in `masks`.
 
     The layer multiplies all features by the factor instead of dropping some.
     """
@@ -167,8 +170,8 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
-    Also yield a message if two calls with the same seed of torch use different masks. For this test, every token has
-    one nonzero feature, the same in all tokens.
+    Also yield a message if two calls use different masks although torch has the same seed. In the input, every token
+    has one nonzero feature, and its position is the same in all tokens.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
@@ -193,8 +196,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
     """Yield a message if the share of dropped tokens is not p, or if the mask repeats itself after some tokens.
 
-    The layer runs in training mode on `MANY` equal tokens. A token has one nonzero feature, so that each output is one of
-    two vectors.
+    The layer runs in training mode on `MANY` equal tokens. A token has one nonzero feature, so that its output is one
+    of two vectors: one if the feature is dropped, the other if not.
     """
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), 1, dtype, generator)
@@ -238,7 +241,7 @@ def _masked(
 
 
 class _Times(nn.Module):
-    """Layer that multiplies by a known mask. It stands in the place of dropout."""
+    """Layer that multiplies by a known mask. It replaces a dropout layer."""
 
     def __init__(self, mask: Tensor | float) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""Checks of GaLore's optimizer: across a refresh of the subspace, and with the calls that a training program makes."""
+"""Checks of GaLore's optimizer: across a refresh of the subspace, and with the calls that a training program makes.
+
+The subspace is given by singular vectors P and Q of a gradient. A refresh, every `update_gap` steps, computes it anew.
+M and V are the moments of Adam in the subspace.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +27,21 @@ from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
 _HISTORIES = ((5, 2, 2, False, 0), (3, 1, 2, True, 0), (7, 3, 1, False, 4))
-"""Number of steps with gradients, update gap and rank of each run, whether its weights are square, and the number of these
-steps before a step without gradients. In each run, the subspace is refreshed twice after the first step."""
+"""Runs of `check_refresh`. Each is a tuple: (number of steps with gradients, update gap, rank, whether the weights are
+square, index at which a step without gradients is inserted). Each run refreshes the subspace twice after the first
+step."""
 _LR, _DECAY = 0.1, 0.1
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
-"""Steps of `check_optimizer`, counted from 0: their number, the step without a gradient, the first step with another
-learning rate and weight decay, the first step of an optimizer that has loaded the state of the old one, and the step whose
+"""`_STEPS`: number of steps of `check_optimizer`. The other constants are step numbers, counted from 0.
+`_WITHOUT_GRADIENT`: the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay.
+`_RESUMED`: the first step of a new optimizer, which has loaded the state of the old one. `_BY_CLOSURE`: the step whose
 gradients a closure computes."""
 _ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
-"""Further steps of `check_optimizer`, counted from 0: one in which only the first tensor has a gradient, one with a
-learning rate of 0, and one without weight decay."""
+"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_STANDING`: the
+learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
 _MANY_STEPS, _SMALL = 270, 5_000
-"""Number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements.
-
-Only the first `_STEPS` and the last two are compared."""
+"""`_MANY_STEPS`: number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements. Only the first
+`_STEPS` and the last two steps are compared."""
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
@@ -44,7 +49,7 @@ Signs = tuple[float, ...]
 _Bases = dict[tuple[Any, ...], Projector]
 """Cache: (tensor name, step number, dtype, dtype and signs of the earlier steps) -> singular vectors of the gradient.
 
-The last item of the key is empty if the SVD is exact, because only a randomised SVD starts from the old subspace."""
+Only a randomised SVD starts from the old subspace. For an exact SVD, the last item of the key is therefore empty."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,15 @@ class _Step:
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    At a refresh, M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
-    algorithm 2). The check takes five steps on random gradients with a new subspace at the third and the fifth, seven
-    steps with a new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each
-    step the weights are restored, so that no step inherits the rounding of another. In one more step the layer gets no
-    gradient: before the five steps, before the three, and after four of the seven. Such a step leaves the weights as they
-    are, and does not count when the subspace is due to be refreshed.
+    A refresh keeps the M and V of the old subspace, and weight decay is not projected  (GaLore, algorithm 2). The check
+    makes three runs on random gradients: five steps with a new subspace at the third and the fifth, seven steps with a
+    new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each step the
+    weights are restored, so that no step inherits the rounding of another. Each run has one more step without a
+    gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they are, and is not
+    counted when the next refresh is due.
 
-    The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is carried over, and
-    the check accepts every choice of signs.
+    The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
+    check accepts every choice of signs.
     """
     found = []
     for steps, gap, rank, square, idle in _HISTORIES:
@@ -94,9 +99,9 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     - In one step a closure computes the gradients.
     - Between two steps, a new optimizer loads the state_dict of the old one.
 
-    No step changes the gradients. If a parameter is added to a new group, it leaves its old group, or
-    `add_param_group` raises ValueError, as in torch. An optimizer with the option `bits` also takes the twelve steps with
-    bits=8. This changes nothing, because the moments have fewer than 4096 elements and stay in 32 bits.
+    No step changes the gradients. If a parameter is added to a new group, it leaves its old group, or `add_param_group`
+    raises ValueError, as in torch. An optimizer with the option `bits` also takes the twelve steps with bits=8. The
+    results must stay the same, because the moments have fewer than 4096 elements and stay in 32 bits.
     """
     fresh = case.attach_again(rank=2, update_gap=1000)
     if fresh is None:
@@ -130,7 +135,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def numbers_of_bits(fresh: Subject) -> list[int | None]:
-    """Return the values of the option `bits` with which to try the Method's optimizer. None leaves the option out."""
+    """Return the values of the option `bits` to try with the Method's optimizer. None leaves the option out."""
     return [None, 8] if "bits" in inspect.signature(fresh.adapted.optimizer).parameters else [None]
 
 
@@ -142,7 +147,7 @@ def _judge_optimizer(
     mine: dict[str, Tensor],
     bits: int | None,
 ) -> Judgement:
-    """Compare the tensors after each step with the reference's.
+    """Judge the tensors `mine` after each step by the reference's tensors.
 
     With 8 bits, eps may be added to sqrt(V), as the reference does, or to sqrt(V / (1 - beta2^t)), as the authors'
     8-bit optimizer and algorithm 2 of the paper do.
@@ -183,7 +188,10 @@ def _is_compared(number: int, steps: Sequence[_Step]) -> bool:
 
 
 def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Judgement]:
-    """Yield the judgement of each layer after `steps` steps. After `idle` of them, one more step has no gradients."""
+    """Take `steps` steps with each layer, and yield a judgement of each layer.
+
+    After the first `idle` steps, one more step has no gradients.
+    """
     # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
     for index, path in enumerate(fresh.adapted.layers):
@@ -199,10 +207,9 @@ def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Ju
 
 
 def _gradient(weight: Tensor, seed: int, decay: float) -> Tensor:
-    """Draw a gradient in float64.
+    """Return a random float64 gradient for `weight`.
 
-    If the gradient is a matrix, each of its singular values is `decay` times the previous one. So the subspaces are
-    unique.
+    In a matrix, each singular value is `decay` times the previous one. No two are equal, so the subspaces are unique.
     """
     return _drawn(tuple(weight.shape), seed, decay).to(weight.device, copy=True)
 
@@ -228,8 +235,8 @@ def _steps_of_subject(
     """Take steps with the Method's optimizer. Return the tensors after each step, and messages about changed gradients.
 
     Before each step, the tensors get their initial values again. A message names a gradient that a step has changed.
-    resumed: the first step of a new optimizer, which loads the state of the first one. by_closure: the step whose gradients
-    a closure sets. bits: value of the optimizer's option `bits`. None leaves the option out.
+    resumed: the step at which a new optimizer takes over and loads the state of the first one. by_closure: the step
+    whose gradients a closure sets. bits: value of the optimizer's option `bits`, or None to leave the option out.
     """
     optimizer = new_optimizer(fresh, bits)
     start = {name: t.detach().clone() for name, t in tensors.items()}
@@ -273,7 +280,7 @@ def _steps_of_subject(
 
 
 def new_optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimizer:
-    """Return a new optimizer of the Method. bits: value of its option `bits`. None leaves the option out."""
+    """Return a new optimizer of the Method. bits: value of its option `bits`, or None to leave the option out."""
     make: Callable[..., torch.optim.Optimizer | None] = fresh.adapted.optimizer
     optimizer = make(_LR, _DECAY) if bits is None else make(_LR, _DECAY, bits=bits)
     assert optimizer is not None  # noqa: S101  # the checks begin with this question
@@ -283,10 +290,9 @@ def new_optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimi
 def _judgements(
     fresh: Subject, case: Case, tensors: dict[str, Tensor], steps: Sequence[_Step], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
-    """Compare the subject with the reference, and yield a judgement for each choice of signs.
+    """Judge the tensors `mine` by the reference, and yield a judgement for each choice of signs.
 
-    The signs apply to the reference's singular vectors at both refreshes. Stop after the first judgement that
-    passes.
+    The signs apply to the reference's singular vectors at both refreshes. Stop after the first judgement that passes.
     """
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
     with_gradients = [number for number, step in enumerate(steps) if step.gradients]
@@ -314,11 +320,11 @@ def _steps_of_reference(
     bits: int = 32,
     as_printed: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the tensors after each step of the reference, by the same names as `_steps_of_subject`.
+    """Return the tensors after each step of the reference, with the same names as in `_steps_of_subject`.
 
-    signs: maps the number of a step with a new subspace to the signs of its singular vectors. For a step that is missing
-    here, the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. as_printed:
-    add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 prints it.
+    signs: number of a step with a new subspace -> signs of its singular vectors. For a step that is missing in `signs`,
+    the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. as_printed:
+    add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 of the paper prints it.
     """
     config, seen = fresh.config, {}
     adam: dict[str, Any] = {"beta1": config.beta1, "beta2": config.beta2, "bits": bits}
@@ -351,9 +357,9 @@ def _steps_of_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
-    """Return `basis` with some columns negated, so that each points the same way as the same column of `exactly`.
+    """Return `basis` with the signs of its columns changed, so that each column points the same way as in `exactly`.
 
-    If `signs` are given, each column is then multiplied by its item of `signs`.
+    If `signs` are given, multiply each column by its item of `signs` afterwards.
     """
     columns = 0 if basis.P is None else basis.P.shape[1]
     return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))

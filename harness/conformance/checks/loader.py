@@ -15,9 +15,9 @@ from harness.records.record import CheckResult
 def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
     """With the adapter loaded, the model gives the logits that the adapter file defines.
 
-    The expected logits are stored beside the adapter in suites/adapters. They were computed in float64 from the
-    effective weights that the file defines (reference/adapter_file.py). The allowed error is a multiple of the error that
-    the reference has in the dtype of the base.
+    The expected logits are stored beside the adapter in suites/adapters. They were computed in float64 from the weights
+    that the file and the base define together (reference/adapter_file.py). The allowed error is a multiple of the error
+    that the reference has in the dtype of the base.
     """
     have = by_prompt(subject.loaded().logits(subject.adapter.prompts, FIRST))
     factor = case.factors.get("logits", CARRIED_FACTOR)

@@ -22,7 +22,7 @@ _HALF = 0.5
 def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
     """With two adapters loaded, each call computes with the adapter that it names, or with the base alone.
 
-    No call depends on the adapter of the call before it.
+    The adapter of an earlier call has no influence on a later call.
     """
     loader, first, second = (
         subject.loaded_both(),
@@ -39,7 +39,7 @@ def check_switch(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter file loaded under a second name gives the same logits, also after it is deleted and loaded again."""
+    """An adapter file gives the same logits under a second name, also after it is deleted and loaded again."""
     loader, prompts = subject.loaded(), subject.prompts
     loader.load(subject.adapter.folder, _RENAMED)
     have = {name: loader.logits(prompts, name) for name in (_RENAMED, FIRST)}
@@ -55,7 +55,8 @@ def check_renamed(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_hotswap(subject: LoaderSubject, case: Case) -> CheckResult:
     """An adapter that replaces another one in place gives the same logits as after a fresh load.
 
-    The two adapters differ in rank, alpha and values. The check swaps one for the other, and back. The base must not change.
+    The two adapters differ in rank, alpha and values. The check replaces the first by the second, and the second by the
+    first. The base must not change.
     """
     loader, prompts = subject.fresh(), subject.prompts
     first, second = WeightedAdapterFile(subject.adapter.folder), WeightedAdapterFile(subject.another)
@@ -97,7 +98,7 @@ def check_hotswap_scale(subject: LoaderSubject, case: Case) -> CheckResult:
 def check_hotswap_merged(subject: LoaderSubject, case: Case) -> CheckResult:
     """A loader refuses to replace a merged adapter, or gives the right logits after unmerging.
 
-    The base is unchanged either way.
+    In both cases the base is unchanged.
     """
     loader, prompts = subject.fresh(), subject.prompts
     loader.load(subject.another, FIRST)

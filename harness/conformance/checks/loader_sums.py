@@ -1,9 +1,9 @@
-"""Checks of sums of adapter files: combined, merged, scaled and switched off.
+"""Checks of adapter files that are combined, merged, scaled or switched off.
 
-The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of
-every sum is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight w
-adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds
-w (m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
+The effective update of a parameter is its value with the adapter minus its value in the base. The expected result of a
+combination is the base plus the weighted sum of the effective updates, computed in float64. An adapter with the weight
+w adds w s B A for LoRA, w s c for the bias c of B (lora_bias), and w (P' - P) for modules_to_save. For DoRA it adds w
+(m (W + s B A) / ||W + s B A|| - W). A program that cannot represent a sum should refuse it (harness.Unsupported).
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ _WEIGHTS = (0.75, -0.5)
 _SUM = "sum"
 _FACTORS = (0.0, 0.5, 1.0)
 _ROUNDS = 3
-"""Number of times that an adapter is merged and unmerged."""
+"""Number of times that `check_merge_undone` merges and unmerges an adapter."""
 
 
 @check()
 def check_combine_one(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of one adapter with the weight 1 gives the logits of this adapter, and does not change it."""
+    """A combination of one adapter with the weight 1 gives this adapter's logits, and does not change the adapter."""
     return _combined(subject, case, "combine_one", (FIRST,), (1.0,))
 
 
 @check()
 def check_combine_two(subject: LoaderSubject, case: Case) -> CheckResult:
-    """The combination of two adapters has the weighted sum of their updates. One weight is positive, one negative.
+    """A combination of two adapters gives the base plus the weighted sum of their updates.
 
-    The two adapters differ in rank, alpha and values. The check tries every way of combining that the program offers.
+    One weight is positive and one is negative. The two adapters differ in rank, alpha and values. The check tries every
+    way of combining that the program offers.
     """
     return _combined(subject, case, "combine_two", (FIRST, SECOND), _WEIGHTS)
 
@@ -132,10 +133,10 @@ def check_disabled(subject: LoaderSubject, case: Case) -> CheckResult:
 
 @check()
 def check_scale(subject: LoaderSubject, case: Case) -> CheckResult:
-    """An adapter with its scaling multiplied by f gives the same logits as its file with alpha multiplied by f.
+    """An adapter whose scaling is multiplied by f gives the same logits as a file whose alpha is multiplied by f.
 
-    With f = 0, a LoRA gives the base and a DoRA gives m W / ||W||. Modules that a file replaces stay replaced. The factor
-    applies to the scaling of the file, not to the scaling that an earlier call has set.
+    With f = 0, a LoRA gives the base and a DoRA gives m W / ||W||. Modules that a file replaces stay replaced. The
+    factor f multiplies the scaling of the file, even if an earlier call has set another factor.
     """
     loader, have, want = subject.loaded(), {}, {}
     for factor in _FACTORS:

@@ -36,9 +36,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
     The outputs are equal to the last bit if the update is exactly zero (LoRA: B = 0) and the product with the base
-    weight is computed as before. But a kernel may sum in another order, and the start of some Methods equals the base only
-    in exact arithmetic (PiSSA: residual + s B A = W). Then the error against the base model in float64 may be a multiple
-    of the rounding error in this dtype.
+    weight is computed as before. Otherwise the error may be a multiple of the rounding error in this dtype, compared
+    with the base model in float64. For example, a kernel may sum in another order, and PiSSA's start equals the base
+    only in exact arithmetic (residual + s B A = W).
     """
     if case.run_model is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
@@ -61,10 +61,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM])
 def check_forward(subject: Subject, case: Case) -> CheckResult:
-    """The output of every adapted layer equals the reference's.
+    """For a random input, the output of every adapted layer equals the reference's output.
 
-    The layer keeps its weights and gets a random input. Errors must be within the noise floor: a multiple of the
-    reference's rounding error in this dtype.
+    Errors must be within the noise floor: a multiple of the reference's rounding error in this dtype.
     """
     return judged(subject, case, "forward", case.once(_judge_layers, subject).outputs)
 
@@ -73,8 +72,8 @@ def check_forward(subject: Subject, case: Case) -> CheckResult:
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
     """The gradients of every adapted layer equal the reference's.
 
-    These are the gradients of its input and of each of its trainable tensors. Errors must be within the noise floor: a
-    multiple of the reference's rounding error in this dtype.
+    These are the gradients of the layer's input and of each of its trainable tensors. Errors must be within the noise
+    floor: a multiple of the reference's rounding error in this dtype.
     """
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
@@ -118,7 +117,7 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM)
 def check_step(subject: Subject, case: Case) -> CheckResult:
-    """One optimizer step from an identical state moves every trainable tensor as the reference moves it.
+    """One optimizer step from the same state moves every trainable tensor as the reference moves it.
 
     The optimizer is the Method's own, or AdamW with weight decay.
     """
@@ -140,7 +139,7 @@ def _moved(
 ) -> dict[str, Tensor]:
     """Take one optimizer step on `tensors`, restore their old values, and return the new values.
 
-    dtype: dtype of the subject, also if the layer is the reference's layer in float64.
+    dtype: dtype of the subject, also for the float64 reference, because the learning rate depends on it.
     """
     before = {n: t.detach().clone() for n, t in tensors.items()}
     gradients = observe(layer, tensors, x, dy)
@@ -162,11 +161,11 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors after one optimizer step as correct programs with other rounding errors might compute them.
+    """Yield plausible values of the tensors after one optimizer step: values that a correct program may compute.
 
-    The reference in the subject's dtype gives the first result. For the other results, the inputs are moved by up
-    to half a unit in the last place, and the reference computes in float64. These results show how much the step
-    amplifies rounding errors, even for a float64 subject. GaLore's SVD amplifies them, for example.
+    The reference in the subject's dtype gives the first values. For all further values, the inputs are moved by up to
+    half a unit in the last place, and the reference computes in float64. They show how much the step amplifies rounding
+    errors, even for a float64 subject. GaLore's SVD, for example, amplifies them.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -179,9 +178,9 @@ def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator
 def check_model(subject: Subject, case: Case) -> CheckResult:
     """The logits and the gradients of the whole model equal the reference's.
 
-    If the model's input has floating-point numbers, the model runs twice: with an input that needs no gradient, as the
-    first layer gets it in training, and with one that does. Then the gradient of the input is compared, too.
-    The reference is a float64 copy of the original model with the reference's layers in place of the adapted layers.
+    If the model's input has floating-point numbers, the model runs twice. The first input needs no gradient, as in
+    training. The second input needs one, and this gradient is compared, too. The reference is a float64 copy of the
+    original model with the reference's layers in place of the adapted layers.
     """
     if case.forward is None:
         return skipped(subject, case, "model", "no whole-model input in this case")
@@ -200,12 +199,12 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 
 
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the whole model's logits and gradients as correct programs with other rounding errors might compute them.
+    """Yield plausible logits and gradients of the whole model: results that a correct program may compute.
 
-    The reference in the subject's dtype gives the first result. For each other result, every weight is moved at
-    random, at most to a neighbouring number of the dtype. This stands for the rounding of intermediate results, where a
-    model loses most accuracy. Several results are needed: in a sensitive model all rounding errors change the
-    results in one direction, where they may happen to cancel.
+    The reference in the subject's dtype gives the first result. For each further result, every weight is moved at
+    random, at most to a neighbouring number of the dtype. This imitates the rounding of intermediate results, where a
+    model loses most accuracy. One result is not enough: its errors may happen to cancel, because in a sensitive model
+    all rounding errors change the results in one direction.
     """
     forward = case.forward
     if forward is None:
@@ -224,7 +223,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
-    """Return only the output of a run if `output`, else only its gradients."""
+    """Return only the output of a run if `output` is true, otherwise only its gradients."""
     return {name: t for name, t in run.items() if (name == "y") == output}
 
 

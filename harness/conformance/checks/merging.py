@@ -1,4 +1,8 @@
-"""Checks of merging, unmerging, detaching and saving."""
+"""Checks of merging, unmerging, detaching and saving.
+
+Merging adds the adapter's update to the base weight. Unmerging undoes this. Detaching removes the adapter from the
+model.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
-    Unmerging what is not merged changes nothing. Merging makes no parameter of the model trainable that was not trainable
-    before.
+    Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -122,8 +125,8 @@ def _merged_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor
 def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     """Merging and unmerging restores every parameter and buffer of the model, to the last bit.
 
-    A library that adds the update to the weight and subtracts it again loses low bits each time; a server that changes
-    adapters by merging would drift. Merging a merged adapter, or unmerging an unmerged one, changes nothing.
+    A library that adds the update to the weight and subtracts it again loses low bits each time. On a server that
+    changes adapters by merging, the weights would drift. A second merge, or a second unmerge, changes nothing.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "unmerge", "this adapter cannot be merged")
@@ -148,11 +151,11 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]]:
-    """Return what a layer should output, first with its adapter, then with the tensors of the adapter times HALF.
+    """Return the expected outputs of a layer: with its adapter, and with the adapter's tensors multiplied by HALF.
 
-    Each of the two items is a pair: the output of the float64 reference, and outputs that correct programs with other
-    rounding errors might give. In a small model, the outputs of the pair are computed when they are needed. In a large
-    model, they are computed at once, because the reference layers of all paths would not fit into memory together.
+    Each of the two items is a pair: the output of the float64 reference, and plausible outputs, i.e. outputs that a
+    correct program may give. In a small model, the plausible outputs are computed when needed. In a large model, they
+    are computed at once, because the reference layers of all paths do not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -171,12 +174,12 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 
 @check(States.INIT, depends_on_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
-    """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
+    """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
-    This also holds after the layers were used. Detaching freezes no parameter; parameters that the Method froze may stay
-    frozen. A second adapter on the same model then starts and computes like an adapter on a fresh copy of the model.
-    Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No second adapter
-    is attached to a quantised base, because its layers cannot be packed twice.
+    This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
+    may stay frozen. A second adapter on the same model then starts and computes like an adapter on a fresh copy of the
+    model. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No
+    second adapter is attached to a quantised base, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -208,7 +211,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
 
 def _start(subject: Subject | None) -> dict[str, Tensor]:
-    """Return copies of the tensors that the Method added, as they are now."""
+    """Return copies of the present values of the tensors that the Method added."""
     return {} if subject is None else {name: t.detach().clone() for name, t in subject.added().items()}
 
 
@@ -227,14 +230,15 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_save(subject: Subject, case: Case) -> CheckResult:
-    """`tensors()` and `state()` are the whole state of an adapter, and the model's state_dict has all that may change.
+    """`tensors()` and `state()` are the whole state of an adapter; the model's state_dict has every changing value.
 
-    Copied into a freshly attached model, they give the same outputs and gradients, to the last bit, even if that model
-    has already run with another state. `state()` returns the adapter's own tensors, not copies, so that a
-    program can load values by writing to them.
+    A freshly attached model into which `tensors()` and `state()` are copied gives the same outputs and gradients, to
+    the last bit. This holds even if this model has already run with another state. `state()` returns the adapter's own
+    tensors, not copies, so that a program can load values by writing to them.
 
-    The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was attached.
-    This model then computes the same and has the same `state()`. Models with packed weights are left out here.
+    The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
+    attached. Afterwards both models give the same outputs and the same `state()`. Models with packed weights are left
+    out here.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -264,10 +268,10 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tensor], case: Case) -> Iterator[Judgement]:
-    """Judge a model that was attached with other base weights, and that then loads state_dicts.
+    """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
-    It loads that of `fresh`, whose `state()` has the values `changed` meanwhile, and then that of `subject`. Nothing is
-    judged if the model has packed weights, i.e. integers of 8 bits.
+    The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
+    `subject`. Nothing is judged if the model has packed weights, i.e. integers of 8 bits.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):

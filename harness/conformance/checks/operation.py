@@ -1,4 +1,4 @@
-"""Checks of an Operation against its reference."""
+"""Checks of an Operation (one function, such as a fused kernel) against its reference."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from harness.records.record import CheckResult
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the reference's dtype, shape, device and values.
 
-    An Operation may have a rule of its own for the values, for example for codes. Otherwise they must be within the
-    noise floor: a multiple of the reference's rounding error in this dtype.
+    An Operation may have its own rule for the values, for example for quantisation codes. Otherwise the errors must be
+    within the noise floor: a multiple of the reference's rounding error in this dtype.
     """
     return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns stands for the nearest level, or for either level if rounding decides."""
+    """Every code that the Operation returns stands for the nearest level. Halfway between levels, either is right."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     found = operation_call.judge_codes(subject, subject.operation.codes, subject.call(), case)
@@ -55,7 +55,7 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
-    """The gradients of the Operation's differentiable arguments equal the reference's, dtype included.
+    """The gradients of the Operation's differentiable arguments equal the reference's, including the dtype.
 
     A missing gradient counts as zero.
     """
@@ -88,7 +88,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
-    """Two calls with the same arguments return the same, to the last bit."""
+    """Two calls with the same arguments return the same results, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
     return judged(
         subject, case, "repeatable", exact(operation_call.finite(subject.call()), operation_call.finite(first))
@@ -99,9 +99,9 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Every tensor is a view with gaps between its elements, is transposed in memory as a `.T` is, or is a contiguous slice
-    that does not begin at the start of its storage. The outputs are equal to the last bit or, since another layout may
-    take another path through the code, pass the rules of the checks `outputs` and `output_codes`.
+    Three layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in
+    memory as a `.T` is, and a contiguous slice that does not begin at the start of its storage. The outputs equal those
+    for contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):
@@ -115,9 +115,9 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
 def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     """A NaN in an argument reaches every output that it reaches in the reference.
 
-    One element of each floating argument in turn is NaN. Where the reference returns NaN, the Operation returns NaN or
-    infinity. A finite number would hide the fault, and training would go on with it. A LinAlgError, which torch.linalg.pinv
-    raises for a NaN, hides nothing.
+    The check sets one element to NaN, in each floating-point argument in turn. Where the reference returns NaN, the
+    Operation returns NaN or infinity. A finite number would hide the fault from training. The Operation may also raise
+    LinAlgError, as torch.linalg.pinv does for a NaN.
     """
     if 0 in (subject.arguments.get("scaling"), *subject.arguments.get("scalings", ())):
         return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")
@@ -140,9 +140,9 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
-    """No output and no gradient contains memory that was never written.
+    """No output and no gradient contains uninitialised memory.
 
-    Every fresh buffer is filled with NaN or the largest integer
+    Every newly allocated buffer is filled with NaN or the largest integer
     (`torch.utils.deterministic.fill_uninitialized_memory`), and no result may contain these values.
     """
     dtype, differentiable = DTYPES[subject.dtype], bool(subject.operation.differentiable)
@@ -174,7 +174,7 @@ def _gapped(tensor: Tensor) -> Tensor:
 
 
 def _sliced(tensor: Tensor) -> Tensor:
-    """Return the tensor as a contiguous slice that does not begin at the start of its storage."""
+    """Return an equal tensor that is a contiguous slice and does not begin at the start of its storage."""
     floating = tensor.is_floating_point()
     first = tensor.new_full((1, *tensor.shape[1:]), torch.nan if floating else torch.iinfo(tensor.dtype).max)
     return torch.cat([first, tensor])[1:]

@@ -1,4 +1,4 @@
-"""Checks that a Method's own optimizer behaves as every optimizer of torch does. They need no reference."""
+"""Checks that a Method's own optimizer behaves as every optimizer of torch does. These checks need no reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_resume(subject: Subject, case: Case) -> CheckResult:
-    """An optimizer that loads the state_dict of another one has the state's values and dtypes, and takes the same next step.
+    """An optimizer that loads another one's state_dict has the same state and dtypes, and takes the same next step.
 
     This holds with moments in 32 bits and, if the optimizer has the option `bits`, in 8 bits.
     """

@@ -21,17 +21,17 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 _SALTS = (0, 500, 600)
-"""Salts of the random inputs of three calls. Two calls would not reveal a layer that alternates between two buffers."""
+"""Seeds of the random inputs of three calls. Two calls would not reveal a layer that alternates between two buffers."""
 
 
 @check(States.WARM, depends_on_sizes=False)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
 
-    A layer is called three times with different inputs and an Operation twice, then the backward passes run in the same
-    order. Each call gives what the reference gives for its own input. A later call changes nothing that an earlier call
-    returned or saved for its backward pass, and the gradients of all calls are added up, as when gradients are
-    accumulated over batches. Other checks report a call that is wrong even alone.
+    A layer is called three times with different inputs, and an Operation twice. Then the backward passes run in the
+    same order. Each call gives what the reference gives for its input. A later call changes nothing that an earlier
+    call returned or saved for its backward pass. The gradients of all calls are added up, as when gradients are
+    accumulated over batches. A call that is wrong even alone is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -60,7 +60,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _together(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Run `layer` on each input in x, and return the outputs and gradients of all calls.
+    """Run `layer` on each item of x, and return the outputs and gradients of all calls.
 
     The backward passes begin after the last forward pass. The layer's tensors accumulate the gradients of all calls.
     """

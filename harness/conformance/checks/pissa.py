@@ -1,4 +1,7 @@
-"""Checks of PiSSA's start: the residual and the principal part of the weight."""
+"""Checks of PiSSA's start: the residual and the principal part of the weight.
+
+PiSSA splits a weight W into the principal part s B A, which trains, and the frozen residual W_res.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ from reference.pissa import exact_svd, fast_svd
 _STARTS = 4
 """Number of times that an implementation with a randomised SVD is attached."""
 _REFERENCE_STARTS = 32
-"""Number of randomised SVDs of the reference from which `check_principal` takes the expected mean of ||s B A||^2."""
+"""Number of the reference's randomised SVDs from which `check_principal` estimates the expected mean of ||s B A||^2."""
 _LEAST_RESIDUAL = 0.125
-"""Least ||W_res|| / ||W|| at which float32 errors of W - s B A are far below the 16-bit rounding errors of W_res."""
+"""Smallest ||W_res|| / ||W|| for which the rounding of W_res to 16 bits is judged. Above this ratio, the float32 errors
+of W - s B A are far below the 16-bit rounding errors of W_res."""
 
 
 @check()
@@ -40,9 +44,9 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start W_res + s B A is the original weight.
 
     The allowed error is a multiple of the reference's error in this dtype. W_res contains the rounding errors of A and
-    B  (PiSSA, eqs. 2 to 5). In 16 bits, nearly every element of W_res must also be the correctly rounded value of W - s B A,
-    computed from the rounded factors. This is not required if W_res is much smaller than W, because it then shows the
-    errors of float32.
+    B  (PiSSA, eqs. 2 to 5). In 16 bits, nearly every element of W_res must also be the correctly rounded value of W - s
+    B A, computed from the rounded factors. A W_res that is much smaller than W is exempt, because it shows the errors
+    of float32.
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
@@ -78,9 +82,9 @@ def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
 def check_principal(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start, s B A equals U_r S_r V_r^T, the best rank-r approximation of the weight.
 
-    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). A
-    randomised SVD only approximates it: the mean of ||s B A||^2 over some starts must be the reference's. This mean
-    grows with the number of iterations.
+    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3). With a
+    randomised SVD, s B A is less exact. Then the mean of ||s B A||^2 over some starts must equal the reference's mean,
+    which grows with the number of iterations.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -98,9 +102,9 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
 
 
 def _of_randomised_starts(subject: Subject, case: Case) -> Iterator[str]:
-    """Yield a message for each layer whose mean of ||s B A||^2 over some randomised starts is not the reference's.
+    """Yield a message for each layer in which the mean of ||s B A||^2 over some starts is not the reference's.
 
-    The mean may be off by a multiple of its standard error.
+    The starts come from randomised SVDs. The mean may be off by a multiple of its standard error.
     """
     starts = [one for seed in range(_STARTS) if (one := case.attach_again(seed=seed)) is not None]
     for path in subject.bases:
@@ -125,10 +129,10 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield the results of `_principal` as correct programs with other rounding errors might compute them.
+    """Yield plausible results of `_principal`: results that a correct program may compute.
 
-    The results can differ much, because rounding turns the singular vectors of close singular values. Each result comes
-    from an SVD of W^T in the dtype that PiSSA computes in, after W was moved by up to half a unit in the last place.
+    They can differ much, because rounding rotates the singular vectors of close singular values. Each result comes from
+    an SVD of W^T in the dtype in which PiSSA computes, after W was moved by up to half a unit in the last place.
     """
     dtype = torch.promote_types(DTYPES[subject.dtype], torch.float32)
     for seed in range(PERTURBED_DRAWS):

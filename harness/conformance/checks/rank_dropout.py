@@ -1,4 +1,4 @@
-"""Check of rank dropout, which drops rows of the update of LoHa and LoKr."""
+"""Check of rank dropout, which drops rows of the update of LoHa and LoKr. Each row gives one output feature."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CALLS = 12
 
 @check(States.WARM)
 def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
-    """Training mode drops rows of the update as the config states, for all tokens of a call alike.
+    """Training mode drops rows of the update as the config states: one mask of rows for all tokens of a call.
 
-    A row is an output feature. The rows that remain are divided by their share of all rows, so that the mean of the
-    mask is 1; if none remains, the output is the base's output. Masks differ between calls, the same seed of torch gives
-    the same mask, and the backward pass uses the mask of the forward pass. Output and gradients must equal the
-    reference's for this mask; the binomial distribution bounds the number of dropped rows. The checks `forward` and
-    `merge` show that eval mode and merging drop no row, even if the layer is merged in training mode. A layer is left out
-    if some row of its update is so small beside the output that rounding hides it.
+    The rows that remain are divided by their share of all rows, so that the mean of the mask is 1; if none remains, the
+    output is the base's output. Masks differ between calls, the same seed of torch gives the same mask, and the
+    backward pass uses the mask of the forward pass. Output and gradients must equal the reference's for this mask; the
+    binomial distribution bounds the number of dropped rows. The checks `forward` and `merge` show that eval mode and
+    merging drop no row, even if the layer is merged in training mode. A layer is left out if some row of its update is
+    so small beside the output that rounding hides it.
     """
     p = getattr(subject.config, "rank_dropout", 0.0)
     if not p:
@@ -88,7 +88,7 @@ def _differs_with_one_seed(subject: Subject, path: str, layer: nn.Module, x: Ten
 
 
 def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tensor | None:
-    """Return a mask (E,) of the rows that rank dropout has kept in the output y. A row is an output feature.
+    """Return a mask (E,) of the rows that rank dropout has kept in the output y.
 
     Dropout multiplies a kept row of the update by 1 or more, and a dropped row by 0. The projection of the observed
     update on the whole update shows whether a row is kept. Return None if some row of the whole update is so small that
@@ -108,7 +108,10 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
 
 
 def _masked(mask: Tensor, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Run the reference's layer in training mode. Its update is multiplied by `mask` instead of a random mask."""
+    """Run the reference's layer in training mode, and return its output and gradients.
+
+    The layer multiplies its update by `mask` instead of a random mask.
+    """
     for name, child in list(layer.named_modules()):
         if isinstance(child, RowDropout):
             parent, _, last = name.rpartition(".")
@@ -117,7 +120,7 @@ def _masked(mask: Tensor, layer: nn.Module, tensors: Mapping[str, Tensor], x: Te
 
 
 class _Times(nn.Module):
-    """Layer that multiplies an update by a known mask. It stands in the place of RowDropout."""
+    """Layer that multiplies an update by a known mask. It replaces a RowDropout layer."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()

@@ -27,11 +27,11 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     Settings are torch's default dtype and device, gradient mode, threads, determinism, precision, autocast, anomaly
     detection and kernels of attention, and numpy's reaction to floating-point errors. Attaching leaves them as they are
     even if a program has chosen others: another default dtype, gradients off, another number of threads, deterministic
-    algorithms. It leaves no filter of Python's warnings behind.
+    algorithms. Attaching adds no filter of Python's warnings.
 
-    Random numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs
-    later would depend on it. What attaching puts into `state()`, such as VeRA's projections, does not depend on torch's
-    default dtype.
+    Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
+    later would depend on it. The tensors that attaching puts into `state()`, such as VeRA's projections, do not depend
+    on torch's default dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
@@ -46,10 +46,10 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
 
 def _under_other_settings(case: Case) -> Iterator[str]:
-    """Yield a message for each setting that attaching changes if it had another value than usual before.
+    """Attach while process-wide settings have unusual values. Yield a message for each setting that attaching changes.
 
-    Also yield a message if attaching leaves a filter of warnings behind. At first there is no filter, since Python moves an
-    equal filter to the front instead of adding another one.
+    Also yield a message for each filter of Python's warnings that attaching adds. All filters are removed before,
+    because Python would move an equal filter to the front instead of adding another one.
     """
     with warnings.catch_warnings(record=True), process_settings.others() as changed:
         warnings.resetwarnings()
@@ -62,7 +62,7 @@ def _under_other_settings(case: Case) -> Iterator[str]:
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
     """Yield a message for each tensor of `state()` that depends on torch's default dtype at the time of attaching.
 
-    A tensor that is computed by an SVD of the weight is left out, because a randomised SVD may depend on this dtype.
+    A tensor from an SVD of the weight is not compared, because a randomised SVD may depend on the default dtype.
     """
     from_weight = method_info(subject.method).spec.start_from_weight
     usual = {name: t for name, t in subject.state().items() if name.rpartition(".")[2] not in from_weight}
@@ -79,7 +79,7 @@ def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
 def _use(subject: Subject | None, case: Case) -> None:
     """Run every layer of a freshly attached subject forward and backward, in training mode and in eval mode.
 
-    Then merge and unmerge the subject.
+    Afterwards, merge and unmerge it if possible.
     """
     if subject is None:
         return

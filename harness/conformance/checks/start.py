@@ -1,4 +1,7 @@
-"""Check of the state from which training starts."""
+"""Check of the state from which training starts.
+
+A start is one such state: the adapter's tensors right after attaching.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,19 @@ from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _LEAST_SAMPLE = 64
-"""Number of random elements from which on a mean square is nearly normal. Of a smaller tensor, several starts are drawn."""
+"""Smallest number of random elements for which the mean square is nearly normally distributed. For a smaller tensor,
+the check joins the elements of several starts."""
 
 
 @check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
     """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
-    A tensor that the reference fills with one value must hold that value. A tensor that it draws or computes must have
-    the reference's mean and mean square, up to a multiple of the standard error for samples of this size. Random numbers
-    come only from the generator that `attach` gets: its seed decides the start, and two layers of one shape start
-    differently. A start from an SVD of the weight is the same again for the same seed, up to rounding. The sign of its
-    vectors is arbitrary, so a tensor with one element may have the other sign.
+    A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
+    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
+    Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
+    shape start differently. If the start comes from an SVD of the weight, two starts with one seed are equal up to
+    rounding. The sign of singular vectors is arbitrary, so a tensor with one element may have the other sign.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))
@@ -66,7 +70,10 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def _several_starts(subject: Subject, case: Case, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tensor's elements from `number` starts of the subject, and from as many of the reference, flat in float64."""
+    """Return the tensor `name` from `number` starts of the subject, and from as many starts of the reference.
+
+    Both results are flat float64 tensors that join the starts.
+    """
     bases = {path: subject.original_base(path) for path in subject.bases}
     mine = [one.added()[name] for n in range(number) if (one := case.attach_again(seed=n)) is not None]
     generators = (case.generator(salt=3 + n) for n in range(number))

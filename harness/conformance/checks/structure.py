@@ -22,9 +22,9 @@ from harness.records.record import CheckResult
 
 @check(in_cell=[CellStage.ATTACHED], depends_on_sizes=False)
 def check_layers(subject: Subject, case: Case) -> CheckResult:
-    """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
+    """Exactly the layers that the config's targets name are adapted, and nothing else of the model trains.
 
-    At each of these paths the model runs the very layer that the implementation lists in `layers`.
+    At each of these paths, the layer in the model is the object that the implementation lists in `layers`.
     """
     wanted, have = set(subject.bases), set(subject.adapted.layers)
     trains = {id(t) for t in subject.adapted.tensors().values()}
@@ -67,10 +67,11 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED, depends_on_sizes=False)
 def check_base(subject: Subject, case: Case) -> CheckResult:
-    """Attaching changes no parameter and no buffer of the model, not by one bit.
+    """Attaching does not change a single bit of the model's parameters and buffers.
 
-    Quantising (packing) the base changes no tensor outside the packed layers; the check `codes` judges the packed layers.
-    For `method: peft` the adapted weights are left out if the method's start rewrites them (OLoRA, PiSSA, LoftQ).
+    Quantising (packing) the base changes no tensor outside the packed layers; the check `codes` judges the packed
+    layers. For `method: peft` the adapted weights are not compared if the method's start rewrites them (OLoRA, PiSSA,
+    LoftQ).
     """
     if subject.original.model is None and not subject.original.crc32:
         return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")
@@ -140,10 +141,10 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_poison(subject: Subject, case: Case) -> CheckResult:
-    """No output and no gradient contains memory that was never written.
+    """No output and no gradient contains uninitialised memory.
 
-    Memory that torch allocates is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and no
-    result may contain a NaN.
+    Memory that torch allocates is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`). No result
+    may contain NaN.
     """
     odd: list[str] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

@@ -23,10 +23,11 @@ STEPS = 3
 
 @check(States.WARM)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
-    """Three optimizer steps of the whole model leave every trainable tensor where the float64 reference leaves it.
+    """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
-    Each step has another gradient, and includes the Method's own loss term and the Method's own work after a step. The
-    optimizer is the Method's own, or torch's fused AdamW with weight decay, so that its moments are compared too.
+    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
+    optimizer is the Method's own, or torch's fused AdamW with weight decay. With AdamW, its moments influence the
+    result.
     """
     if subject.dtype == "float64":
         return skipped(

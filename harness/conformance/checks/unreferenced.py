@@ -1,4 +1,7 @@
-"""Checks that need no reference: they compare the adapted model with itself and with the base model."""
+"""Checks that need no reference: they compare the adapted model with itself and with the base model.
+
+They are for adapters of HF peft that have no reference implementation here. Suites call these `method: peft`.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,18 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does. Without the
-factor, a matrix of noise would be large enough to keep the length of a vector."""
+"""Factor of the noise that is added to a tensor. The noise then moves a tensor about as far as training does. Without
+the factor, the noise on a matrix would be about as large as freshly initialised weights."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter without a reference, attached by `method: peft`. Its library may offer any type of adapter."""
+    """An adapter without a reference, attached by `method: peft`. It may be of any type that its library offers."""
 
     starts_as_base: bool
     """True if the library promises that the output at the start equals the base model's output."""
     bases: Callable[[], Mapping[str, nn.Module]]
-    """Function that returns the layers under the adapter, by path."""
+    """Function that returns the original layers inside the adapted layers, by path."""
     reloaded: Callable[[nn.Module], nn.Module]
     """Function that saves the adapter, loads it into a given base model, and returns this model."""
 
@@ -55,15 +58,15 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
 def check_reference(subject: Subject, case: Case) -> CheckResult:
     """The Method has a reference to compare with.
 
-    An adapter without a reference (`method: peft`) skips this check, has no times in reports, and only the checks that
-    need no reference try it.
+    An adapter without a reference (`method: peft`) skips this check. Reports show no times for it, and only the checks
+    that need no reference try it.
     """
     return skipped(subject, case, "reference", NO_REFERENCE)
 
 
 @check(in_cell=[CellStage.START], reference=Reference.ABSENT)
 def check_start(subject: Subject, case: Case) -> CheckResult:
-    """At its start the adapted model computes what the base model computes, if its library promises that.
+    """If the adapter's library promises it, the adapted model at its start computes what the base model computes.
 
     The outputs are equal to the last bit, or differ by at most twice the rounding error of the base model in its dtype.
     """
@@ -95,10 +98,10 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reached(subject: Subject, case: Case) -> CheckResult:
-    """With noise on the adapter, every trainable tensor gets a finite gradient that is not all zero.
+    """After noise is added to the adapter, every trainable tensor gets a finite gradient that is not all zero.
 
-    A tensor that only scales a bias of zeros gets a gradient of zero. The check tries it again with biases that are not
-    zero.
+    A tensor that only scales a bias of zeros gets a gradient of zero. The check repeats such a case with nonzero
+    biases.
     """
     problems = _unreached(subject, case)
     if problems and is_small(subject.model):
@@ -111,7 +114,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:
-    """Return a message for each trainable tensor without a usable gradient, by the tensor's name."""
+    """Return a message for each trainable tensor whose gradient is missing, zero or not finite, by the tensor's name."""
     seen, problems = _observed(subject, case), {}
     for name in subject.adapted.tensors():
         gradient = seen.get(f"grad {name}")
@@ -138,7 +141,7 @@ def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reload(subject: Subject, case: Case) -> CheckResult:
-    """An adapter that its library saves and loads into the base model gives the same logits, to the last bit."""
+    """An adapter that its library has saved and loaded into the base model gives the same logits, to the last bit."""
     if subject.original.model is None:
         return skipped(subject, case, "reload", _TOO_LARGE)
     adapted = cast("Unreferenced", subject.adapted)
@@ -150,8 +153,8 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """Merging does not change the outputs of the model, and after unmerging they depend on the adapter again.
 
-    The allowed error is a multiple of the rounding error of the model in its dtype, or of a copy whose weights are rounded
-    once more. The merged model no longer depends on the adapter. The check works on a copy.
+    The allowed error is a multiple of a rounding error: the model's own in its dtype, or that of a copy whose weights
+    are rounded once more. The merged model no longer depends on the adapter. The check works on a copy.
     """
     if not is_small(subject.model):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
@@ -201,7 +204,7 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 @torch.no_grad()
 def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
-    """Move every frozen weight under the adapter by up to half a unit in the last place.
+    """Move every frozen weight of the adapted layers by up to half a unit in the last place of `dtype`.
 
     The rounding after a merge moves weights by such amounts.
     """
@@ -215,7 +218,7 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 def _added(adapted: Unreferenced) -> list[Tensor]:
     """Return the trainable tensors that are not parameters of the base layers.
 
-    In LayerNorm tuning, for example, merging makes the trainable tensors parameters of the base layers.
+    After merging, some trainable tensors are parameters of the base layers. LayerNorm tuning is an example.
     """
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]

@@ -17,8 +17,8 @@ from harness.records.record import CheckResult
 def check_projections(subject: Subject, case: Case) -> CheckResult:
     """VeRA's A and B equal the reference's, to the last bit.
 
-    They are drawn only from the key and shared by all layers, so that a checkpoint needs only the key. Another key
-    gives other projections  (VeRA, section 3.1).
+    A and B are drawn only from the key and are shared by all layers, so that a checkpoint needs only the key. Another
+    key gives other projections  (VeRA, section 3.1).
     """
     again = case.attach_again()
     other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from harness.conformance.walk.machine import Programs
 
 LARGEST = 2_000
-"""Walks are taken only if the first adapted weight has at most this number of elements, because a walk attaches to many
-copies of the model."""
+"""Largest number of elements of the first adapted weight. The check skips a larger model, because a walk attaches to
+many copies of the model."""
 
 
 @check(States.INIT, only_wide=True)
@@ -35,8 +35,8 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
-    file, merging and unmerging, freezing, and a second model in the process. A failure is shrunk to the shortest walk
-    that shows it.
+    file, merging and unmerging, freezing, and a second model in the process. After a failure, the check reports the
+    shortest walk that shows it.
     """
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
@@ -64,7 +64,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
 
 def _other_numbers(config: Any) -> dict[str, float]:
-    """Return the float settings of a Config except dropout, each halved. A second adapter thus gets another scaling."""
+    """Return the float settings of a Config, except dropout, each halved. They give a second adapter another scaling."""
     return {
         f.name: HALF * getattr(config, f.name) for f in fields(config) if f.type == "float" and "dropout" not in f.name
     }

@@ -1,1 +1,1 @@
-"""Comparison of tensors: observations, the tolerated distance from the float64 reference, and the result of a check."""
+"""Compare tensors with the float64 reference: observe them, measure and judge their errors, and report check results."""

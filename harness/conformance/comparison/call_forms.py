@@ -1,4 +1,7 @@
-"""Ways to call an adapted layer: shapes and layouts of the input, modes of torch, repetition and threads."""
+"""Ways (forms) to call an adapted layer: shapes and layouts of the input, modes of torch, repetition and threads.
+
+x is the layer's input, and dy the gradient of its output. Token numbers are the input of an embedding.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Call:
-    """One layer, and an input for it with its incoming gradient."""
+    """One layer, an input x, and the gradient dy of its output."""
 
     layer: nn.Module
     tensors: Mapping[str, Tensor]
@@ -34,7 +37,8 @@ class Call:
     """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """True if the layer is run in training mode. It then has no dropout, so that both modes must compute the same."""
+    """True if the layer runs in training mode. This is only set for a layer without dropout, whose two modes compute
+    the same."""
     numbers: Sequence[Tensor] = ()
     """All tensors that determine the output: the adapter's tensors and state, and the parameters of the base layer."""
 
@@ -43,8 +47,9 @@ class Call:
     ) -> dict[str, Tensor]:
         """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
 
-        The output has the shape of `self.dy`, and the gradient of the input has the shape of `self.x`. layer: if given,
-        the copy of the layer that is run instead. training: if given, the mode of the layer. how: passed to `observe`.
+        The output has the shape of `self.dy`, and the gradient of the input that of `self.x`. layer: a copy of the
+        layer to run instead. training: mode in which to run, in place of `self.training`. how: further arguments of the
+        function `observe`.
         """
         tensors = self.tensors if layer is None else tensors_of_copy(self.layer, layer, self.tensors)
         mode = self.training if training is None else training
@@ -52,7 +57,7 @@ class Call:
         return self.in_shape(seen, dy)
 
     def in_shape(self, seen: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-        """Give the output in `seen` the shape of `self.dy`, and the gradient of x the shape of `self.x`. Return `seen`.
+        """Give the output in `seen` the shape of `self.dy`, and the gradient of x that of `self.x`. Return `seen`.
 
         An output whose shape differs from the incoming gradient `dy` stays as it is, so that a comparison fails.
         """
@@ -73,18 +78,16 @@ class Form:
     """A way to call a layer."""
 
     run: Callable[[Call], dict[str, Tensor] | None]
-    """Function that calls the layer and returns the output and the gradients; None if the form does not apply."""
+    """Function that calls the layer and returns the output and the gradients. It returns None if the form does not
+    apply."""
     leaves_out: Literal["", "all gradients", "grad x", "the tensors' gradients"] = ""
     """Gradients that are missing from the result of `run`. Empty if none is missing."""
     rounds_differently: bool = False
-    """True if a correct layer rounds differently in this form.
-
-    Another memory layout changes the order of a sum. Gradients of several calls are added up in the layer's dtype. The
-    errors that the reference makes in the same form are then allowed, too.
-    """
+    """True if a correct layer rounds differently in this form. The errors of the reference in this form are then
+    allowed, too. For example, another memory layout changes the order of a sum."""
 
     def shown(self, names: Iterable[str]) -> list[str]:
-        """Return those of `names` that the result of `run` contains. names: names of the output and of all gradients."""
+        """Return those of `names` that the result of `run` contains. names: the output `y` and all gradients."""
         outputs, gradients = ("y",), ("y", "grad x")
         match self.leaves_out:
             case "all gradients":
@@ -109,7 +112,7 @@ def _every_second(rows: Tensor) -> Tensor:
 
 
 def _middle(rows: Tensor) -> Tensor:
-    """Return the middle of a larger tensor of NaN: the rows do not begin at its start, and have gaps after them."""
+    """Return a view of the middle of a larger tensor of NaN. There are gaps before the first row and after each row."""
     wide = rows.new_full((len(rows) + 2, rows.shape[1] + 3), torch.nan)
     wide[1:-1, 2:-1] = rows
     return wide[1:-1, 2:-1]
@@ -132,7 +135,7 @@ IMAGE_LAYOUTS: dict[str, Layout] = {
 
 
 def layouts_with_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
-    """Return a form for each layout, by name. It runs forward and backward with the input in this layout."""
+    """Return a form for each layout, by name. The form runs forward and backward with the input in this layout."""
 
     def form(layout: Layout) -> Form:
         return Form(lambda call: call.observe(layout(call.x), layout(call.dy)), rounds_differently=True)
@@ -149,10 +152,11 @@ WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], Any], bool]] = {
 
 
 def forms_without_gradients(layouts: Mapping[str, Layout]) -> dict[str, Form]:
-    """Return forms that call the layer without gradients, in each mode and with the input in each of the layouts.
+    """Return forms that call the layer without gradients, per mode of WITHOUT_GRADIENTS and per mode and layout.
 
-    Each mode has two more forms. The first calls the layer, calls it again with another input, and then returns the output
-    of the first call. The second calls the layer on one row at a time, and returns all outputs after the last call.
+    Each mode has two more forms. The first calls the layer, calls it again with another input, and then returns the
+    output of the first call. The second calls the layer on one row at a time, and returns all outputs after the last
+    call.
     """
 
     def form(
@@ -189,7 +193,7 @@ def _constant_input(call: Call) -> dict[str, Tensor]:
 
 
 def _frozen(call: Call) -> dict[str, Tensor]:
-    """Call the layer while its trained tensors require no gradient. The input still gets one."""
+    """Call the layer while its trained tensors require no gradient. The input still requires a gradient."""
     for tensor in call.tensors.values():
         tensor.requires_grad_(False)
     try:
@@ -245,7 +249,7 @@ def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
 def _output_in_place(call: Call) -> dict[str, Tensor] | None:
     """Double the output in place, as `nn.ReLU(inplace=True)` would change it.
 
-    torch may refuse it, as it does if the backward pass needs the output: return None then.
+    Return None if torch refuses the change, for example because the backward pass needs the output.
     """
     try:
         seen = call.observe(call.x, call.dy / 2, call=lambda layer, x: layer(x).mul_(2))
@@ -255,7 +259,7 @@ def _output_in_place(call: Call) -> dict[str, Tensor] | None:
 
 
 def _input_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Change the input in place between forward and backward. If torch refuses it, return None."""
+    """Change the input in place between forward and backward. Return None if torch refuses the change."""
     if not call.x.is_floating_point():
         return None
 
@@ -287,13 +291,13 @@ def _under(context: Callable[[], Any]) -> Form:
 
 @contextmanager
 def _autocast_off() -> Iterator[None]:
-    """Switch autocast on and, inside it, off again."""
+    """Switch autocast (automatic mixed precision) on, and switch it off again in an inner context."""
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
         yield
 
 
 def _compiled(call: Call) -> dict[str, Tensor]:
-    """Call the layer through torch.compile, without code generation: the traced graph computes forward and backward."""
+    """Call the layer through torch.compile without code generation. The traced graph computes forward and backward."""
     torch.compiler.reset()
     try:
         return call.observe(call.x, call.dy, call=lambda layer, x: torch.compile(layer, backend="aot_eager")(x))
@@ -353,7 +357,7 @@ MODES: dict[str, Form] = {
     "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),
     "with autocast switched off again": _under(_autocast_off),
 }
-"""Name -> form that calls a layer on its input in a mode of torch, of autograd or of the layer."""
+"""Name -> form that calls a layer in a mode of torch, of autograd or of the layer, or changes its input or output."""
 REPEATED_FORM, LONG_RUN_FORM = f"{REPEATS} times", f"{LONG_RUN} times without gradients"
 LONG_FORMS: dict[str, Form] = {
     "under torch.compile": Form(_compiled),
@@ -370,7 +374,7 @@ def leaf_of(x: Tensor) -> Tensor:
 
 
 def collected(call: Call, y: Tensor, gradients: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return the output, the gradients of the parts of x joined to one tensor, and the gradients of `call.tensors`."""
+    """Return `y`, `gradients` (of the parts of x) joined as `grad x`, and the gradients of `call.tensors`."""
     parts = [one for one in gradients if one is not None]
     seen = {"y": y.detach().clone()} | ({"grad x": torch.cat(parts)} if parts else {})
     return seen | {f"grad {name}": t.grad.detach().clone() for name, t in call.tensors.items() if t.grad is not None}
@@ -382,7 +386,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether all of `tensors` are parameters of the layer. If not, a copy of the layer does not copy them."""
+    """Return whether all of `tensors` are parameters of the layer, so that a copy of the layer has copies of them."""
     return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 

@@ -1,4 +1,4 @@
-"""Ways to call an adapted layer after something happened to it: other calls, new values of its tensors, copies, hooks."""
+"""Ways (forms) to call an adapted layer after something happened to it: other calls, new values, copies, hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.conformance.comparison.inputs import HALF
 from harness.conformance.comparison.observations import preserved_state
 
 Restore = Callable[[nn.Module, Mapping[str, Tensor]], object]
-"""Function that gives a layer new values of its parameters and buffers, by name."""
+"""Function (layer, values by name) that gives the layer's parameters and buffers new values."""
 
 
 def _in_parts(call: Call, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def _image_by_image(call: Call) -> dict[str, Tensor] | None:
 
 
 def _after_other_sizes(call: Call) -> dict[str, Tensor]:
-    """Call the layer on more rows, on one row and on none before it is called on its input."""
+    """Call the layer on other inputs first: with more rows, with one row and with none. Then call it on its input."""
     for x in (torch.cat([call.x] * 3), call.x[:1], call.x[:0]):
         call.layer(leaf_of(x))
         with torch.no_grad():
@@ -61,7 +61,7 @@ def _after_other_sizes(call: Call) -> dict[str, Tensor]:
 
 
 def _after_overwritten_outputs(call: Call) -> dict[str, Tensor]:
-    """Call the layer after the outputs of earlier calls were overwritten, as a caller may do."""
+    """Call the layer after the outputs of earlier calls were overwritten, as a program may do."""
     with torch.no_grad():
         call.layer(call.x).fill_(torch.nan)
         call.layer(leaf_of(call.x)).fill_(torch.nan)
@@ -110,7 +110,7 @@ def _copied(call: Call) -> dict[str, Tensor] | None:
 
 
 def _pickled(call: Call) -> dict[str, Tensor] | None:
-    """Call a copy that was saved and loaded by pickle, unless the layer's class cannot be pickled."""
+    """Call a copy that was saved and loaded by pickle. Return None if the layer cannot be pickled."""
     if not owns(call.layer, call.tensors):
         return None
     try:
@@ -136,7 +136,7 @@ def _is_packed(layer: nn.Module) -> bool:
 
 
 def _functional(call: Call) -> dict[str, Tensor] | None:
-    """Call a copy whose own tensors are wrong, with the right tensors given by torch.func.functional_call."""
+    """Call a copy of the layer with wrong values, while torch.func.functional_call gives it the right tensors."""
     if not owns(call.layer, call.tensors):
         return None
     made = copy.deepcopy(call.layer)
@@ -157,9 +157,9 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
 
 
 def _after(restore: Restore) -> Form:
-    """Return a form that calls a copy of the layer before and after `restore` has halved its tensors.
+    """Return a form that calls a copy of the layer, lets `restore` halve the copy's tensors, and calls the copy again.
 
-    The calls before are made with and without gradients.
+    The first calls are made with and without gradients.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -190,9 +190,9 @@ Mode = Callable[[str], AbstractContextManager[object]]
 
 
 def _in_mode_after(mode: Mode, restore: Restore) -> Form:
-    """Return a form that calls a copy in the context `mode` before and after `restore` has halved its tensors.
+    """Return a form that calls a copy in the context `mode`, lets `restore` halve its tensors, and calls it again.
 
-    `restore` runs outside the context. The copy is in eval mode.
+    Both calls are inside the context, and `restore` runs outside it. The copy is in eval mode.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -218,7 +218,7 @@ def _autocast(device: str) -> Iterator[None]:
 
 
 def _named(layer: nn.Module) -> dict[str, Tensor]:
-    """Return all floating-point parameters and buffers by name."""
+    """Return all floating-point parameters and buffers of the layer by name."""
     there = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     return {name: t for name, t in there.items() if t.is_floating_point()}
 
@@ -229,7 +229,7 @@ def _copy_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _fused_step(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Halve parameters by a step of torch's fused AdamW, which does not raise their version counters."""
+    """Halve parameters by a step of torch's fused AdamW, which does not raise their version counters (`_version`)."""
     parameters = dict(layer.named_parameters())
     stepped = {name: p for name, p in parameters.items() if not torch.equal(p.detach(), values[name])}
     for parameter in stepped.values():
@@ -290,7 +290,8 @@ _WAYS: dict[str, Restore] = {
     ".data.copy_()": _copy_data,
     "load_state_dict()": _load_state_dict(assign=False),
 }
-"""Name -> function that gives a layer new values between two calls in one mode of `_MODES` or under autocast."""
+"""Name -> function that gives a layer new values between two calls. Both calls are in one mode of `_MODES` or under
+autocast."""
 NEW_VALUES: dict[str, Form] = {
     "after .data.copy_()": _after(_copy_data),
     "after .data = ...": _after(_set_data),
@@ -306,4 +307,4 @@ NEW_VALUES: dict[str, Form] = {
 NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
     f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()
 }
-"""Name -> way to call a layer as in `NEW_VALUES`, with both calls under autocast to bfloat16 and without gradients."""
+"""Name -> form like those in `NEW_VALUES`, but with both calls under autocast to bfloat16 and without gradients."""

@@ -27,8 +27,7 @@ class Named(Protocol):
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
     """Return the result of the check `name` for a judgement.
 
-    If the judgement is not decided, because the reference is too inaccurate, the result is a skip with the reason
-    `judgement.worst`.
+    If the reference is too inaccurate to decide, the result is a skip with the reason `judgement.worst`.
     """
     if not judgement.decided:
         return skipped(subject, case, name, judgement.worst)
@@ -50,8 +49,7 @@ def from_problems(
 ) -> CheckResult:
     """Return the result of the check `name`: a pass if `problems` is empty, otherwise a failure.
 
-    problems: descriptions of what is wrong. The failure shows the first five. detail_of_pass: text for the `detail` of a
-    pass.
+    problems: descriptions of what is wrong. The failure shows the first five. detail_of_pass: the `detail` of a pass.
     """
     return CheckResult(
         check=identifier(subject, case, name),
@@ -74,7 +72,7 @@ def identifier(subject: Named, case: Case, name: str) -> str:
 
 
 def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
-    """Return the judgement with `path` in front of the name of its tensor.
+    """Return the judgement with `path` in front of its tensor's name.
 
     path: name of a layer or of a call.
     """

@@ -1,4 +1,4 @@
-"""Distances of a tensor from the float64 truth, and the element that is farthest away."""
+"""Distances of a tensor from the float64 reference (the truth), and the element that is farthest away."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Distance:
-    """Distance of a tensor from the truth, relative to the truth's norm."""
+    """Distance of a tensor from the truth. All three numbers are divided by the truth's norm."""
 
     norm: float
     """Norm of the difference."""
@@ -29,10 +29,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A float64 tensor (the truth), with the numbers that every distance from it needs."""
+    """The truth in float64, with the numbers that every distance from it needs."""
 
     truth: Tensor
-    """The truth in float64."""
+    """Tensor of the reference in float64."""
     unit: float
     """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
     squares of numbers below 1e-154 are 0."""
@@ -77,7 +77,7 @@ class Distances:
         return self._scaled[name].distance_of(value)
 
     def of_subject(self, name: str) -> Distance:
-        """Return the distance of the subject's tensor `name` from the reference's. It is computed once and kept."""
+        """Return the distance of the subject's tensor `name` from the reference's. Later calls return the same object."""
         if name not in self._own:
             self._own[name] = self.of(name, self._subject[name])
         return self._own[name]

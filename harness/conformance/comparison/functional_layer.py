@@ -1,6 +1,6 @@
 """Run a layer of the reference as a function of its tensors.
 
-Operations that compute the forward pass of a layer need this.
+This module serves Operations that compute the forward pass of a layer. It also draws their random arguments.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Masked(nn.Module):
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return layer(x), with `tensors` as the layer's own tensors and with `mask` in place of its dropout.
 
-    Gradients flow back through `tensors`. They would not if the values were copied into the layer's own parameters,
-    because these are leaves of the graph.
+    Gradients flow back through `tensors`. This needs a functional call, because the layer's own parameters are leaves
+    of the graph.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
@@ -89,9 +89,9 @@ def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequenc
 
 
 def with_rows_turned_towards(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return B with some rows negated, so that no row of scaling B A has a negative product with the same row of W.
+    """Return B with some rows negated: no row of scaling B A then has a negative inner product with the same row of W.
 
-    Otherwise, in a layer of few features, a row of W + scaling B A may be nearly zero, and DoRA divides by its norm.
+    Without this, a row of W + scaling B A may be nearly zero in a layer of few features, and DoRA divides by its norm.
     """
     return torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
 

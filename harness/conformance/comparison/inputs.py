@@ -1,4 +1,4 @@
-"""Inputs and incoming gradients for one layer of any kind."""
+"""Inputs and incoming gradients (gradients of the output) for one layer of any kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference.shared.layers import kind_of
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
 _FEW = 20_000
-"""Number of elements from which a layer or the arguments of an Operation count as large."""
+"""Smallest number of elements with which a layer, or the arguments of an Operation, count as large."""
 SIDE = 5
 IMAGES = 2
 """SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
@@ -33,9 +33,9 @@ def inputs(
     """Return an input x and an incoming gradient dy for the layer `base`.
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
-    embedding gets token numbers (T,) and dy (T, dim). If it has a padding entry and T is above 1, the last token is the
-    padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D); see
-    `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
+    embedding gets token numbers (T,) and dy (T, dim). If the embedding has a padding entry and T is above 1, the last
+    token is the padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D);
+    see `stacked_experts`. magnitude: magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -60,7 +60,7 @@ def inputs(
 
 
 def is_large(tensors: Iterable[Tensor]) -> bool:
-    """Return whether a layer or an Operation has so many numbers that checks should not call it a hundred times."""
+    """Return whether `tensors` have so many elements that checks should not repeat a call a hundred times."""
     return sum(t.numel() for t in tensors) >= _FEW
 
 

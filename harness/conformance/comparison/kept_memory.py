@@ -15,9 +15,9 @@ CALLS = 4
 
 
 def describe_leak(act: Callable[[], object]) -> str:
-    """Call `act` a few times, and describe the memory that every call has left behind. If there is none, return "".
+    """Call `act` a few times, and describe the memory that every call leaves behind. If no memory is left, return "".
 
-    A cache of the latest results does not grow, so it is not described.
+    A cache that holds only the latest results does not grow, so it does not count.
     """
     with _Allocations() as made:
         counts = [_after(act, made) for _ in range(2)]
@@ -36,7 +36,7 @@ def _after(act: Callable[[], object], made: _Allocations, *, collect: bool = Fal
 
 
 class _Allocations(TorchDispatchMode):
-    """Mode that notes the memory of every tensor that an operator of torch returns, without keeping it alive."""
+    """Mode that notes the memory of every tensor that torch's operators return, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,5 +54,5 @@ class _Allocations(TorchDispatchMode):
         return returned
 
     def alive(self) -> int:
-        """Return how many of the noted pieces of memory are still alive."""
+        """Return the number of noted allocations that are still alive."""
         return sum(not reference.expired() for reference in self._made.values())

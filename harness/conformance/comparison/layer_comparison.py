@@ -1,6 +1,7 @@
 """Runs of the subject's layer and of the reference's layer on the same input, to compare the results.
 
-The reference runs in float64. Further runs show how large the rounding errors of correct programs can be.
+The reference runs in float64. Further runs give plausible results: results that a correct program may compute. Their
+errors show how large rounding errors can be.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ RunLayer = Callable[..., dict[str, Tensor]]
 
 
 class PlausibleResults:
-    """Outputs and gradients of a layer as correct programs with other rounding errors might compute them.
+    """Plausible outputs and gradients of a layer: those that correct programs with other rounding may compute.
 
-    Each item is a dict with the output and gradients, by name, of one such program. An item is computed when it is first
+    Each item is a dict with the output and gradients of one such program, by name. An item is computed when it is first
     needed, and then stored.
     """
 
@@ -61,8 +62,8 @@ def reference_runs(
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
     """Run the reference's layer at `path` with the function `run`.
 
-    Return output and gradients in float64, and then the output and gradients that correct programs in the subject's dtype
-    might give. See `runs_of`.
+    Return its output and gradients in float64, and then plausible outputs and gradients in the subject's dtype. See
+    `runs_of`.
     """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, run=run, narrow=partial(subject.reference, path, "float32"))
@@ -78,17 +79,17 @@ def runs_of(
     run: RunLayer = observe,
     narrow: Callable[[], ReferenceLayer] | None = None,
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
-    """Return output and gradients of the float64 reference, and then results that correct programs in `dtype` might give.
+    """Return output and gradients of the float64 reference, and then plausible results in `dtype`.
 
     wide: the reference in float64. own: the reference in `dtype`. run: function that runs a layer and may change the
     layer. narrow: function that returns the reference in float32. It is called if `dtype` is float64.
 
-    The layer `own` gives the first result in `dtype`, which may happen to have almost no rounding error. For every further
-    result, each number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
-    rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in `dtype`, so
-    that each result also has other rounded sums, and the numbers of the last results move further (REORDERED_ULPS).
-    Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is given, the second result shows the
-    errors of the float64 reference itself; see `with_error_of_float64`.
+    The layer `own` gives the first plausible result, which may happen to have almost no rounding error. For every
+    further result, each number in the input and in the layer is moved by up to half a unit in the last place of
+    `dtype`, as rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in
+    `dtype`, so that its sums are rounded differently, too; for the last results, the numbers are moved further
+    (REORDERED_ULPS). Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is given, the second
+    result shows the errors of the float64 reference itself; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = run(wide.layer, wide.tensors, *exactly)

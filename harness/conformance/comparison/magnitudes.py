@@ -1,6 +1,6 @@
-"""Give drawn inputs other magnitudes.
+"""Change the magnitude of random inputs.
 
-Some magnitudes reveal errors of rounding, an overflow or a wrong mean, which normal noise would hide.
+Some magnitudes reveal rounding errors, an overflow or a wrong mean that normal noise would hide.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 _LARGE = {torch.float16: 2.0**7}
-"""dtype -> factor of `large` inputs and divisor of `small` inputs, for dtypes with a small range. The factor is so small
-that sums of products stay finite."""
+"""dtype -> factor of `large` inputs, and divisor of `small` inputs. Only float16 needs its own factor, which is so
+small that sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _HUGE = {torch.float16: 2.0**10}
 _HUGE_ELSEWHERE = 2.0**110
 _TINY = {torch.float16: 2.0**-18}
 _TINY_ELSEWHERE = 2.0**-129
-"""_TINY, _TINY_ELSEWHERE: factors with which normal noise becomes subnormal (below the smallest number with full
-precision). float64 gets the factor of float32."""
+"""Factor that makes normal noise subnormal in a dtype without an entry in `_TINY`. Subnormal numbers lie below the
+smallest number with full precision. float64 gets the factor of float32."""
 _OUTLIER = 2.0**6
 
 

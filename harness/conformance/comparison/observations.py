@@ -25,8 +25,8 @@ def observe(
     exist is missing from the result, and a comparison then fails. If dy does not have the shape of y, all gradients are
     missing. The gradients that the layer's tensors had before are restored.
 
-    x: (..., D), or token numbers. dy: (..., E). training: run in training mode, otherwise in eval mode. tensors: short
-    name -> trainable tensor of the layer. call: function that gets the layer and x, and returns y.
+    x: (..., D), or token numbers. dy: gradient of y, (..., E). training: run in training mode, otherwise in eval mode.
+    tensors: short name -> trainable tensor of the layer. call: function that gets the layer and x, and returns y.
     """
     leaf = strided_copy(x).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
@@ -68,7 +68,7 @@ def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: b
 def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
     """Return a function that runs `forward(model)` in inference mode, and returns the output.
 
-    While it runs, no parameter requires a gradient. Otherwise torch may choose another matrix product, even in
+    During the run, no parameter requires a gradient. Otherwise torch may choose another matrix product, even in
     inference mode. Then the output would be rounded differently for a reason other than the adapter.
     """
 

@@ -1,4 +1,4 @@
-"""Call an Operation forward and backward, and judge its outputs."""
+"""Call an Operation (one function, such as a fused kernel) forward and backward, and judge its outputs."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from harness.conformance.tolerance_constants import LAYER_DRAWS
 
 _T = TypeVar("_T")
 Layout = Literal["plain", "expanded", "transposed"]
-"""Layout of the gradient of an output: contiguous; one number expanded, as `y.sum()` sends it; or transposed in memory, as
-`y.T` sends it."""
+"""Layout of the gradient of an output. `plain`: contiguous. `expanded`: one number expanded, as `y.sum()` sends it.
+`transposed`: transposed in memory, as `y.T` sends it."""
 _NARROW = {torch.float64: torch.float32}
 
 
 def judge(
     subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None = None
 ) -> tuple[Judgement, str]:
-    """Judge the outputs `mine` of a call. Return the judgement, and a detail as text.
+    """Judge the outputs `mine` of a call. Return the judgement, and details as text.
 
-    First, dtype, shape and device must equal the reference's. Then the values are judged by the Operation's own
-    rule. If the Operation has no rule, they must be within the noise floor of the reference. given: the arguments of
-    the call, if they are a copy of the subject's in another memory layout. The reference is then also called with them,
-    because its sums may have another order.
+    First, dtype, shape and device must equal the reference's. Then the values are judged by the Operation's own rule.
+    If the Operation has no rule, they must be within the noise floor of the reference. given: the arguments of the
+    call, if they are a copy of the subject's in another memory layout. The reference is then also called with `given`,
+    because this layout may change the order of its sums.
     """
     if given is not None:
         return _judge(subject, mine, case, given)
@@ -88,7 +88,7 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
 def judgements(
     subject: OperationSubject, mine: dict[str, Tensor], case: Case, given: Arguments | None = None
 ) -> Iterator[tuple[Judgement, str]]:
-    """Judge the outputs `mine` by each rule of the Operation. Yield each judgement with its detail. given: see `judge`."""
+    """Judge the outputs `mine` by each rule of the Operation. Yield pairs (judgement, details). given: see `judge`."""
     yield judge(subject, mine, case, given)
     if subject.operation.codes is not None:
         yield judge_codes(subject, subject.operation.codes, mine, case)
@@ -102,10 +102,11 @@ def judge_form(
     case: Case,
     given: Arguments | None = None,
 ) -> Judgement:
-    """Judge the outputs `mine` of a call in another form, such as another memory layout; return the judgement.
+    """Judge the outputs `mine` of a call in another form, such as another memory layout. Return the judgement.
 
-    If they equal the outputs `plain` of the plain call to the last bit, they pass. Otherwise they must pass the rules
-    of the Operation, since the form may take another path through the code. form: name of the form. given: see `judge`.
+    plain: the outputs of an ordinary call. Outputs that equal these to the last bit pass. Other outputs must pass the
+    rules of the Operation, since the form may take another path through the code. form: name of the form. given: see
+    `judge`.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:
@@ -121,11 +122,11 @@ def forward(
     *,
     leaves: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Call `function` on the arguments, cast to `dtype`.
+    """Call `function` on the subject's arguments, cast to `dtype`. Return the outputs, and the arguments in `of`.
 
-    Return the outputs, and the arguments that need a gradient, by name. of: names of the arguments, or of items of
-    lists such as `As[0]`, that need a gradient; by default all differentiable arguments. leaves: if False, these
-    arguments are not leaves but results of another operator, as in the middle of a model.
+    of: names of the arguments that need a gradient, or of items of lists such as `As[0]`; by default all differentiable
+    arguments. leaves: if False, these arguments are not leaves but results of another operator, as in the middle of a
+    model.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     found = require_gradients(subject, given, of)
@@ -137,7 +138,10 @@ def forward(
 def require_gradients(
     subject: OperationSubject, given: Arguments, of: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """Make arguments of a call require a gradient, and return them by name. of: see `forward`."""
+    """Let the arguments named in `of` require a gradient, and return them by name.
+
+    given: all arguments. of: see `forward`.
+    """
     wanted = subject.operation.differentiable if of is None else of
     found = {n: t for n, t in flatten(given).items() if n in wanted or n.partition("[")[0] in wanted}
     for leaf in found.values():
@@ -171,9 +175,9 @@ def backward(
     """Run backward from the outputs with random gradients. Return the gradient of each leaf as `grad <name>`.
 
     A leaf that gets no gradient has zeros. layout: see Layout. used: names of the outputs that get a gradient; by
-    default all. times: number of backward passes through the same graph. Only the last one is returned. zeros:
-    begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them. incoming: the gradient of each output, in
-    place of a random one. The last pass gets these tensors themselves, not copies.
+    default all. times: number of backward passes through the same graph. Only the gradients of the last pass are
+    returned. zeros: begin with gradients of zeros, as `zero_grad(set_to_none=False)` leaves them. incoming: the
+    gradient of each output, in place of a random one. The last pass gets these tensors themselves, not copies.
     """
     incoming = incoming_gradients(outputs, case, layout) if incoming is None else incoming
     given = [name for name, y in outputs.items() if y.requires_grad and (used is None or name in used)]
@@ -197,14 +201,14 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    By default these are all differentiable arguments. The gradients are computed in `dtype`. leaves: see `forward`. how: see
-    `backward`.
+    function: the Operation or its reference, called in `dtype`. of: by default all differentiable arguments. leaves:
+    see `forward`. how: see `backward`.
     """
     return backward(*forward(subject, function, dtype, of, leaves=leaves), case, **how)
 
 
 def reference_outputs(subject: OperationSubject, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the outputs of the reference for the arguments, cast to `dtype`. They are computed once."""
+    """Return the reference's outputs for the subject's arguments, cast to `dtype`. Later calls return the same result."""
     arguments = subject.arguments
     return subject.known.once(
         ("outputs", dtype), lambda: _reference(subject, cloned(arguments, {DTYPES[subject.dtype]: dtype}))
@@ -212,7 +216,10 @@ def reference_outputs(subject: OperationSubject, dtype: torch.dtype) -> dict[str
 
 
 def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
-    """Return what `gradients` returns for the reference, for all differentiable arguments. It is computed once."""
+    """Return the reference's gradients of all differentiable arguments, computed in `dtype`. See `gradients`.
+
+    Later calls return the same result.
+    """
     reference = subject.operation.reference
     return subject.known.once(("gradients", dtype, case.seed), lambda: gradients(subject, reference, dtype, case))
 
@@ -259,7 +266,7 @@ def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 
 def flatten(value: object, name: str = "") -> dict[str, Tensor]:
-    """Return the tensors inside arguments by names that tell where they are, such as `x` and `As[0]`."""
+    """Return the tensors inside arguments. Their names are positions, such as `x` and `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
     found: dict[str, Tensor] = {}
@@ -295,9 +302,9 @@ def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Ten
 
 
 def finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace NaN and infinity by 0, and add tensors that mark the replaced elements. Return all these tensors.
+    """Return the tensors with NaN and infinity replaced by 0, and further tensors that mark the replaced elements.
 
-    So a comparison counts NaN as equal to NaN.
+    A comparison of the result counts NaN as equal to NaN.
     """
     finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
     how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}

@@ -1,4 +1,4 @@
-"""Ways to call an Operation: modes of torch, gradients of some arguments, changed numbers, repetition and threads."""
+"""Ways (forms) to call an Operation: modes of torch, gradients of some arguments, changed numbers and repetition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Named = dict[str, Tensor]
 
 
 class OperationForm(StrEnum):
-    """Ways to call an Operation. `{}` stands for an argument, an output or a dtype."""
+    """Names of the ways to call an Operation. `{}` stands for an argument, an output or a dtype."""
 
     NO_GRAD = "under no_grad"
     INFERENCE = "under inference_mode"
@@ -54,7 +54,7 @@ class OperationForm(StrEnum):
 
 
 def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    """Yield a judgement of the outputs or gradients for every way to call the Operation."""
+    """Call the Operation in every form, and yield judgements of the outputs and gradients."""
     plain = {name: t.detach().clone() for name, t in subject.call().items()}
 
     def judge(form: str, mine: _Named) -> Judgement:
@@ -104,8 +104,8 @@ def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
 def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Iterator[Judgement]:
     """Yield judgements of the outputs under autocast, for a float32 Operation that has a gradient.
 
-    Its products may be computed in 16 bits, or in float32 as before. It may also refuse arguments that autocast leaves in
-    several dtypes, but must not compute wrongly.
+    The Operation may compute products in 16 bits, or in float32 as before. It may also refuse arguments that autocast
+    leaves in several dtypes. Wrong results fail.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
@@ -124,9 +124,10 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
 
 
 def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:
-    """Overwrite the outputs of a call. That must change neither its arguments nor the outputs of the next call.
+    """Overwrite the outputs of a call. Yield judgements of the call's arguments and of the next call's outputs.
 
-    An argument that is returned as it was, e.g. the A that LoRA-FA does not train, is not overwritten.
+    Both must be as before. An output that is an argument itself is not overwritten, such as the A that LoRA-FA does not
+    train.
     """
     given = cloned(subject.arguments)
     with torch.no_grad():
@@ -206,9 +207,10 @@ def _called(subject: OperationSubject, given: dict[str, Any]) -> _Named:
 
 
 def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
-    """Call the Operation in several threads at once, each with its own numbers. Return outputs that differ from `alone`.
+    """Call the Operation in several threads at once, each with other numbers. Return outputs that differ from `alone`.
 
-    Only the outputs for the subject's own arguments are returned. If none differ, return `alone`.
+    alone: the outputs without other threads. Only outputs for the subject's own arguments are returned. If none differ,
+    return `alone`.
     """
     others = [subject.arguments, *(subject.another() for _ in range(THREADS - 1))]
     given = [
@@ -231,8 +233,8 @@ def _judge_changed(
 ) -> Judgement:
     """Call the Operation twice with different numbers, and judge the second call.
 
-    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: names of arguments.
-    If given, both calls get the same tensors, and the tensors of the named arguments are changed in between.
+    By default, the first call gets the subject's own arguments, and the second call gets `arguments`. If `in_place` has
+    names of arguments, both calls get the same tensors, and the tensors with these names are changed in between.
     """
     given = cloned(dict(arguments))
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Judgement of a packed weight's codes: of all codes at once, or in pieces to save memory."""
+"""Judgement of a packed (4-bit) weight's codes: of all codes at once, or in pieces to save memory.
+
+An element near a tie is near the middle of two levels, so either code is right.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
     """Judge a packed weight and its bias.
 
-    Return the judgement, and the number of codes that differ only because of a tie (see the check `codes`).
+    Return the judgement, and the number of codes that differ only because of a tie.
     """
     have, expected, ties = _comparable(form, want)
     found = [exact(have | _named(bias), expected | _named(want.bias))]
@@ -68,9 +71,9 @@ def _named(bias: Tensor | None) -> dict[str, Tensor]:
 
 
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
-    """Return the mask `nf4.near_tie` of the elements of W, computed only for blocks that contain a requested element.
+    """Return a mask of the elements of W near a tie, computed only for blocks that contain a requested element.
 
-    In all other blocks the mask is False. requested: mask of the elements.
+    In all other blocks the mask is False. requested: bool mask of elements of W. See `nf4.near_tie`.
     """
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)
@@ -83,7 +86,7 @@ def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tenso
     """Return the subject's tensors, the expected tensors, and the number of codes that differ only because of a tie.
 
     Allowed differences are removed, so that the tensors are equal if the codes are correct. An absmax that is itself
-    quantised is left out. If the number of elements is odd, the last byte also holds the code of zero.
+    quantised is left out. If the number of elements is odd, the last byte also holds a code that stands for 0.
     """
     n = want.codes.numel()
     codes, right = (nf4.unpack(data, n + n % 2) for data in (form.data, nf4.pack(want.codes)))

@@ -1,4 +1,7 @@
-"""Draw values to quantise in blocks, and judge the codes and absmax that result."""
+"""Draw values to quantise in blocks, and judge the resulting codes and absmax (the largest magnitude of each block).
+
+Levels are the values that codes stand for. A tie is a value halfway between two neighbouring levels.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
-"""Kinds of values that every dtype can represent after decoding."""
+"""Kinds of values to quantise. After quantising and decoding, every dtype can hold them: none is infinite or NaN."""
 UNCOMPARED = -1.0
-"""Value that replaces an absmax which is not compared, in the result and in the reference. A real absmax is never
+"""Value that replaces an absmax which is not compared, both in the result and in the reference. A real absmax is never
 negative."""
 
 
@@ -27,9 +30,9 @@ def values(
     """Return a tensor to quantise, of `shape` and `dtype`.
 
     levels: the values that the codes stand for. kind: what the elements are. `levels`: the levels. `ties`: values
-    halfway between two neighbouring levels. Both of these kinds have an absmax of 1, so that every division is exact.
-    `scales`: blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and
-    `infinity`: one such element, in the second block if there is one.
+    halfway between neighbouring levels. For both of these kinds absmax is 1, so that every division is exact. `scales`:
+    blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and `infinity`: one
+    such element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not drawn.numel():
@@ -64,12 +67,11 @@ def largest_of_blocks(value: Tensor, block: int) -> Tensor:
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:
-    """Compare `codes` and `absmax` with the reference's. Return the judgement, and text with the number of ties.
+    """Judge `codes` and `absmax` by the reference's. Return the judgement, and text with the number of ties.
 
     Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the
     neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros. A block with
-    NaN or infinity may have any codes, with an absmax that is not finite. bitsandbytes' back ends differ for such
-    blocks.
+    NaN or infinity may have any codes, if its absmax is not finite. bitsandbytes' back ends differ for such blocks.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -103,7 +105,7 @@ class FourBit:
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
-        """Draw a tensor to quantise. kind: see `values`."""
+        """Return random arguments for quantising a tensor. kind: see `values`."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,8 @@ class FourBit:
     def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
         """Judge every packed byte and absmax. Return the judgement, and text with the number of ties.
 
-        If the number of elements is odd, the last byte also holds the code of zero. It counts as an element of the last
-        block.
+        If the number of elements is odd, the last byte also holds a code that stands for 0. It counts as an element of
+        the last block.
         """
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
@@ -133,7 +135,7 @@ class FourBit:
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
     ) -> Arguments:
-        """Draw a packed weight. If it has enough elements, every code occurs."""
+        """Return random arguments for decoding a packed weight. If the weight has enough elements, every code occurs."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)
         return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}

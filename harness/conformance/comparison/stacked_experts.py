@@ -1,7 +1,7 @@
-"""Stacked experts that can be called like any other layer: with an input alone, and in float64.
+"""Call stacked experts like any other layer: with an input alone, and in float64.
 
-In a model, the router chooses the experts. A check calls one layer on a random input, and every program under test must
-get the same choice, which is fixed here.
+Stacked experts are a mixture of experts with the weights of all experts in one tensor. In a model, the router chooses
+the experts. A check has no router, so this module fixes the choice for every program under test.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ _CHOSEN = 2
 
 
 def fix_routing(module: nn.Module) -> None:
-    """Let `module` be called without a choice of experts. A call with a choice is left as it is.
+    """Let `module` be called with an input alone, and add the fixed choice of experts to such a call.
 
-    module: a module of stacked experts, or an adapter layer around such a module. A second call changes nothing.
+    A call with a choice stays as it is. A second call of this function changes nothing. module: stacked experts, or an
+    adapter layer around them.
     """
     if _with_choice not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_with_choice)
 
 
 def fixed_choice(experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers (T, N) of the chosen experts and their weights (T, N) for an input x (T, D).
+    """Return the indices (T, N) of the chosen experts and their weights (T, N) for an input x (T, D).
 
-    The choice depends only on T. No token chooses expert 0, unless it is the only one.
+    The choice depends only on T. No token chooses expert 0, unless there is no other expert.
     """
     generator, used = torch.Generator().manual_seed(len(x)), max(1, experts - 1)
     chosen = (
@@ -44,9 +45,9 @@ def fixed_choice(experts: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """If `dtype` is float64, let a mixture of experts, or one module of experts, multiply its experts one by one.
+    """If `dtype` is float64, let a mixture of experts or one module of experts compute each expert separately.
 
-    torch has no grouped products in float64.
+    torch has no grouped matrix products in float64.
     """
     if dtype != torch.float64:
         return

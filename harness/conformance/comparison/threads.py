@@ -13,10 +13,10 @@ _Found = TypeVar("_Found")
 
 
 def at_once(call: Callable[[_Given], _Found], given: Sequence[_Given]) -> list[_Found]:
-    """Return `call(item)` for each item of `given`. Every call has a thread of its own, and all start at the same time.
+    """Return `call(item)` for each item of `given`. Every call has its own thread, and all start at the same time.
 
-    If Triton's interpreter is on, the calls run one after another. It replaces functions of Triton while a kernel runs, so
-    two threads would disturb each other.
+    With Triton's interpreter, the calls run one after another. The interpreter replaces functions of Triton while a
+    kernel runs, so two threads would disturb each other.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [call(one) for one in given]

@@ -1,6 +1,7 @@
 """Rules that decide how far a tensor may be from the float64 reference.
 
-The numbers in these rules are in `tolerance_constants`.
+The numbers in these rules are in `tolerance_constants`. A plausible result, or draw, is one that a correct program may
+compute.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from harness.conformance.tolerance_constants import (
 )
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-"""Dtypes that every torch compares without conversion."""
+"""Dtypes that every supported torch version compares without conversion."""
 ROUNDED_SUMS = ("float32", "float64")
-"""Dtypes in which a sum is rounded at every term. Numbers of 16 bits are summed in float32."""
+"""Dtypes in which a sum is rounded at every term. 16-bit numbers are summed in float32 instead."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Result of a comparison: whether all tensors passed, and details of the tensor with the largest error / allowed."""
+    """Result of a comparison: whether all tensors passed, and details of the worst one.
+
+    The worst tensor has the largest ratio of error to allowed error.
+    """
 
     passed: bool
     error: float | None
@@ -52,7 +56,7 @@ class Judgement:
     nonfinite: int
     """Number of elements that are NaN or infinite."""
     decided: bool = True
-    """False if the reference itself is too inaccurate to judge by; `worst` then has the reason."""
+    """False if the reference itself is too inaccurate for a decision. `worst` then has the reason."""
 
     @property
     def ratio(self) -> float:
@@ -71,17 +75,17 @@ def noise_floor(
 ) -> Judgement:
     """Judge the subject's errors by the errors that the reference makes in the subject's dtype.
 
-    truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several such dicts that
-    correct programs might give. If there are several, the largest error among them is used, and no further dicts are
-    computed once the judgement passes.
+    truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several plausible
+    results. If there are several, the largest of their errors is used, and no further result is computed once the
+    judgement passes.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
     eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the
     difference, relative to the root mean square: it reveals one wrong element among many. The third is the projection
     of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
 
-    A missing or surplus tensor fails. A tensor is not judged if the reference's own error may exceed the share CEILING
-    of the tensor.
+    A missing or surplus tensor fails. A tensor is not judged if the reference's error times `factor` may exceed the
+    share CEILING of the tensor's norm.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -100,9 +104,8 @@ def _by_draws(
 ) -> Judgement:
     """Judge with one draw, then with two and so on, and return the first judgement that passes.
 
-    A draw is a result that a correct program with other rounding errors might give. Its errors decide how large the
-    subject's errors may be. If no judgement passes, return the last one. Stop early if further draws could hardly explain
-    the subject's error.
+    The errors of the draws decide how large the subject's errors may be. If no judgement passes, return the last one.
+    Stop early if the subject's error is too large to be explained by further draws.
     """
     drawn: list[dict[str, Distance]] = []
     verdict = worst_of([], policy)
@@ -157,7 +160,7 @@ def carried_noise(
     dtype: str,
     factor: float = CARRIED_FACTOR,
 ) -> Judgement:
-    """Judge tensors that passed through many layers. The rule is the same as in `noise_floor`, with two exceptions.
+    """Judge tensors that passed through many layers. The rule is that of `noise_floor`, with two exceptions.
 
     First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
     tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of
@@ -228,16 +231,16 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
 
 
 def _equal(have: Tensor, want: Tensor) -> bool:
-    """Return whether all values are equal. They are compared in float64, unless one comparison in their dtype suffices."""
+    """Return whether all values are equal. Tensors with different or rare dtypes are compared in float64."""
     if have.dtype != want.dtype or have.dtype not in _COMPARABLE:
         have, want = have.double(), want.double()
     return bool((have == want).all())
 
 
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Judge 16-bit tensors by the share of their elements that differ from the correctly rounded float64 truth.
+    """Judge 16-bit tensors by the share of elements that differ from the correctly rounded float64 truth.
 
-    The error is this share. It reveals a second rounding, or another way of rounding, whose Frobenius error is small.
+    The error is this share. It reveals a second or a wrong rounding, which hardly changes the Frobenius norm.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
@@ -258,7 +261,7 @@ def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgem
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement with the largest ratio of error to allowed error. A failure comes before a pass.
+    """Return the judgement with the largest ratio of error to allowed error. Any failure counts as worse than any pass.
 
     Its `nonfinite` is the total over all judgements. Undecided judgements are ignored unless all are undecided. If
     there is no judgement at all, return a failure.
@@ -283,8 +286,8 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `truth`, moved as far as rounding to float64 may have moved it.
 
-    truth: tensors of the reference in float64. Its own errors cannot be seen, because no wider dtype exists. narrow: the
-    same tensors of the reference in float32. Their errors are scaled by the ratio of the two eps, since rounding errors
+    truth: tensors of the reference in float64. Their errors cannot be measured, because no wider dtype exists. narrow:
+    the same tensors in float32. The errors of `narrow` are scaled by the ratio of the two eps, since rounding errors
     are proportional to eps. A tensor with large errors in float32 is not moved.
     """
     scale = EPSILON["float64"] / EPSILON["float32"]
@@ -299,7 +302,7 @@ def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tens
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
     """Return a mask (T,) that is True for the rows of `value` (T, E) that agree with `truth`.
 
-    draws: results that correct programs with other rounding errors might give. They decide how far a row may be off.
+    draws: plausible results. Their errors decide how far a row may be off.
     """
 
     def off(some: Tensor) -> Tensor:
@@ -319,7 +322,7 @@ def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
 
 
 def _factor(factor: float, tensor: Tensor) -> float:
-    """Return how many times as large as the reference's own error the error of `tensor` may be.
+    """Return the allowed ratio of the error of `tensor` to the reference's own error.
 
     This is `factor`, or more for a tensor with few elements.
     """
@@ -331,10 +334,10 @@ def _largest(errors: Sequence[Distance]) -> Distance:
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
-    """Return a failure for a tensor with a wrong shape or with elements that are not finite.
+    """Return a failure for a tensor with a wrong shape or with elements that are not finite. Otherwise return None.
 
-    Otherwise return None. undecided: True if the reference itself is too inaccurate in this dtype. Then elements that
-    are not finite are allowed, because the reference may have overflowed.
+    undecided: True if the reference itself is too inaccurate in this dtype. Then elements that are not finite are
+    allowed, because the reference may have overflowed.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"

@@ -18,7 +18,7 @@ INPUT_GRADIENT = "grad input"
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model in `dtype`. In float64, the copy multiplies its experts one by one."""
+    """Return a copy of a model in `dtype`. In float64, the copy computes each expert of a mixture separately."""
     made: nn.Module = module_copy.copied(model).to(dtype)
     one_by_one(made, dtype)
     return made
@@ -32,8 +32,8 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the original model with the reference's layers, and the copy's trainable tensors by name.
 
-    The copy is in `dtype`. A comparison with it also reveals changes that the implementation makes outside its layers.
-    Raises ValueError if no copy of the original model was kept.
+    The copy is in `dtype`. A comparison with the copy also reveals changes that the implementation makes outside its
+    layers. Raises ValueError if no copy of the original model was kept.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -67,7 +67,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return the model that `base` returns, with the Method's reference attached in the state from which training starts."""
+    """Return the model of `base` with the Method's reference attached, in the state from which training starts."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()
@@ -83,8 +83,8 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run the model forward and backward. Return `logits`, and the gradient of each tensor as `grad <name>`.
 
-    Meanwhile, the model's own dropout is off. with_input: if the model's first argument is a tensor of floating-point
-    numbers, let it need a gradient, and return this gradient as INPUT_GRADIENT.
+    During the run, the model's own dropout is off. with_input: if the model's first argument is a floating-point
+    tensor, let this tensor need a gradient, and return the gradient as INPUT_GRADIENT.
     """
     leaves: list[Tensor] = []
 

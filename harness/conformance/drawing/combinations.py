@@ -11,19 +11,19 @@ from typing import Any
 from harness.conformance.drawing.factors import Factor
 
 BEYOND_16_BITS = 65_600
-"""Number of rows or blocks that exceeds 65,535, the largest number of 16 bits and the largest second side of a CUDA grid."""
+"""Number of rows or blocks above 65,535, which is the largest 16-bit number and the largest second side of a CUDA grid."""
 _THIN = (4, 4)
-"""Sides of the weight in a case with `BEYOND_16_BITS` rows, which keep this case small."""
+"""Sides of the weight in a case with `BEYOND_16_BITS` rows. They are small, so that the case is small."""
 _VOCABULARY = (BEYOND_16_BITS, 8)
 _SLOW_DECAY = 0.99
-"""Least beta2 for which the bias correction still differs from 1 after a hundred steps."""
+"""Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
 
 def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     """Yield values of factors with more rows, or more blocks of a quantised weight, than 16 bits can count.
 
-    The other factors of such a case have their plainest values. Stacked experts have no such case:
-    the rounding errors of their gradients, which are sums over all rows, exceed the tolerance.
+    The other factors of such a case have their plainest values. There is no such case for stacked experts: their
+    gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
     """
     shape = factors.get("shape")
     if "experts" in factors:
@@ -37,14 +37,14 @@ def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
-    """Yield each combination as values of some factors. The other factors of its case have their plainest values.
+    """Yield each combination as values of some factors. All other factors of its case have their plainest values.
 
-    - beta2 near 1, with a step shortly after 1 / (1 - beta2), where the bias correction is 0.8.
-    - In float16 a large gate before each activation. DoRA is off here, because it would divide by the norm of the gate.
+    - beta2 near 1, with a step shortly after 1 / (1 - beta2). There, the bias correction sqrt(1 - beta2^step) is 0.8.
+    - A large gate before each activation, in float16. DoRA is off, because it would divide by the norm of the gate.
     - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
-      transposed weight has the right shape and is noticed only by its values.
+      transposed weight has the right shape, so only its values show the mistake.
     - An embedding with more entries than 16 bits can count.
-    - A scaling of 1, for which a program may have a shorter path, with dropout.
+    - Dropout with a scaling of 1, for which a program may have a shorter path.
     - A bias of B in a model whose layers all have a bias. HF peft can merge a bias of B only in such layers.
     """
     if "step" in factors and "beta2" in factors:

@@ -1,4 +1,4 @@
-"""A small sample of cases in which every pair of levels of two factors occurs. Imports no torch.
+"""Make a small sample of cases in which every pair of levels of two factors occurs. Imports no torch.
 
 A factor is a setting of a case. Its levels are the values to try.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, int]
-"""One case: maps each factor to the index of its level."""
+"""One case: factor -> index of its level."""
 Pair = tuple[tuple[str, int], tuple[str, int]]
 TRIES = 20
-"""Largest number of random rows into which `covering` puts a pair of levels in search of a valid row."""
+"""Largest number of random rows that `covering` tries as starting points, to find a valid row with a given pair."""
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
@@ -36,10 +36,7 @@ def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
 
 
 def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> Iterator[Row]:
-    """Yield rows in which one of the named factors has another level than its first.
-
-    All other factors have their first level.
-    """
+    """Yield every row in which exactly one factor, one of `names`, is not at its first level."""
     for name in names:
         yield from (dict.fromkeys(levels, 0) | {name: level} for level in range(1, len(levels[name])))
 
@@ -53,12 +50,12 @@ def covering(
     """Return rows that contain the wanted pairs of levels. A pair is left out if no valid row is found for it.
 
     valid: returns whether the values of a row can be tried. given: rows that exist already. The result need not contain
-    their pairs.
+    the pairs in these rows.
 
-    The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row
-    takes the level that adds most missing pairs. If this row is not valid, another row is made for the pair. It begins
-    as a valid row: the row of all first levels, an earlier row or a random row, with the levels of the pair put in.
-    Then every other factor takes the level that adds most missing pairs and leaves the row valid.
+    The result is deterministic. Each row begins with one missing pair. Every other factor gets the level that adds most
+    missing pairs. If this row is not valid, a valid row is made from another starting point: the row of all first
+    levels, an earlier row or a random row, with the pair put in. Then every other factor gets the level that adds most
+    missing pairs and leaves the row valid.
     """
 
     def fits(row: Row) -> bool:
@@ -96,8 +93,9 @@ def _filled(
 ) -> Row:
     """Return a row that contains `pair` and many of the missing pairs.
 
-    The other factors get their levels in turn. Each gets the level that adds most missing pairs, among the levels that
-    `fits` accepts. `fits` tests a whole row, in which factors without a level yet have their level of `start`.
+    The factors outside `pair` get their levels one after the other. Each gets the level that adds most missing pairs,
+    among the levels that `fits` accepts. `fits` tests a whole row: a factor without a level yet has its level of
+    `start`.
     """
     row = dict(pair)
     for name in levels:
@@ -122,5 +120,5 @@ def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple
 
 
 def values(row: Row, levels: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the level of each factor in a row, by the factor's name."""
+    """Map each factor to its level in `row`."""
     return {name: levels[name][row[name]] for name in levels}

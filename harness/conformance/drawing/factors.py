@@ -17,19 +17,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from harness.methods.spec import FieldInfo
 
 ELEMENTS = 80_000
-"""Largest number of elements of a drawn tensor. It exceeds 65,536, where some kernels begin another block. It is small
-enough that a case takes a tenth of a second."""
+"""Largest number of elements of a random tensor. It exceeds 65,536, where some kernels begin another block. Yet a case
+takes only a tenth of a second."""
 LARGEST_SIZE = 300
-"""Largest rank or block that is drawn, unless the setting has a smaller maximum. It exceeds 256, the size of the
-kernels' tiles."""
+"""Largest random rank or block, unless the setting has a smaller maximum. It exceeds 256, the size of the kernels'
+tiles."""
 BEYOND_8_BITS = 300
-"""Number of adapters or experts that exceeds 255, the largest number of 8 bits."""
+"""Number of adapters or experts above 255, the largest 8-bit number."""
 WIDEST = 16_400
-"""Number of features that exceeds 16,384, the largest block in which a kernel reads a whole row. Llama 2 has 11,008."""
+"""Number of features above 16,384, the longest row that a kernel reads as one block. Llama 2 has 11,008."""
 LARGEST_RANK = 1030
 """Largest rank that a case has. It exceeds every side of the kernels' tiles."""
 LENGTHS = tuple(range(1, 13))
-"""Possible lengths of drawn lists, such as lists of sequences or of adapters."""
+"""Possible lengths of random lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
 """An integer setting with a maximum of at least this number is a key or a seed, not a size."""
 
@@ -46,15 +46,15 @@ class Factor:
     least: float | None = None
     """Smallest number that is drawn at random. None if only levels are drawn."""
     most: float | None = None
-    """Largest number that is drawn at random. If sizes of a tensor are drawn, the largest number of elements."""
+    """Largest number that is drawn at random. For a factor that holds a tensor's sizes, the largest number of elements."""
     dimensions: tuple[int, ...] = ()
-    """Possible lengths of a drawn list. Empty if the setting is not a list. If `least` is None, the list holds the
-    sizes of a tensor. Otherwise it holds numbers from `least` to `most`."""
+    """Possible lengths, if the setting is a list; empty otherwise. If `least` is None, the list holds the sizes of a
+    tensor. Otherwise it holds numbers from `least` to `most`."""
     optional: bool = False
     """True if an implementation need not support any level except the first."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
-        """Return the factor with narrower bounds. A level outside the bounds is replaced by the nearest bound."""
+        """Return the factor with these bounds; None keeps the present bound. A level outside becomes the nearest bound."""
         low = self.least if least is None else least
         high = self.most if most is None else most
         levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)
@@ -116,7 +116,7 @@ Rows = Annotated[
 def of_field(field: FieldInfo, *, is_rank: bool = False) -> Factor | None:
     """Return the factor for a field of a Config. If the field is a list of layers, return None.
 
-    is_rank: whether the setting is a rank, which has extreme values of its own.
+    is_rank: True if the setting is a rank, which has extreme values of its own.
     """
     if field.is_list:
         return None

@@ -35,8 +35,8 @@ from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
 _SINGLE = ((40, 1), (1, 40))
-"""Sides of a layer with a single output feature, such as a reward or value head, and of one with a single input. The
-ParityModel then has layers of both sorts, so OFT has no such case: one input feature cannot be rotated."""
+"""Sides of a layer with a single output feature, such as a reward head, and of one with a single input feature. The
+ParityModel then has layers of both sorts, so OFT has no such case: it cannot rotate one input feature."""
 _SIDES = Factor(
     ((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)),
     ((4100, 8), (8, 4100), (264, 264), (9, 11), (31, 17), (17, 13), *_SINGLE),
@@ -44,7 +44,7 @@ _SIDES = Factor(
 )
 """Numbers of input and output features of the first adapted layer. 17 is just above twice the usual rank, 8."""
 _LEAST_SIDE = 8
-"""Least number of features in all other cases."""
+"""Smallest number of features, except in a case with sides from _SINGLE."""
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
 _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
@@ -52,25 +52,24 @@ _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
 _TRIES = 12
-"""Largest number of rows of the sample into which an extreme value is put in search of a valid row."""
+"""`_extremes` looks in this many rows of the sample for the other values of a case with an extreme value."""
 _IN_EVERY_DTYPE = ("magnitude", "weights")
 """Names of the factors whose extreme values depend on the dtype."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite, and variants of the typical one (`_of_typical`).
+    """Yield the examples of the parity suite, and two variants of the typical example (see `_of_typical`).
 
-    If `wanted.is_wide`, also yield a sample that covers pairs of levels.
+    If `wanted.is_wide`, also yield a sample that covers pairs of levels. A factor is a setting of a case, and its
+    levels are the values to try. A factor is optional if an implementation may lack it, such as an option of the Method
+    or another kind of layer. The sample has five parts:
 
-    A factor is a setting of a case, and its levels are the values to try. A factor is optional if an implementation may
-    lack it, such as an option of the Method or another kind of layer.
-
-    The sample has five parts. In the first part, optional factors have their plainest level, and every pair of levels
-    of two other factors occurs. In the second part, every level of each optional factor occurs, or with
-    `wanted.full` every pair of levels of any two factors. In the third part, every level of each optional factor occurs
-    while all other factors have their plainest level: an implementation that lacks an option skips every case that
-    combines this option with others. In the fourth part, each extreme value occurs once, beside plain values. The
-    fifth part has the combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
+    - Every pair of levels of two factors that are not optional. Optional factors have their plainest level.
+    - Every level of each optional factor; with `wanted.full`, every pair of levels of any two factors.
+    - Every level of each optional factor, while all other factors have their plainest level. An implementation that
+      lacks an option skips every case with this option, also where the case combines it with others.
+    - Each extreme value once, beside plain values.
+    - The combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
@@ -108,9 +107,9 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]:
     """Yield two variants of the suite's typical example.
 
-    The first has large numbers in float16, whose products may overflow. The second is a square Conv1D with tiny weights: a
-    square weight may be transposed by mistake without an exception, and a guard against a division by zero may count tiny
-    numbers as zero.
+    The first has large numbers in float16, whose products may overflow. The second is a square Conv1D with tiny
+    weights. A square weight can be transposed by mistake without an exception. A guard against a division by zero may
+    treat tiny numbers as zero.
     """
     typical = next((case for case in plan.cases(FEW, dtypes) if case.typical), None)
     takes_large = not isinstance(plan, OperationSuite) or operations.every()[plan.operation].inputs
@@ -129,7 +128,7 @@ def _extremes(
 ) -> Iterator[dict[str, Any]]:
     """Yield a case for each extreme value of each factor. All other factors have their plainest values.
 
-    If this case is not valid, the other factors have the values of the first row in `rows` that makes the case valid. An
+    If this case is not valid, the other factors get their values from the first row in `rows` that makes it valid. An
     extreme value of `magnitude` or `weights` is tried in every dtype, any other extreme value in one dtype.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}

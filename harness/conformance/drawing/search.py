@@ -20,7 +20,7 @@ from harness.conformance.parity_suite import AnyCase, ParitySuite
 
 
 def cases(plan: ParitySuite, dtypes: Sequence[str], number: int, first_seed: int) -> list[AnyCase]:
-    """Return `number` random cases. If the suite has fewer, return fewer. first_seed: the seed of the cases."""
+    """Return `number` random cases, or all cases if the suite has fewer. first_seed: seed of the random numbers."""
     drawn: list[AnyCase] = []
 
     @seed(first_seed)
@@ -50,10 +50,10 @@ def search(
 ) -> None:
     """Try `wanted.drawn` random cases, and shrink each failure to the smallest case that still fails.
 
-    Call `report` with the outcomes of each case until a check fails. For each check that fails, call `report` with the
-    outcomes of the first failing case and of the smallest failing case. `wanted.seed` decides the random cases.
-    Failures of earlier searches are stored in the cache under `name`, and are tried first. A failure that a known
-    defect explains is not shrunk, and the search goes on.
+    Call `report` with the outcomes of each case until a check fails. After that, call `report` only with the outcomes
+    of the first failing case and of the smallest failing case of each check that fails. `wanted.seed` decides the
+    random cases. Failures are stored in the cache under `name`, and the next search tries them first. A failure that a
+    known defect explains is not shrunk, and the search goes on.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()
@@ -100,9 +100,9 @@ def search(
 
 @cache
 def _failure_of(check: str) -> type[AssertionError]:
-    """Return the exception type for failures of a check.
+    """Return the exception type for failures of one check.
 
-    Each check needs its own type, because Hypothesis takes failures of one type for the same failure.
+    Each check needs its own type, because Hypothesis regards all failures of one type as the same failure.
     """
     return type(f"{check}Failed", (AssertionError,), {})
 

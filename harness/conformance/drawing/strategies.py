@@ -51,7 +51,10 @@ def sizes(draw: st.DrawFn, dimensions: int, elements: int) -> tuple[int, ...]:
 
 
 def _whole(least: int, most: int) -> st.SearchStrategy[int]:
-    """Return a Hypothesis strategy for whole numbers. Each range from a power of two to the next is equally likely."""
+    """Return a Hypothesis strategy for whole numbers from `least` to `most`.
+
+    The ranges from `least` to 2 `least`, from 2 `least` to 4 `least` and so on are equally likely.
+    """
     low = max(1, least)
     exponents = st.integers(0, max(0, math.floor(math.log2(most / low))) if most > low else 0)
     return exponents.flatmap(lambda e: st.integers(low << e, min(most, (low << (e + 1)) - 1)))

@@ -28,13 +28,13 @@ from harness.conformance.subject import attach_reference, configure
 from harness.methods.spec import method_info
 
 _LARGEST_DEEP = 4096
-"""Largest number of elements in a weight of a `deep` model. Such a model has many targets, and a check does its work
-once for each of them."""
+"""Largest number of elements in a weight of a ParityModel of the form `deep`. It has many layers to adapt, and a check
+works on each of them."""
 
 
 _LARGEST_BUILT_SIDE = 160
-"""Largest side of a weight in the model that is built to try a case, unless a rank is larger. Small models are built
-faster."""
+"""Largest side of a weight in the small model that is built to find out whether the reference accepts a case. If the
+case has a larger rank, the side may be as large as the rank."""
 _LARGEST_INPUT = 600_000
 """Largest number of elements that the input and the output of a layer have together."""
 _LARGEST_STACK = 1_000_000
@@ -45,8 +45,9 @@ a check would take minutes."""
 def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
-    For a Method, the parity model must exist for the case (`is_built`) and must be small enough, and the reference must
-    accept the settings. Every case of another target can be tried, unless its stacked experts are too large.
+    For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
+    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's stacked
+    experts must not be too large. Every other case can be tried.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
         shape, rank = case.values["shape"], case.values.get("rank", 1)

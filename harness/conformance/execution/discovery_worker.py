@@ -1,9 +1,9 @@
 """Worker process that loads plug-ins and reports what they offer.
 
 The command is `python -m harness.conformance.execution.discovery_worker FD LINE TASK`. TASK is `{"without": [...]}`
-with the names of entry points to leave out. The worker writes the events of `worker_protocol` to the file descriptor FD.
-The worker dies when the other end of the pipe LINE closes. If a plug-in prints to stdout, the output goes to stderr. The
-worker imports torch only if a plug-in does.
+with the names of entry points to leave out. The worker writes the events of `worker_protocol` to the file descriptor
+FD. LINE is the descriptor of a pipe: when its other end closes, the worker dies. If a plug-in prints to stdout, the
+output goes to stderr. The worker imports torch only if a plug-in does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.records.environment import describe
 
 
 def main(fd: int, line: int, without: list[str]) -> None:
-    """Load all entry points but those in `without`, and report the Implementations that they offer."""
+    """Load all entry points except those in `without`, and report the Implementations that they offer."""
     with event_writer(fd, line) as emit:
         points = [name for name in entry_points_by_name() if name not in without]
         registry = discover(only=points, begin=lambda point: send(emit, PointBegun(begin=point)))

@@ -1,4 +1,4 @@
-"""Small model on which parity suites run. It has layers to adapt and layers that must not be adapted."""
+"""ParityModel, the small model on which parity suites run. It has layers to adapt and layers that must not be adapted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from harness.conformance.comparison.stacked_experts import fixed_choice
 from harness.conformance.parity_suite import GROUPS, CaseShape, Kind, ModelForm, WeightSize
 
 _PAIRS = 4
-"""A `deep` model has this number of pairs of targets in addition to `first` and `second`."""
+"""Number of pairs of layers to adapt that a `deep` model has in addition to `first` and `second`."""
 EXPERTS = 3
-"""Number of stacked experts in one module. One of them is chosen by no token."""
+"""Number of stacked experts in one module. One of them gets no token."""
 _WEIGHT_SIZES: dict[WeightSize, float] = {"normal": 1.0, "large": 256.0, "small": 1 / 256, "tiny": 2.0**-46}
 _TINY_IN_FLOAT16 = 2.0**-14
-"""Size of `tiny` weights in float16: its smallest normal number. Divided by sqrt(inputs), most of them are subnormal."""
+"""Size of `tiny` weights in float16: the smallest normal float16. The weights are divided by sqrt(inputs), so most of
+them are subnormal."""
 _EMBED_SCALE = 4.0
 _PADDING = 1
-"""padding_idx of the first embedding of a model of the kind `embedding-scaled`, or 0 if it has only one entry. The second
-embedding has padding_idx 0, which a program may mistake for None.
-"""
+"""padding_idx of the first embedding in a model of the kind `embedding-scaled`. If this embedding has only one entry,
+it is 0. The second embedding has padding_idx 0, which a program may mistake for None."""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": (2, 1), "dilation": (2, 1)},  # height and width differ
@@ -36,20 +36,24 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
 _SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-pointwise": {"kernel_size": 1, "stride": 2, "padding": 1},  # as a ResNet reduces the size of its images
 }
-"""Kind of layer -> options of the second adapted convolution, if they are not those of the first with another stride."""
+"""Kind of layer -> options of the second adapted convolution. A kind without an entry uses the options of the first
+adapted convolution with another stride."""
 
 
 class ParityModel(nn.Module):
     """A model of three layers: `first` (D to E features), `other` (E to E) and `second` (E to D).
 
-    `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
-    kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
-    and which is larger than every target in both dimensions; here every layer has a bias. The form `deep` adds the
-    targets `more.0` to `more.7`. The form `tied` adds the target `again`, which has the same weight as `first`, and
+    A Method adapts `first` and `second`, but never `other`. `second` has no bias if its kind of layer allows that. With
+    stacked experts, each layer maps D to D features, and the experts have E features in between. An embedding `second`
+    maps D ids to E features, as `first` does.
+
+    The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
+    adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
+    `more.0` to `more.7`. The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and
     freezes every parameter.
-    Stacked experts map D to D features, with E features in between. Weights are normal with standard deviation
-    1/sqrt(inputs), drawn in float64. weights: name of the factor by which the weights of all layers but `other` are
-    multiplied.
+
+    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: name of the factor by which
+    the weights of all layers except `other` are multiplied.
     """
 
     def __init__(
@@ -115,14 +119,14 @@ class _ScaledEmbedding(nn.Embedding):
 
 
 def is_built(kind: Kind, form: ModelForm) -> bool:
-    """Return whether a model of this form exists for this kind of layer. Only linear layers and Conv1D have all forms."""
+    """Return whether ParityModel has this form for this kind of layer. Only linear layers and Conv1D have all forms."""
     return form == "plain" or kind in ("linear", "conv1d")
 
 
 def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return three layers: from D to E features, from E to E features, and from E back to D features.
+    """Return the layers `first`, `other` and `second` of a ParityModel for D and E features.
 
-    swapped: of the linear layers, the third has a bias and the first has none. By default it is the other way round.
+    swapped: for linear layers, False gives only the first two a bias, and True only the last two.
     """
     if kind == "linear":
         return nn.Linear(D, E, bias=not swapped), nn.Linear(E, E), nn.Linear(E, D, bias=swapped)
@@ -157,9 +161,9 @@ def _experts(D: int, E: int) -> nn.Module:
 
 
 def _channels(kind: Kind, features: int) -> int:
-    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers.
+    """Return the number of channels such that a 3 x 3 kernel reads about `features` numbers.
 
-    For a grouped convolution, it is a multiple of the number of groups.
+    For a grouped convolution, it is a multiple of GROUPS.
     """
     channels = max(2, features // 9)
     return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
@@ -176,10 +180,9 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
 
 
 def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:
-    """Return two functions that run a model and return its output.
+    """Return two functions that return a model's output for fixed inputs.
 
-    The first function runs `model` in eval mode, without gradients. The second runs the model that it is given, so that
-    gradients can be computed.
+    The first runs `model` in eval mode, without gradients. The second runs the model that it is given, with gradients.
     """
 
     def forward(some: nn.Module) -> Tensor:

@@ -58,7 +58,7 @@ _T = TypeVar("_T")
 def run(
     implementation: Implementation, *, breadth: CaseSelection = FEW, dtypes: tuple[str, ...] = ()
 ) -> list[CheckOutcome]:
-    """Run every check in every case, and return the outcomes. See `stream`."""
+    """Run every check in every case, as `stream` does, and return the outcomes."""
     outcomes: list[CheckOutcome] = []
     stream(implementation, outcomes.append, breadth=breadth, dtypes=dtypes)
     return outcomes
@@ -76,9 +76,11 @@ def stream(
     """Run every check in every case, and report each outcome as soon as it is known.
 
     dtypes: the dtypes to try. If empty, all dtypes of the implementation are tried. begin: called with the name of each
-    case before it starts. device: see `run_case`. An exception during a check is a failure of this check, and an
-    exception during attaching is a failure of `attach`. If the implementation raises harness.Unsupported, the
-    outcome is a skip. Raises DeviceLostError if the GPU accepts no more work: no later check would be fair.
+    case before it starts. device: device of the tensors; a loader's case always runs on the CPU.
+
+    An exception during a check is a failure of this check, and an exception during attaching is a failure of `attach`.
+    If the implementation raises harness.Unsupported, the outcome is a skip. Raises DeviceLostError if the GPU accepts
+    no more work.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -120,10 +122,11 @@ def run_case(
     wide: bool = False,
     seed: int = 0,
 ) -> Iterator[CheckOutcome]:
-    """Run every check in one case, and yield the outcomes.
+    """Run every check that applies to one case, and yield the outcomes.
 
-    device: device of the tensors; a loader's case runs on the CPU. wide: also try the checks that only a wide selection
-    tries, and let checks take long. seed: decides the random walks, together with the case.
+    device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
+    `check --wide` tries, and lets checks repeat calls more often, except in a case with very long tensors (`is_long`).
+    seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
@@ -139,9 +142,8 @@ def run_case(
 
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
-    """Runs the checks of one case of an implementation.
-
-    An exception in a check is a finding about the implementation.
+    """Runs the checks of one case of an implementation. An exception in a check counts as a failure of the
+    implementation, except harness.Unsupported, which skips the check.
     """
 
     implementation: Implementation
@@ -161,7 +163,7 @@ class CaseRunner:
         return found if isinstance(found, CheckOutcome) else self._outcome(found)
 
     def attempt(self, check: CheckId, act: Callable[[], _T]) -> _T | CheckOutcome:
-        """Call `act` and return its result. If `act` raises an exception, return an outcome of `check` instead."""
+        """Call `act` and return its result. If `act` raises an exception, return the outcome of `check` that reports it."""
         try:
             return act()
         except Unsupported as error:
@@ -192,7 +194,7 @@ def _run_method(
 ) -> Iterator[CheckOutcome]:
     """Run the checks in a case of a Method or of a quantised base, and yield the outcomes.
 
-    Each check runs in the states that it declares.
+    tried: names of the checks. Each check runs in the states that it declares.
     """
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # the imports of the first attaching may disturb settings too
@@ -329,7 +331,7 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
 
 
 def require_device(device: torch.device) -> None:
-    """Raise DeviceLostError if the GPU accepts no more work of this process, as after an illegal memory access.
+    """Raise DeviceLostError if the GPU accepts no more work from this process, as after an illegal memory access.
 
     If `device` is a CPU, do nothing.
     """

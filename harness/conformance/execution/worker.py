@@ -1,8 +1,8 @@
 """Worker process of `check`: runs the parity suites of one entry point's implementations.
 
 The command is `python -m harness.conformance.execution.worker FD LINE TASK`. TASK is a WorkerTask as JSON. The worker
-writes the events of `worker_protocol` to the file descriptor FD. The worker dies when the other end of the pipe LINE
-closes. If a plug-in prints to stdout, the output goes to stderr.
+writes the events of `worker_protocol` to the file descriptor FD. LINE is the descriptor of a pipe: when its other end
+closes, the worker dies. If a plug-in prints to stdout, the output goes to stderr.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _run(
 ) -> None:
     """Run the parity suite of one target, and report the outcome of every check.
 
-    An exception outside a check is reported as a failure, and ends only this target. before: process-wide settings
-    before the entry point was imported.
+    before: process-wide settings before the entry point was imported. An exception outside a check is reported as a
+    failure, and ends only this target.
     """
     current = "start-up"
 

@@ -1,6 +1,6 @@
 """Run checks in worker processes, without importing torch in this process.
 
-A crash or a hang of an implementation thus becomes a finding about this implementation.
+If an implementation crashes or hangs, only its worker ends, and the crash is reported as its failure.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from harness.process.worker_pool import WorkerPool
 from harness.records import environment
 
 PATIENCE = 120.0
-"""Seconds without a result after which an implementation counts as hanging. A check takes milliseconds."""
+"""Seconds without a result after which an implementation counts as hanging. A check normally takes milliseconds."""
 _SHARED = (
     "torch._dynamo",  # the first optimizer imports it
     "transformers.pytorch_utils",
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )
-"""Modules that nearly every worker imports, and that one process can import before it forks the workers."""
+"""Modules that nearly every worker imports. A parent process can import them once, before it forks the workers."""
 
 
 @dataclass
@@ -57,16 +57,16 @@ class CheckFindings:
 
     @property
     def not_tried(self) -> set[Target]:
-        """The targets that were not fully tried: those that cannot run here, were cut short or were left."""
+        """The targets that were not fully tried: those in `missing`, `cut_short` or `left`."""
         return {*self.missing, *self.cut_short, *self.left}
 
 
 def discover(patience: float = PATIENCE, python: Path | None = None) -> Registry:
-    """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
+    """Return the Registry of the installed distributions. Its Implementations cannot be called in this process.
 
-    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if the
-    other process dies before it begins to import an entry point. python: interpreter of the other process, by default the
-    interpreter of this process.
+    A new process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if the
+    new process dies before it begins to import an entry point. python: interpreter of the new process; by default, the
+    interpreter of the caller.
     """
     pool = WorkerPool(python)
     broken: dict[str, str] = {}
@@ -95,7 +95,7 @@ def _not_callable(*_: object, **__: object) -> NoReturn:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of several worker tasks in a pool of processes."""
+    """Runs several worker tasks in a pool of processes."""
 
     pool: WorkerPool
     progress: Callable[[str], None]
@@ -111,7 +111,7 @@ class _Run:
             remaining = self._run_in_one_process(task, remaining, findings)
 
     def _run_in_one_process(self, task: WorkerTask, targets: list[Target], findings: CheckFindings) -> list[Target]:
-        """Run `targets` in one process; return the targets that were not started."""
+        """Run `targets` in one process, and return the targets that did not start."""
         remaining, current, case = list(targets), targets[0], "start-up"
         began, before = time.monotonic(), len(findings.tried)
         for event in worker_events(self.pool, task.model_copy(update={"targets": targets}), self.patience):
@@ -152,10 +152,9 @@ def run(
 ) -> tuple[list[CheckFindings], bool]:
     """Run all tasks in at most `jobs` processes at a time.
 
-    Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run.
-
-    progress: called with a line of text when a target begins and when it ends. patience: see PATIENCE. python:
-    interpreter of the processes, by default this one.
+    Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run. progress:
+    called with a line of text when a target begins and when it ends. patience: see PATIENCE. python: interpreter of the
+    worker processes; by default, the interpreter of the caller.
     """
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False
@@ -174,9 +173,9 @@ def run(
 
 
 def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
-    """Return the modules that one process imports before it forks the workers; none if the workers are not forked.
+    """Return the modules to import before the workers are forked. Return none if the workers are not forked.
 
-    The libraries under test are not among them: each worker imports these itself, and reports what their import
+    The libraries under test are not in the list. Each worker imports them itself, and reports what their import
     changes.
     """
     # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.

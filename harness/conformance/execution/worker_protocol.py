@@ -1,6 +1,6 @@
 """Messages between `check` and its workers: the task of a worker, and the events that it reports. Imports no torch.
 
-An event is one JSON object on the worker's pipe. Its keys tell which event it is.
+An event is one JSON object on the worker's pipe. The keys of the object show which event it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from harness.records.base_model import FrozenModel
 from harness.records.record import Environment
 
 Target = tuple[str, TargetKind, str]
-"""(name of an implementation, kind of its target, name of its target)"""
+"""(name of an implementation, kind of the target, name of the target). A target is a Method, an Operation, a base or
+the loaders."""
 
 
 class WorkerTask(FrozenModel):
@@ -29,19 +30,19 @@ class WorkerTask(FrozenModel):
     targets: list[Target]
     breadth: CaseSelection = FEW
     dtypes: tuple[str, ...] = ()
-    """The dtypes to try. Empty for all dtypes."""
+    """Dtypes to try. If empty, all are tried."""
     device: Literal["cpu", "cuda"] = "cpu"
     """The device of the tensors."""
 
 
 class PointBegun(FrozenModel):
-    """The import of an entry point begins."""
+    """Event before the import of an entry point."""
 
     begin: str
 
 
 class Offered(FrozenModel):
-    """All entry points are imported. The event lists what they offer."""
+    """Event after the import of all entry points: lists what they offer."""
 
     offered: list[dict[str, Any]]
     """Fields of the Implementations, without their functions."""
@@ -52,38 +53,38 @@ class Offered(FrozenModel):
 
 
 class TargetBegun(FrozenModel):
-    """The checks of a target, for one implementation, begin."""
+    """Event before the checks of one target of one implementation."""
 
     begin: Target
 
 
 class TargetEnded(FrozenModel):
-    """The checks of a target, for one implementation, have ended."""
+    """Event after the checks of one target of one implementation."""
 
     end: Target
 
 
 class CaseBegun(FrozenModel):
-    """A case begins."""
+    """Event before the checks of a case."""
 
     case: str
 
 
 class ModuleMissing(FrozenModel):
-    """The implementation cannot run here, because a module is not installed."""
+    """Event if the implementation cannot run here, because a module is not installed."""
 
     missing: str
     """Text that names the missing module."""
 
 
 class CheckEnded(FrozenModel):
-    """A check has ended."""
+    """Event after a check, with its outcome."""
 
     outcome: CheckOutcome
 
 
 class Died(FrozenModel):
-    """The process ended, or was killed, before its work was done. This is the last event."""
+    """Last event of a process that ended, or was killed, before its work was done."""
 
     died: str
 
@@ -97,12 +98,12 @@ _WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
 
 
 def send(emit: EventWriter, event: FrozenModel) -> None:
-    """Write an event to the pipe as JSON."""
+    """Write an event to the worker's pipe as JSON. emit: function that writes one JSON object."""
     emit(**event.model_dump(mode="json"))
 
 
 def discovery_events(pool: WorkerPool, without: list[str], patience: float) -> Iterator[DiscoveryEvent]:
-    """Import all entry points but those in `without` in a worker, and yield the events that the worker reports."""
+    """In a worker, import all entry points except those in `without`. Yield the events that the worker reports."""
     module = "harness.conformance.execution.discovery_worker"
     yield from parsed(pool.events(module, {"without": without}, patience), _DISCOVERY)
 

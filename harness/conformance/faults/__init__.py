@@ -6,15 +6,15 @@ table `FAULTS` in its file. The table is formatted by hand, so that the wrong co
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
 
-Any other fault is a function that changes a copy of the source. A decorator names the checks that must catch the fault,
-and its target: a Method, an Operation, a quantised base or the loaders.
+Any other fault is a function that changes a copy of the source. A decorator names the target (a Method, an Operation, a
+quantised base or the loaders), and the checks that must catch the fault:
 
     @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
         copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
-`planted_in_methods` plants a fault in every Method to which the fault applies. It uses only Methods whose file in this
-package (named like the Method) has a FaultCase `CASE`: the case in which these faults are tried.
+`planted_in_methods` plants a fault in every Method to which the fault applies. The fault is tried in the Method's
+FaultCase `CASE`, in the file named like the Method. A Method without `CASE` gets no such faults.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The case in which a planted fault is tried. The fault must show there."""
+    """The case in which a planted fault is tried. Each expected check must notice the fault there; other checks may."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
@@ -61,7 +61,7 @@ class FaultCase:
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, sizes, self.dtype]))
 
     def of_kind(self, kind: TargetKind) -> parity_suite.AnyCase:
-        """Convert this case to the class of cases that parity suites use for targets of this kind."""
+        """Convert this case to a case of a parity suite for targets of this kind."""
         if kind == "operation":
             return parity_suite.OperationCase(self.values, self.dtype)
         if kind == "loader":
@@ -80,7 +80,7 @@ class Fault:
     name: str
     target: str
     spoil: Spoil
-    """Function that makes the mistake in a copy of the target's source."""
+    """Function that makes the mistake in a copy of the target's source code."""
     expected: tuple[str, ...]
     """Checks that must catch the fault."""
     case: FaultCase
@@ -113,10 +113,10 @@ class MethodsFault:
 
 
 def line_fault(target: str, name: str, expected: Collection[str], *lines: str, file: str = "", **case: Any) -> Fault:
-    """Return a fault of `target` that replaces lines of code.
+    """Return a fault of `target` that replaces pieces of code.
 
-    lines: the right code, then the wrong code that replaces it; more such pairs may follow. file: see
-    `PatchedCopy.replace_line`. case: fields of the FaultCase that differ from the default.
+    lines: the right code, then the wrong code that replaces it; further such pairs may follow. file: file with the
+    right code, e.g. `nf4`; by default, that of the target. case: fields of the FaultCase that differ from the default.
     """
 
     def spoil(copy: PatchedCopy) -> None:
@@ -143,9 +143,9 @@ def planted_in_methods(
 ) -> Callable[[Spoil], MethodsFault]:
     """Return a decorator that makes a function a fault of every Method whose parity suite has the expected checks.
 
-    only: Methods to which the fault is restricted. If empty, there is no restriction. adds_layers: True restricts the
-    fault to Methods that wrap the base's layers in their own, False to the other Methods. values: values of the
-    Method's config, added to those of the Method's CASE.
+    expected: checks that must catch the fault. only: if not empty, plant the fault only in these Methods. adds_layers:
+    True plants the fault only in Methods that wrap the base's layers in layers of their own, False only in the other
+    Methods. values: values of the Method's config, added to those of the Method's CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:

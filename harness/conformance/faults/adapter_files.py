@@ -1,4 +1,4 @@
-"""Planted faults of loaders of adapter files. A comment names a public issue of a program that had the fault."""
+"""Planted faults of loaders of adapter files. A comment such as `vllm#42008` names a public issue about the same fault."""
 
 from __future__ import annotations
 

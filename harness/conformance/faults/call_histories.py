@@ -1,4 +1,4 @@
-"""Planted faults that appear only after other calls, after new values of the tensors, or in a rare mode of torch."""
+"""Planted faults that show only after other calls, after a change of the tensors' values, or in a rare mode of torch."""
 
 from __future__ import annotations
 
@@ -263,7 +263,9 @@ def notices_no_change_of_its_input(copy: PatchedCopy) -> None:
 
 
 class _Reduced(nn.Module):
-    """A mixin for a layer whose pickled copies have a scaling of 1. Deep copies keep the scaling."""
+    """A mixin for a layer that loses its scaling when it is pickled: the copy has a scaling of 1. Deep copies keep the
+    scaling.
+    """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         layer: Any = self

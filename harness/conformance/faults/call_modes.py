@@ -1,4 +1,4 @@
-"""Planted faults that appear only in one mode, with one memory layout, or after certain earlier calls."""
+"""Planted faults that show only in one mode, with one memory layout, or after certain earlier calls."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def has_no_second_derivative(copy: PatchedCopy) -> None:
 
 
 class _Forgetful(nn.Module):
-    """A mixin for a layer whose deep copies have a scaling of 1."""
+    """A mixin for a layer that loses its scaling when it is deep-copied: the copy has a scaling of 1."""
 
     scaling: float
 
@@ -226,7 +226,7 @@ def loses_the_scaling_in_another_dtype(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "adalora"])
 def merges_into_the_base_and_stays_there(copy: PatchedCopy) -> None:
-    """Merge into the base weight, but do not subtract the update when unmerging."""
+    """Let `unmerge` add the update to the base weight for good, instead of restoring the weight from before `merge`."""
 
     def change(adapted: Any) -> None:
         unmerge = adapted.unmerge
@@ -269,7 +269,7 @@ def resumes_without_its_projectors(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "dora", "adalora"])
 def keeps_the_weight_of_its_first_model(copy: PatchedCopy) -> None:
-    """Cache A by its shape and dtype. All models of the process share the cache, so a second model gets a wrong A."""
+    """Add an error that grows with the distance of A from the first A of the same shape, even that of another model."""
     held: dict[Any, Tensor] = {}
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

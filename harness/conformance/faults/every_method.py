@@ -1,4 +1,4 @@
-"""Faults that are planted in every Method whose parity suite has the check that must catch them."""
+"""Faults that are planted in every Method to which they apply."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ def leaves_a_column_unwritten(copy: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return what a buffer that is never written would hold.
-
-    This is NaN while torch fills fresh memory with NaN. At other times it is zeros.
+    """Return the content of a buffer that is never written: NaN while torch fills fresh memory with NaN, otherwise
+    zeros.
     """
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
@@ -43,8 +42,8 @@ def unwritten(like: Tensor) -> Tensor:
 def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
     """Compute gradients only if the input needs a gradient.
 
-    This takes an input that needs no gradient as a sign of inference. But in training, the first layer gets such an
-    input.
+    The wrong code takes an input without gradient as a sign of inference. But the first layer gets such an input in
+    training, too.
     """
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -56,7 +55,9 @@ def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
 
 @planted_in_methods("save")
 def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
-    """Return a wrong output at the first call. The number of calls is state that no checkpoint contains."""
+    """Return a wrong output at the first call. So the output depends on the number of calls, which no checkpoint
+    contains.
+    """
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.used = getattr(layer, "used", 0) + 1

@@ -1,6 +1,6 @@
 """Planted faults of loaders that hold several adapters, or that add, merge, swap or copy them.
 
-A comment names a public issue of a program that had the fault.
+A comment such as `vllm#42008` names a public issue about the same fault.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ def _fault(name: str, check: str, *lines: str, adapter: str = "plain") -> Fault:
 
 
 def _swap(change: str) -> str:
-    """Return source lines that load a new adapter under the name of a loaded adapter, and then run the statement
-    `change`.
+    """Return source lines that load a new adapter under the name of a loaded one, and then run `change`.
 
-    change: source of a statement with a mistake. It can use `old` and `new`, the parts of the old and the new adapter.
+    change: a wrong statement. It can use `old` and `new`, the parts of the old and of the new adapter.
     """
     kept = "        old = self.adapters[name]\n        self.load(folder, name)\n        new = self.adapters[name]\n"
     return f"            {_REFUSED}\n{kept}        {change}"

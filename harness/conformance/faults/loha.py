@@ -76,12 +76,12 @@ FAULTS = [
 
 @planted("loha", "merge", values=_DROP)
 def merges_the_rank_dropout_of_training_mode(copy: PatchedCopy) -> None:
-    """Merge the update with rank dropout applied, as in peft#3586."""
+    """When merging, add the update with rank dropout applied, as in peft#3586."""
     copy.change_layers(merge_the_rank_dropout)
 
 
 def merge_the_rank_dropout(layer: Any) -> None:
-    """Make `merged` of a layer apply rank dropout to the update that it adds, if the layer is in training mode."""
+    """Change `layer.merged` so that in training mode it applies rank dropout to the update that it adds."""
     delta, dropout = layer.delta, layer.rank_dropout
 
     def merged() -> Any:

@@ -75,5 +75,5 @@ FAULTS = [
 
 @planted("lokr", "merge", values=_DROP)
 def merges_the_rank_dropout_of_training_mode(copy: PatchedCopy) -> None:
-    """Merge the update with rank dropout applied, as in peft#3586."""
+    """When merging, add the update with rank dropout applied, as in peft#3586."""
     copy.change_layers(merge_the_rank_dropout)

@@ -320,7 +320,7 @@ def adds_its_update_again_when_it_is_merged(copy: PatchedCopy) -> None:
 def has_state_that_is_not_saved(copy: PatchedCopy) -> None:
     """Leave out the update at the first call, unless B is zero.
 
-    So the number of calls is state, which no checkpoint contains.
+    So the output depends on the number of calls, which no checkpoint contains.
     """
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

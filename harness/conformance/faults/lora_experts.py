@@ -1,4 +1,4 @@
-"""Planted faults of LoRA on stacked experts: of the Operation, and of LoRA's layer. Most were reported in public."""
+"""Planted faults of the Operation `lora_experts`, and of LoRA's layer on stacked experts. Most were reported in public."""
 
 from __future__ import annotations
 

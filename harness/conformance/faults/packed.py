@@ -1,4 +1,4 @@
-"""An NF4 base in which faults are planted. A copy of the reference's quantiser packs its weights."""
+"""An NF4 base in which faults are planted. A copy of the reference's quantiser packs the weights of the base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PackedLinear(nn.Linear):
         self.unpack, self.dequantize, self.compute_dtype = nf4.unpack, nf4.dequantize, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b with the decoded W."""
+        """Return x W^T + b, where W is the decoded weight."""
         codes = self.unpack(self.weight, self.in_features * self.out_features)
         W = self.dequantize(codes, self.get_buffer("absmax"), _BLOCK).view(self.out_features, self.in_features)
         return nn.functional.linear(x, W.to(x.dtype), self.bias)
@@ -39,7 +39,7 @@ def pack(
 ) -> dict[str, PackedForm]:
     """Replace the layers at `paths` by packed layers, as an implementation of a base does. Return the packed weights.
 
-    double: quantise absmax, too.
+    double: True quantises absmax too.
     """
     double_quant = copy.module("reference.operations.double_quant") if double else None
 

@@ -1,4 +1,4 @@
-"""A private copy of a module of the reference, in which code can be replaced by wrong code."""
+"""A private copy of a module of the reference, in which right code can be replaced by wrong code."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ Right = Callable[[Tensor], Tensor]
 Forward = Callable[[Any, Tensor, Right], Tensor]
 """Function (layer, x, right) -> y: a wrong forward pass. `right` is the right forward pass."""
 PackedForm = tuple[Tensor, Tensor, int, bool]
-"""A packed weight: its bytes, its absmax, the block size, and whether absmax is quantised too. If it is quantised, the
-absmax given here is the decoded one."""
+"""A packed weight: (bytes, absmax, block size, whether absmax is quantised too). The absmax is always the decoded one."""
 Pack = Callable[[nn.Module, list[str]], dict[str, PackedForm]]
-"""Function (model, paths) -> packed weights: the right packing of a base. It replaces the layers at these paths by
+"""Function (model, paths) -> packed weights: the right way to pack a base. It replaces the layers at these paths by
 packed layers."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
@@ -33,7 +32,7 @@ _PACKAGES = ("reference", "reference.operations", "reference.shared")
 class PatchedCopy:
     """A copy of the reference's module `name`, whose code can be changed.
 
-    Modules of the reference that it imports are copied, too. The originals do not change.
+    Other modules of the reference that this module imports are copied, too. The originals do not change.
     """
 
     def __init__(self, name: str) -> None:
@@ -47,8 +46,8 @@ class PatchedCopy:
     def replace_line(self, right: str, wrong: str, file: str = "") -> None:
         """Replace the code `right`, which must occur exactly once, by the code `wrong`.
 
-        file: e.g. `nf4` for reference/operations/nf4.py; by default the copied module itself. Raises LookupError if
-        `right` does not occur exactly once. A fault that no longer changes the reference would prove nothing.
+        file: e.g. `nf4` for reference/operations/nf4.py; by default, the module `name`. Raises LookupError if `right`
+        does not occur exactly once, so that a change of the reference cannot disable a fault unnoticed.
         """
         name = _module(file) if file else self.name
         count = _source(name).count(right)
@@ -57,19 +56,19 @@ class PatchedCopy:
         self._lines.setdefault(name, []).append((right, wrong))
 
     def replace_source(self, module: str, source: str) -> None:
-        """Replace the whole source of a module of the reference, given by its dotted name."""
+        """Replace the whole source code of a module of the reference. module: its dotted name."""
         self._sources[module] = source
 
     def change_adapted(self, change: Callable[[Any], object]) -> None:
-        """Register a function that changes the Adapted object that `attach` makes, before `attach` returns it."""
+        """Register a function that `attach` calls with the Adapted object before it returns this object."""
         self._changes.append(change)
 
     def change_layers(self, change: Callable[[Any], object]) -> None:
-        """Register a function that changes each adapted layer before `attach` returns."""
+        """Register a function that `attach` calls with each adapted layer before it returns."""
         self.change_adapted(lambda adapted: [change(layer) for layer in adapted.layers.values()])
 
     def replace_forward(self, wrong: Forward) -> None:
-        """Make each adapted layer compute `wrong(layer, x, right)`, where `right` is its right forward pass."""
+        """Make each adapted layer compute `wrong(layer, x, right)`, where `right` is the layer's right forward pass."""
 
         def change(layer: Any) -> None:
             layer.forward = partial(_call_wrong, wrong, layer, layer.forward)  # unlike a closure, follows copy.deepcopy
@@ -77,11 +76,11 @@ class PatchedCopy:
         self.change_layers(change)
 
     def replace_packing(self, wrong: Callable[[Pack, nn.Module, list[str]], dict[str, PackedForm]]) -> None:
-        """Make the base pack its layers by `wrong(right, model, paths)`, where `right` is its right packing."""
+        """Pack the base's layers by `wrong(right, model, paths)`, where `right` is the right way to pack."""
         self._packing = wrong
 
     def packing(self, right: Pack) -> Pack:
-        """Return the function that packs the base: the wrong one that a fault has registered, or else `right`."""
+        """Return the function that packs the base: the one registered by `replace_packing`, or else `right`."""
         return right if self._packing is None else partial(self._packing, right)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
@@ -92,7 +91,9 @@ class PatchedCopy:
         return adapted
 
     def module(self, name: str = "") -> Any:
-        """Return the copied module. name: if given, return a copy of this module of the reference instead."""
+        """Return the copied module. name: dotted name of another module of the reference, to return a copy of that one
+        instead.
+        """
         name = name or self.name
         if name not in self._made:
             text = self._sources.get(name) or _source(name)

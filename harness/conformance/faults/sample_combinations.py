@@ -1,4 +1,4 @@
-"""Planted faults that show only above some size, step or number of adapters, or with two settings together."""
+"""Planted faults that show only above a certain size, step or number of adapters, or only with two settings together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planted faults that change the results of other calls, or settings of the process."""
+"""Planted faults that change the results of other calls, or that change settings of the process."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
 
 @planted("lora", "overlap", values=_LORA)
 def overwrites_the_previous_gradient(copy: PatchedCopy) -> None:
-    """Overwrite the gradient instead of adding to it."""
+    """Overwrite the gradient of the previous backward pass instead of adding to it."""
 
     def change(adapted: Any) -> None:
         for tensor in adapted.tensors().values():
@@ -122,7 +122,7 @@ def changes_the_default_dtype(copy: PatchedCopy) -> None:
 
 @planted_in_methods("settings")
 def sets_the_default_dtype_back_to_float32(copy: PatchedCopy) -> None:
-    """End attaching with float32 as the default dtype, whatever it was."""
+    """After attaching, set the default dtype to float32, even if it was another dtype before."""
     copy.change_adapted(lambda _: torch.set_default_dtype(torch.float32))
 
 

@@ -1,11 +1,10 @@
-"""Known defects of libraries, read from a file. No torch.
+"""Known defects of libraries, read from a file. Imports no torch.
 
-Each entry of the file describes one defect. The entry explains a failure if it names the check and the case, and if the
-failure looks as described. Such a failure counts as a known defect.
+Each entry of the file describes one defect. An entry explains a failure if it names the check and the case, and if the
+failure looks as the entry describes. Such a failure counts as a known defect.
 
-A defect must still show when its cases are tried with an affected version of the library. If it does not show, the run
-fails, because the library was fixed or the check no longer sees the defect. The same applies to each check that an
-entry names.
+If the installed version of the library has the defect, the named cases must still show it, in each check that the entry
+names. Otherwise the run fails: the library was fixed, or the check no longer notices the defect.
 """
 
 from __future__ import annotations
@@ -50,20 +49,21 @@ class Defect(FrozenModel):
     """Patterns of the names of cases that cannot show the defect, although a pattern in `cases` matches them."""
     shows: list[str] = Field(default=[])
     """Regular expressions. One of them must match the tensor, worst element, policy or detail of the failure. If the
-    list is empty, every failed comparison matches. An exception matches only an expression that begins with
-    `raised`."""
+    list is empty, every failed comparison matches. A failure by an exception matches only an expression that begins
+    with `raised`."""
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error that the defect explains. None if it explains an error of any size."""
+    """Largest `CheckResult.error` that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Name of the script that shows the defect with only this library and torch. It lies beside the file of defects."""
+    """File name of the script that shows the defect with only this library and torch. The script lies beside the file
+    of known defects."""
     link: str = ""
     feature: str = ""
-    """Feature of adapter files for which a loader has the defect, by its name in loader_readings.yaml. Empty for
-    none."""
+    """For a defect of a loader, the affected feature of adapter files, by its name in loader_readings.yaml. Otherwise
+    empty."""
     sometimes: str = ""
-    """Reason why the defect shows only by chance or on some machines. If a reason is given, only the reproduction must
-    show the defect."""
+    """Reason why the defect shows only by chance or on some machines. If a reason is given, the checks need not show
+    the defect; only the reproduction must."""
 
     @field_validator("versions")
     @classmethod
@@ -85,9 +85,9 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the defect should show in this outcome.
+        """Return whether the outcome belongs to a case and a check that should show the defect.
 
-        pattern: pattern that the check id must match. By default, any pattern in `checks` will do.
+        pattern: pattern that the check id must match. By default, the id must match one of `checks`.
         """
         case = f"{tried.case} {tried.dtype}"
         return (
@@ -111,7 +111,7 @@ class Defect(FrozenModel):
     def explains_file(self, loader: str, features: Collection[str], failure: str) -> bool:
         """Return whether this defect explains why a loader fails with an adapter file that has these features.
 
-        failure: text that describes the failure.
+        failure: text that describes the failure, which `shows` must match.
         """
         shown = not self.shows or any(re.search(one, failure) for one in self.shows)
         return loader == self.implementation and self.feature in features and shown and self.applies()
@@ -119,7 +119,7 @@ class Defect(FrozenModel):
     def applies(self, software: Mapping[str, str] | None = None) -> bool:
         """Return whether an affected version of the library is installed.
 
-        software: library -> version. By default, the libraries of this process count.
+        software: library -> version; by default, the libraries installed for this process.
         """
         number = _installed(self.library) if software is None else software.get(self.library, "")
         return bool(number) and number in SpecifierSet(self.versions, prereleases=True)
@@ -143,7 +143,7 @@ def path() -> Path:
 def known() -> tuple[Defect, ...]:
     """Read and return the known defects.
 
-    Raises one SuiteError that names every unknown check, duplicate id and missing reproduction.
+    Raises one SuiteError that lists all unknown checks, duplicate ids and missing reproductions.
     """
     file = path()
     document, keys = yaml_validation.load_model(file, _File)
@@ -177,10 +177,12 @@ def explained(
 ) -> tuple[list[CheckOutcome], list[str]]:
     """Return the outcomes, and complaints about known defects that did not show.
 
-    In the returned outcomes, each failure has the id of the first known defect that explains it. A complaint names a
-    defect whose cases were tried, but which showed in none of them. If only some of the defect's checks did not show
-    it, the complaint names these checks. A defect counts as shown even if an earlier defect explains the same failure.
-    software: versions of the libraries with which the outcomes were found. By default, those of this process.
+    In the returned outcomes, each explained failure has the id of the first known defect that explains it. There is a
+    complaint for each defect without `sometimes` whose cases were tried, but did not show it. If only some checks of
+    the defect did not show it, the complaint names these checks. A defect counts as shown even if an earlier defect
+    explains the same failure. Defects of other versions of the library are ignored.
+
+    software: versions of the libraries with which the outcomes were found; by default, those of this process.
     """
     active = [defect for defect in defects if defect.applies(software)]
     marked = []

@@ -1,4 +1,4 @@
-"""Settings of training loops and their effects, as `suites/loops/` declares them. No torch."""
+"""Settings of training loops and their effects, as `suites/loops/` declares them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 Effect = Literal["same", "changes", "refused", "untried"]
-"""Effect of a setting of a library's training loop on training. `untried`: the setting could not be tried, e.g. because
-the library has no such option, or because it needs a GPU."""
+"""Effect of a setting of a training loop on the training. `untried`: the setting could not be tried, e.g. because the
+library has no such option, or because it needs a GPU."""
 _OUT_OF_SCOPE = ("dpo", "grpo")
 WORDS: dict[Effect, str] = {
     "same": "does not change training",
@@ -30,15 +30,15 @@ class LoopSetting(FrozenModel):
     """One setting of a training loop, as a file in `suites/loops/` declares it."""
 
     name: str
-    """Name of the setting, and of its check."""
+    """Name of the setting, and of the check that tries it."""
     config: dict[str, Json]
-    """Options of the loop's library, and their values."""
+    """Options of the training loop's library, and their values."""
     own_optimizer: bool = False
-    """True if the loop makes its own optimizer and schedule."""
+    """True if the training loop makes its own optimizer and schedule. False if it gets those of the harness."""
     warmup: int = 0
     """Number of warm-up steps in the training that tries the setting."""
     effect: Effect
-    """Effect that the check must find. If it is `untried`, the check is skipped, and fails once the setting runs."""
+    """Effect that the check must find. `untried`: the check is skipped, and fails as soon as the setting can be tried."""
     about: str = ""
     """Meaning of the setting."""
 
@@ -49,20 +49,20 @@ class SettingFound(FrozenModel):
     setting: LoopSetting
     """The setting that was tried."""
     defaults: dict[str, bool] = Field(default={})
-    """Option -> whether the value that was tried is the library's default."""
+    """Option -> True if the tried value is the library's default."""
     effect: Effect
-    """Effect that the check found. `changes`: a loss or a trained tensor differs by more than the noise of the dtype."""
+    """Effect that the check found. `changes`: a loss or trained tensor differs from the harness's loop by more than
+    rounding noise."""
     first: float | None = None
-    """Difference of the first loss from the first loss of the harness's loop, in nats. None if no training was
-    completed."""
+    """Absolute difference of the two loops' first losses, in nats. None if no training was completed."""
     worst: float | None = None
-    """Largest difference of a loss from the loss of the harness's loop at the same step, in nats. None if no training
-    was completed."""
+    """Largest absolute difference of the two loops' losses at one step, in nats. None if no training was completed."""
     step: int | None = None
-    """First step, counted from 1, whose loss differs by more than the noise. None if there is none."""
+    """First step, counted from 1, whose loss differs from that of the harness's loop by more than rounding noise. None
+    if no loss does."""
     weights: float | None = None
-    """Norm of the difference of the final trained tensors from those of the harness's loop, divided by the norm of the
-    tensors of the harness's loop. None if no training was completed."""
+    """Norm of the difference between the two loops' final trained tensors, divided by the norm of the harness's tensors.
+    None if no training was completed."""
     because: str = ""
     """Reason why no training was completed. Otherwise empty."""
 
@@ -73,8 +73,8 @@ class SettingFound(FrozenModel):
 
     @property
     def shown(self) -> list[str]:
-        """Names of the options in `setting.config` that the setting is about. Other options have the values of the
-        harness's loop.
+        """Names of the options that the setting is about. All other options in `setting.config` have the harness's
+        values.
         """
         option = self.setting.name.partition(",")[0]
         return [key for key in self.setting.config if not self.setting.own_optimizer or key == option]
@@ -85,7 +85,7 @@ class SettingFound(FrozenModel):
         return bool(self.shown) and all(self.defaults.get(option, False) for option in self.shown)
 
     def outcome(self, loop: str) -> CheckOutcome:
-        """Return the outcome of the check of this setting, which passes if the setting has its declared effect."""
+        """Return the outcome of the check of this setting. It is a pass if `effect` is the declared `setting.effect`."""
         wanted, found = self.setting.effect, self.effect
         detail = f"{WORDS[found]}; the table says that it {WORDS[wanted]}" if wanted != found else WORDS[found]
         return CheckOutcome(

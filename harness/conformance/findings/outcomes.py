@@ -1,4 +1,4 @@
-"""Outcome of one check of one case, with the known defects taken into account. No torch."""
+"""Outcome of one check in one case, with the known defects taken into account. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome; `KNOWN_DEFECT` is a failure that a known defect explains."""
+    """Status of an outcome. `KNOWN_DEFECT` is a failure that a known defect explains."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """The way in which the run of a check ended."""
+    """How the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"
@@ -34,12 +34,12 @@ class DeviceLostError(RuntimeError):
 
 
 def in_environment(name: str, environment: str) -> str:
-    """Return a name with the label of an environment in parentheses, if there is one."""
+    """Return `name (environment)`, or only `name` if `environment` is empty."""
     return f"{name} ({environment})" if environment else name
 
 
 class CheckOutcome(FrozenModel):
-    """Outcome of one check of one case."""
+    """Outcome of one check in one case."""
 
     implementation: str
     kind: TargetKind
@@ -68,7 +68,7 @@ class CheckOutcome(FrozenModel):
         detail: str,
         execution: Execution = Execution.COMPLETED,
     ) -> CheckOutcome:
-        """Return a failure of the implementation as a whole. Its dtype and its state are written as `-`."""
+        """Return a failure of the implementation as a whole. It has no dtype and no state; both are written as `-`."""
         result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution

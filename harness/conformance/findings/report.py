@@ -1,4 +1,6 @@
-"""Report of one run of `check`: outcomes, skipped implementations with reasons, exit code and JSON document. No torch."""
+"""Report of one run of `check`: outcomes, skipped implementations with reasons, exit code and JSON document. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ class CheckReport:
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
-    """"implementation target" -> reason why the target (a Method, an Operation, a quantised base or the loaders) was
-    not tried."""
+    """Text `<implementation> <target>` -> reason why it was not tried. A target is a Method, an Operation, a quantised
+    base or the loaders."""
     complaints: list[str] = field(default_factory=list)
-    """Messages about known defects that did not show, although they should have."""
+    """Messages about known defects that should have shown, but did not."""
     broken: dict[str, str] = field(default_factory=dict)
     """Entry point of a plug-in -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
@@ -35,15 +37,13 @@ class CheckReport:
     untried: Sequence[str] = ()
     """Implementations that were requested by name but not compared."""
     environments: Sequence[CheckedEnvironment] = ()
-    """Environments in which checks ran, beside the Python that runs the harness."""
+    """Environments in which checks ran, other than the Python that runs the harness."""
     settings: Sequence[SettingFound] = ()
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
-        """Return one report with the findings of all `reports`. The versions of libraries are taken from the first
-        report.
-        """
+        """Return one report with the findings of all `reports`. `software` and `defects` are those of the first report."""
         first = reports[0]
         return cls(
             tried=[one for report in reports for one in report.tried],
@@ -59,7 +59,9 @@ class CheckReport:
         )
 
     def labelled(self, environment: CheckedEnvironment) -> CheckReport:
-        """Return a copy of the report in which every outcome and message names the environment where it was found."""
+        """Return a copy in which every outcome and every skipped, broken or untried name has the label of the
+        environment.
+        """
         label = environment.label
         return replace(
             self,
@@ -74,7 +76,7 @@ class CheckReport:
     def compares_versions(self) -> bool:
         """True if the same checks ran in several environments.
 
-        False if environments differ only because each holds the library of another implementation.
+        False if there are several environments only because implementations need different libraries.
         """
         return len(self.environments) > 1 and any(one.environment for one in self.tried)
 

@@ -1,4 +1,4 @@
-"""Summarise outcomes for the matrix that `check` prints, and describe failures. No torch."""
+"""Summarise outcomes for the matrix that `check` prints, and describe failures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _WORST_FIRST = (
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One field of the matrix that `check` prints: the outcomes of one implementation of one Method, Operation or other
-    target in one dtype.
+    """One field of the matrix that `check` prints: the outcomes for one implementation, one target and one dtype.
+
+    A target is a Method, an Operation, a quantised base or the loaders.
     """
 
     status: CheckStatus
@@ -29,9 +30,9 @@ class MatrixField:
     count: int
     """Number of outcomes with the worst status."""
     total: int
-    """Number of outcomes that were compared. If none was compared, number of all outcomes."""
+    """Number of outcomes that were compared, or of all outcomes if none was compared."""
     share: float | None
-    """Largest error of the checks that passed, divided by the allowed error. None if no error was measured."""
+    """Largest error of the checks that passed, divided by the allowed error. None if none of them measured an error."""
 
 
 def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
@@ -54,9 +55,9 @@ def sort_dtypes(names: Iterable[str]) -> list[str]:
 
 
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
-    """Return the outcomes with this dtype, and the outcomes without a dtype.
+    """Return the outcomes with this dtype, and those without any dtype.
 
-    A crash has no dtype, and applies to every dtype.
+    An outcome without a dtype, such as a crash, applies to every dtype.
     """
     return [one for one in tried if one.dtype in (dtype, "-")]
 
@@ -74,9 +75,9 @@ def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
 
 
 def format_field(field: MatrixField | None) -> str:
-    """Return the text of a field: its status, and a number.
+    """Return the text of a field of the matrix: its status, and a number.
 
-    For failures, this is the number of failures. For a pass, it is the largest error divided by the allowed error.
+    For failures, it is the number of failures. For a pass, it is the largest error divided by the allowed error.
     """
     if field is None:
         return "-"
@@ -92,7 +93,8 @@ def format_field(field: MatrixField | None) -> str:
 def failures(tried: Iterable[CheckOutcome]) -> list[str]:
     """Return one line per failure: implementation, check id, case, and the text of `describe`.
 
-    Failures of one implementation with the same description, such as one exception in every case, share a line.
+    If one implementation has several failures with the same description, such as one exception in every case, they
+    share a line.
     """
     alike: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:

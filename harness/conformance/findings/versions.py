@@ -1,4 +1,6 @@
-"""Compare the outcomes of the same checks in several environments, to show which releases have a defect. No torch."""
+"""Compare the outcomes of the same checks in several environments, to show which releases have a defect. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ class CheckedEnvironment(FrozenModel):
     """An environment in which checks ran."""
 
     label: str
-    """Required projects with their versions, e.g. `peft 0.19.1`."""
+    """Libraries for which the environment was made, with their versions, e.g. `peft 0.19.1`."""
     name: str
     """Name of the environment in the commands `peft-harness env`."""
     requirements: list[str]
@@ -48,7 +50,7 @@ class CheckRow:
 
     implementation: str
     target: str
-    """Target of the implementation: a Method, an Operation, a loader, or a quantisation of the base."""
+    """Target of the implementation: a Method, an Operation, a quantised base, or the loaders."""
     check: str
     """`method/check`, without dtype and state."""
     fields: tuple[CheckField, ...]
@@ -56,22 +58,22 @@ class CheckRow:
 
     @property
     def differs(self) -> bool:
-        """True if the worst status of the check, or the set of its failures, is not the same in all environments."""
+        """True if two environments differ in the worst status of the check, or in the set of its failures."""
         return len({(field.summary and field.summary.status, field.failed) for field in self.fields}) > 1
 
 
 @dataclass(frozen=True)
 class DefectField:
-    """One known defect in one environment."""
+    """Outcomes about one known defect in one environment."""
 
     version: str
-    """Version of the defective library in the environment. Empty if it is not installed."""
+    """Version of the library in the environment. Empty if the library is not installed."""
     in_range: bool
-    """True if `Defect.versions`, the range of affected versions, contains `version`."""
+    """True if `version` is in the range of affected versions (`Defect.versions`)."""
     shown: int
-    """Number of failures that look like the defect, whether or not the version is in the range."""
+    """Number of failures that look like the defect, even if the version is outside the range."""
     tried: int
-    """Number of outcomes that passed or look like the defect. Other failures tell nothing about it."""
+    """Number of outcomes that passed or look like the defect. Other failures do not show whether the defect is there."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,19 @@ class DefectRow:
 
     defect: Defect
     fields: tuple[DefectField, ...]
-    """Occurrence of the defect, one entry per environment."""
+    """Outcomes about the defect, one entry per environment."""
 
     @property
     def differs(self) -> bool:
-        """True if the defect shows in some environments, but not in all in which it was tried."""
+        """True if the defect was tried in several environments, but shows in only some of these."""
         return len({field.shown > 0 for field in self.fields if field.tried}) > 1
 
     @property
     def is_misdated(self) -> bool:
-        """True if the defect shows in a version outside `Defect.versions`, or does not show in a version inside it."""
+        """True if `Defect.versions` lacks a version that shows the defect, or contains a version that does not.
+
+        False for a defect that shows only `sometimes`.
+        """
         return any(
             field.tried and not self.defect.sometimes and field.in_range != (field.shown > 0) for field in self.fields
         )

@@ -1,7 +1,7 @@
-"""Compare a mutant with the original, by digests of what both compute in random cases.
+"""Compare a mutant with the original, by digests of their results in random cases.
 
-If no check catches a mutant, the checks may have a hole. It is also possible that the mutant is not a mistake: it may
-change only the size of a buffer. If both compute the same bits in random cases, the mutant is probably not a mistake.
+If no check catches a mutant, the checks may have a gap. Or the mutant is no mistake: for example, it changes only the
+size of a buffer. If mutant and original compute the same bits in random cases, the mutant is probably no mistake.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ CASES = 24
 
 
 def digests(implementation: Implementation) -> list[str]:
-    """Return one digest for each random case.
-
-    The digest covers all outputs, gradients, tensors and states. If an exception is raised, the digest covers it, too.
-    """
+    """Return one digest per random case. It covers all outputs, gradients, tensors and states, and any exception."""
     plan = parity_suite.load_plan(implementation.target)
     return [digest(implementation, plan, case) for case in cases(plan, implementation.dtypes, CASES, SEED)]
 
 
 def digest(implementation: Implementation, plan: parity_suite.ParitySuite, case: AnyCase) -> str:
-    """Return a digest of what the implementation computes in a case."""
+    """Return a digest of the implementation's results in a case."""
     found = hashlib.sha256()
     try:
         for named in _observed(implementation, plan, case):
@@ -70,7 +67,7 @@ def _observed(
 def _adapter_lifecycle(
     implementation: Implementation, plan: MethodSuite, of: MethodCase
 ) -> Iterator[Mapping[str, object]]:
-    """Yield tensors and outputs of an adapter at each stage of its life, as a training program sees them.
+    """Yield tensors and outputs of an adapter at each stage of its life.
 
     The stages are: attaching, calls with random adapter tensors, training steps, merging, unmerging and detaching.
     """

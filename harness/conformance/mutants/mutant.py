@@ -1,4 +1,4 @@
-"""Find the changes that can be made to a source file, each of which gives a mutant."""
+"""Find the possible changes of a source file. Each change gives one mutant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from harness.conformance.mutants.operators import changes, ends_in_error
 
 _NOT_BEHAVIOUR = ("SPEC",)
-"""Names of module constants that only describe a reference. The reference's arithmetic does not use them."""
+"""Names of module constants that only describe a reference and are not used in its calculations. Mutants keep them."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Mutant:
     function: str
     """Qualified name of the changed function. Empty if the change is not in a function."""
     kind: str
-    """Kind of mistake, as in `SourceChange.kind`."""
+    """Kind of mistake, e.g. `arithmetic`."""
     line: int
     start: int
     end: int
-    """End of the changed part. The characters of the source from `start` up to `end` are replaced."""
+    """End of the changed part. In the mutant, `text` replaces the characters of the source from `start` up to `end`."""
     text: str
     probe: tuple[int, int]
-    """Two positions in the source, where `source` can insert a call. For `if`, `while`, `for` and `with`, they are the
-    start and the end of the expression that follows the keyword. For any other statement, both are its start. (-1, -1)
-    for code outside functions."""
+    """Two positions in the source, where the method `source` can insert a call. For `if`, `while`, `for` and `with`,
+    they are the start and the end of the expression after the keyword. For any other statement, both are its start.
+    (-1, -1) for code outside functions."""
 
     @property
     def name(self) -> str:
         """An identifier that consists of the module, the function and a digest.
 
-        It does not change when the file changes elsewhere, because the digest covers only the change and the text just
-        before it.
+        The digest covers only the change and the text just before it. So the name stays the same if other parts of the
+        file change.
         """
         source = source_of(self.module)
         changed = f"{source[self.start - 40 : self.start]}|{source[self.start : self.end]}|{self.text}"
@@ -52,7 +52,7 @@ class Mutant:
     def source(self, probe: str = "") -> str:
         """Return the changed source.
 
-        probe: name of a function. If given, the source calls this function each time before the changed statement runs.
+        probe: name of a function that the source calls each time before the changed statement runs. Empty for no call.
         """
         source = source_of(self.module)
         changed = source[: self.start] + self.text + source[self.end :]
@@ -65,7 +65,7 @@ class Mutant:
         return f"{changed[:first]}({probe}(), ({changed[first:last]}))[1]{changed[last:]}"
 
     def diff(self) -> str:
-        """Return text with the changed lines before and after the change, the file and the line number."""
+        """Return the file, the line number, and the changed lines before and after the change, as text."""
         before, after = source_of(self.module), self.source()
         first = before.rfind("\n", 0, self.start) + 1
         old = before[first : before.find("\n", self.end)]
@@ -87,8 +87,9 @@ def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module, in the order of its lines.
 
     Changes are made in the bodies of functions and in the constants of the module. Docstrings, annotations, defaults of
-    arguments, assertions and error messages are not changed. The condition of an `if` whose body ends by raising an
-    error is not changed either, because a check gives an implementation only arguments that the reference accepts.
+    arguments, assertions and error messages are not changed. If the body of an `if` ends by raising an error, its
+    condition is not changed either, because checks use only arguments that the reference accepts. Raises ValueError if
+    the source is not ASCII.
     """
     source = source_of(module)
     if not source.isascii():
@@ -135,7 +136,7 @@ _Found = tuple[str, ast.stmt | None, ast.AST]
 
 
 def _nodes(tree: ast.Module) -> Iterator[_Found]:
-    """Yield each node of the syntax tree that a mutant may change, with the function and the statement around it."""
+    """Yield each node of the syntax tree that a mutant may change, with its function and its innermost statement."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign):
             target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
@@ -161,7 +162,7 @@ def _is_type(node: ast.expr) -> bool:
 
 
 def _within(node: ast.AST, statement: ast.stmt | None) -> Iterator[tuple[ast.stmt | None, ast.AST]]:
-    """Yield a node and its descendants, each with the innermost statement around it, in the order of the source.
+    """Yield a node and its descendants in the order of the source, each with its innermost statement.
 
     Leave out nodes that do not affect behaviour, such as annotations and error messages.
     """

@@ -1,6 +1,4 @@
-"""Mutation operators. Each one takes a node of the syntax tree and yields mistakes that a careless author might make
-there.
-"""
+"""Mutation operators. Each one takes a node of the syntax tree and yields mistakes that an author might make there."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
 }  # fmt: skip
 _TRANSPARENT = {"detach", "clone", "contiguous", "float", "double", "to", "abs", "sqrt", "clamp", "round", "square"}
-"""Methods whose call can be left out: `x.detach()` becomes `x`."""
+"""Methods whose calls a mutant may leave out: `x.detach()` becomes `x`."""
 _TRANSPOSES = {"T", "mT", "H", "mH"}
 _PAIRS = (
     ("sum", "mean"), ("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"), ("floor", "ceil"),
@@ -27,22 +25,22 @@ _TWINS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])} | {
     "float32": "bfloat16", "float64": "float32", "bfloat16": "float16", "float16": "bfloat16",
     "uint8": "int16", "int8": "int16", "int32": "int64", "int64": "int32",
 }  # fmt: skip
-"""Name of an attribute -> the name that a mutant puts there instead."""
+"""Name of an attribute -> the name that a mutant writes instead, e.g. `sum` -> `mean`."""
 
 
 @dataclass(frozen=True)
 class SourceChange:
-    """One possible change of the source code: the text of one node of the syntax tree is replaced."""
+    """One possible change of the source code: `text` replaces the text of one node of the syntax tree."""
 
     kind: str
-    """Class of the mistake, e.g. `arithmetic`."""
+    """Kind of mistake, e.g. `arithmetic`."""
     node: ast.AST
     """The node whose source text is replaced. The node knows its line and column."""
     text: str
 
 
 def changes(node: ast.AST) -> Iterator[SourceChange]:
-    """Yield every change of this node. Changes of the nodes below it are not included."""
+    """Yield every change of this node. Changes of its child nodes are not included."""
     operator = _OPERATORS.get(type(node))
     if operator is not None:
         yield from operator(node)
@@ -178,7 +176,7 @@ def ends_in_error(body: list[ast.stmt]) -> bool:
 
 
 def _is_module(node: ast.expr) -> bool:
-    """Return whether the expression names a module. Example: `torch` in `torch.sqrt`."""
+    """Return whether the expression is the name of a module, such as `torch` in `torch.sqrt`."""
     return ast.unparse(node) in ("torch", "math", "nn", "nn.functional", "torch.linalg", "F")
 
 

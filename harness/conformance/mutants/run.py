@@ -27,13 +27,13 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets (Methods, Operations and quantised bases) whose checks try one mutant. Shared code may be
-called by twenty targets."""
+"""Largest number of targets (Methods, Operations and quantised bases) whose checks try one mutant. Twenty targets may
+call the same shared code."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
 Run = tuple[Owner, str]
-"""The owner of an implementation's code, and the Method, Operation or quantised base that the code implements."""
+"""An implementation: the owner of its code, and the Method, Operation or quantised base that the code implements."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class MutantResult:
     equivalent: str = ""
     """Reason why this mutant is not a mistake, from suites/equivalent_mutants.yaml. Empty if it is not in this file."""
     same_bits: bool = False
-    """True if no check caught the mutant, and the mutant computes the same bits as the original in random cases."""
+    """True if plain `check` did not catch the mutant, which computes the same bits as the original in random cases."""
     error: str = ""
     """Reason why the mutant could not be tried. Empty if it was tried."""
 
     def runs(self) -> list[Run]:
-        """List the implementations whose checks try the mutant, each as its owner and its target."""
+        """List the implementations whose checks try the mutant."""
         return [(trial.owner(self.mutant.module), target) for target in self.targets]
 
     @property
     def survives(self) -> bool:
-        """True if the mutant was tried and changes the results, no check caught it, and its process did not die."""
+        """True if the mutant counts, no check caught it, and its process did not die."""
         return self.counts and not (self.catch or self.died)
 
     @property
     def counts(self) -> bool:
-        """True if the mutant was tried and changes the results."""
+        """True if the mutant was tried and is a mistake: it may change the results."""
         return bool(self.targets) and not (self.equivalent or self.same_bits or self.error)
 
     def document(self) -> dict[str, Any]:
@@ -86,11 +86,11 @@ class MutantReport:
     verdicts: Sequence[MutantResult]
 
     def tried(self) -> list[MutantResult]:
-        """List the mutants that were tried and that change the results."""
+        """List the mutants that were tried and are mistakes."""
         return [one for one in self.verdicts if one.counts]
 
     def survivors(self) -> list[MutantResult]:
-        """List the mutants that no check caught."""
+        """List the mutants that were tried and are mistakes, but were not caught."""
         return [one for one in self.verdicts if one.survives]
 
     @property
@@ -167,8 +167,8 @@ def run(
     """Try `number` random mutants, or all if it is None, and return the report.
 
     only: names of the Methods, Operations and quantised bases whose checks are run. If it is empty, all checks are run.
-    progress: a function that is called with a line of text for every mutant that a form of `check` does not catch, and
-    after every 50 mutants.
+    progress: called with a line of text for every mutant that no check of a round catches, and after every 50 mutants.
+    The rounds are the checks of plain `check` and of `check --wide`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
@@ -209,7 +209,7 @@ class _Trials:
     jobs: int
     progress: Callable[[str], None]
     reached: set[Mutant] = field(default_factory=set)
-    """The mutants whose changed statement has run."""
+    """The mutants whose changed statement has run at least once."""
 
     def run_checks(self, form: str) -> None:
         """Run the checks on every mutant that survives so far.
@@ -232,7 +232,7 @@ class _Trials:
                 self.progress(f"{form} checks: {count} of {len(alive)} mutants tried")
 
     def compare_bits(self) -> None:
-        """Compare every mutant that survives so far with the original, by what both compute in random cases."""
+        """Compare every mutant that survives so far with the original, by their results in random cases."""
         alive = self._alive()
         self.progress(f"random cases: {len(alive)} mutants are compared with the original")
 
@@ -262,9 +262,9 @@ class _Trials:
         return [mutant for mutant, verdict in self.verdicts.items() if verdict.survives]
 
     def _note(self, mutant: Mutant, ended: forks.ForkEnd[Any]) -> Any:
-        """Record how a fork ended and whether it ran the changed statement.
+        """Record how a forked process ended, and whether it ran the changed statement.
 
-        Return what the fork computed. Return None if the fork died or raised an error.
+        Return the result of the process. Return None if it died or raised an error.
         """
         if ended.returned is None:
             # An error means that the trial failed. It does not count as caught.
@@ -280,9 +280,7 @@ class _Trials:
 
 
 def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> list[str]:
-    """Return the targets that call the changed function, at most _TARGETS. A target with the name of the module comes
-    first.
-    """
+    """Return at most _TARGETS targets that call the changed function. The target named like the module comes first."""
     name = mutant.module.rpartition(".")[2]
     return sorted(callers.get((mutant.module, mutant.function), ()), key=lambda target: target != name)[:_TARGETS]
 
@@ -290,7 +288,8 @@ def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> lis
 def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str]]:
     """Map (module, function) to the targets whose cases call the function.
 
-    The target whose calls reach the fewest functions comes first, because its checks are the quickest.
+    Targets whose cases call few functions come first, because their checks are quick. An empty function name stands for
+    the module's constants: all targets of the module use them.
     """
     owners: tuple[Owner, ...] = ("reference", "fused")
     asked = [(target, of) for of in owners for target in trial.targets(of) if not only or target in only]
@@ -321,9 +320,9 @@ def modules() -> list[str]:
 
 
 def equivalent() -> dict[str, str]:
-    """Map names of mutants that are not mistakes to the reasons, from suites/equivalent_mutants.yaml.
+    """Map names of mutants that are no mistakes to the reasons, from suites/equivalent_mutants.yaml.
 
-    The name of a module stands for all mutants of the module.
+    The name of a module stands for all its mutants.
     """
     file = data_folder("suites") / "equivalent_mutants.yaml"
     listed = yaml_validation.load(file).data

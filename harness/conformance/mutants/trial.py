@@ -1,7 +1,7 @@
 """Trial of one mutant: run checks until one fails.
 
-The checks are those of the targets (Methods, Operations and quantised bases) whose code calls the changed function.
-Every trial runs in its own forked process, because a mutant may hang, crash or leave the process changed.
+The trial runs the checks of the targets (Methods, Operations and quantised bases) whose code calls the changed
+function. Every trial runs in its own forked process, because a mutant may hang, crash or change the process.
 """
 
 from __future__ import annotations
@@ -32,30 +32,29 @@ Owner = Literal["reference", "fused"]
 """Owner of a module with mutants: the reference, or the implementation `fused`."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
 PROBE = "_mutant_is_reached"
-"""Name of a built-in function that exists only in the process of a trial. A mutant calls it just before the changed
-statement runs.
-"""
+"""Name of a function in `builtins` that exists only in the process of a trial. A mutant calls this function just before
+the changed statement runs."""
 _REACHED = "_mutant_was_reached"
-"""Name of an attribute of `builtins` in the process of a trial: True once the changed statement has run."""
+"""Name of an attribute of `builtins` in the process of a trial. It is True once the changed statement has run."""
 _MUTANT = "_mutant_name"
-"""Name of the attribute in which a changed module stores the name of its mutant."""
+"""Name of an attribute of a changed module. Its value is the name of the mutant."""
 DEFAULT, WIDE = "default", "wide"
 
 
 class AlreadyImportedError(RuntimeError):
-    """A module was imported before its mutant. The checks would therefore try the unchanged module."""
+    """The original module was imported before its mutant, so the checks would try the original."""
 
 
 @dataclass(frozen=True)
 class Catch:
-    """A mutant that was caught, and the check that failed."""
+    """The check that caught a mutant."""
 
     form: str
-    """Form of `check` that catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
+    """Which run of `check` catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
     """Name of the check that failed, or `import: ` and the exception if the mutant could not be imported."""
     raised: bool
-    """True if the mutant raised an exception, False if a comparison failed."""
+    """True if the mutant raised an exception. False if a check found a wrong result."""
 
 
 def owner(module: str) -> Owner:
@@ -64,8 +63,7 @@ def owner(module: str) -> Owner:
 
 
 def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementation:
-    """Return an implementation of a target, with the mutant's change in its code. If `mutant` is None, nothing is
-    changed.
+    """Return an implementation of a target with the mutant's change, or without any change if `mutant` is None.
 
     of: `reference` for a copy of the reference, `fused` for the implementation `fused` itself. A process can try only
     one mutant of `fused`, because the changed module stays imported.
@@ -89,11 +87,10 @@ def targets(of: Owner) -> list[str]:
 
 
 def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
-    """Run a Method, Operation or quantised base in every float32 case of the wide sample, and return the functions that
-    it calls.
+    """Return the functions that a Method, Operation or quantised base calls in the float32 cases of the wide sample.
 
-    Each function is a pair (module, qualified name). A nested function counts under the name of the function around it.
-    Code at module level has an empty name.
+    Each function is a pair (module, qualified name). A nested function has the name of the outermost function around
+    it. Code at module level has an empty name.
     """
     called: set[tuple[str, str]] = set()
     inside = _CODE[of]
@@ -115,7 +112,7 @@ def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
 
 
 def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of this implementation.
+    """Run every check on this implementation, and yield the outcomes.
 
     form: `default` for the cases that plain `check` tries, `wide` for the cases of `check --wide`.
     """
@@ -128,7 +125,7 @@ def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
 def caught(mutant: Mutant, targets: Iterable[str], form: str) -> Catch | None:
     """Run the checks of the targets on the mutant until one fails, and return the Catch. Return None if no check fails.
 
-    form: `default` or `wide`, as in `Catch.form`. The process must be a fork in which no other mutant was tried.
+    form: `default` or `wide`, as in `Catch.form`. Call this in a fork in which no other mutant was tried.
     """
     try:
         made = [_changed(target, mutant) for target in targets]
@@ -144,10 +141,10 @@ def caught(mutant: Mutant, targets: Iterable[str], form: str) -> Catch | None:
 
 
 def digests(target: str, of: Owner, mutant: Mutant | None) -> list[str]:
-    """Return the digests of what the mutant, or the original, computes in random cases.
+    """Return one digest per random case, of the results of the mutant, or of the original if `mutant` is None.
 
-    Each call needs a fork of its own: what ran before in a process decides where buffers lie in memory, and the last bit of
-    a matrix product depends on that.
+    Call this in a fork of its own. Earlier code in a process decides where buffers lie in memory, and this changes the
+    last bit of matrix products.
     """
     return difference.digests(implementation(target, of, None) if mutant is None else _changed(target, mutant))
 
@@ -164,8 +161,9 @@ def _changed(target: str, mutant: Mutant) -> Implementation:
 
 
 def _import_changed(mutant: Mutant) -> None:
-    """Import the changed source under the module's name. Raises AlreadyImportedError if the original is already
-    imported.
+    """Import the changed source under the module's name.
+
+    Raises AlreadyImportedError if the original is already imported.
     """
     there = sys.modules.get(mutant.module)
     if there is not None and getattr(there, _MUTANT, None) == mutant.name:

@@ -1,6 +1,6 @@
 """The Operations: kernel-level functions, each with its arguments, its reference and the judgement of its outputs.
 
-Each Operation has a file of its name, which defines `OPERATION`. An implementation of kind `operation` is a function
+Each Operation has a file named like it, which defines `OPERATION`. An implementation of kind `operation` is a function
 that takes the same arguments and returns the outputs in order, as one tensor or a tuple.
 """
 

@@ -1,4 +1,4 @@
-"""adalora_importance: AdaLoRA's averages of sensitivity and uncertainty after one step, and the scores of the triplets."""
+"""adalora_importance: one update of AdaLoRA's running averages (sensitivity, uncertainty), and the triplets' scores."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are as large as their updates. They are in float32 or float64, because a score is about a
-    millionth, which is too small for float16.
+    The previous averages are about as large as their updates. They are in float32, or in float64 for float64 weights: a
+    score is about a millionth, which is too small for float16.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
     given: Arguments = {"beta1": beta1, "beta2": beta2}
@@ -48,9 +48,9 @@ def arguments(
 def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
     """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in float32 or float64.
 
-    A is (R, D), E (R, 1) and B (out, R). I is the average of the sensitivity |w grad|, and U the average of the
-    uncertainty (arXiv:2303.10512, eqs. 7 to 11). given: grad_A and the previous I_A and U_A, in the shape of A,
-    and the corresponding tensors for E and B.
+    A is (R, D), E is (R, 1) and B is (out, R). I is the running average of the sensitivity |w grad|, and U is the
+    running average of the uncertainty (arXiv:2303.10512, eqs. 7 to 11). given: grad_A and the previous I_A and U_A, in
+    the shape of A, and the corresponding tensors for E and B.
     """
     layer = adalora.AdaLoraLinear(
         dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
@@ -66,7 +66,7 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge all outputs by the noise floor of the averages' dtype: float64 for float64 weights, otherwise float32."""
+    """Judge all outputs by `noise_floor`: in float64 if the weights are float64, otherwise in float32."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
     wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)

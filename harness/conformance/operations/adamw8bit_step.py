@@ -1,4 +1,4 @@
-"""adamw8bit_step: one step of AdamW with two moments of 8-bit codes and an absmax per block of 256."""
+"""adamw8bit_step: one step of AdamW. Both moments are stored as 8-bit codes with an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def arguments(
     gradient: Literal["dense", "sparse"] = "dense",
     lr: LearningRate = 0.1,
 ) -> Arguments:
-    """Draw a parameter, its gradient and the state of its moments. For step 1 the state is all zero.
+    """Draw a parameter, its gradient and its moments. For step 1, the moments are zero.
 
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. By default lr is so large that the step is as large as the parameter.
+    blocks. By default, lr is so large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
@@ -64,9 +64,9 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation | None = None) -> tuple[Judgement, str]:
-    """Judge the parameter p by the noise floor of its dtype, and every absmax as `judge_absmax` does.
+    """Judge the parameter p by `noise_floor` in its dtype, and every absmax by `judge_absmax`.
 
-    operation: another Operation with the same moments. By default, it is this one.
+    operation: the Operation whose outputs are judged, such as `lamb8bit_step`. By default, `adamw8bit_step`.
     """
     dtype, operation = given["p"].dtype, operation or OPERATION
     own = next(name for name, one in DTYPES.items() if one == dtype)
@@ -79,8 +79,8 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments, operation: Operation 
 def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Tensor]]:
     """Yield p as the reference computes it in p's dtype, first from contiguous tensors, then from strided ones.
 
-    torch sums the norms of LAMB in another order if a tensor is strided. The second result is left out for AdamW, which
-    has no sum, and for 16-bit tensors, which are copied to contiguous ones before they are summed.
+    torch sums the norms of LAMB in another order if a tensor is strided. AdamW gets no second result, because it has no
+    sum. 16-bit tensors get none, because they are copied to contiguous tensors before the sum.
     """
     yield {"p": operation.named(operation.reference(**cloned(given)))["p"]}
     if operation is not OPERATION and given["p"].dtype in (torch.float32, torch.float64):
@@ -91,9 +91,9 @@ def _draws_of_p(operation: Operation, given: Arguments) -> Iterator[dict[str, Te
 
 
 def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new: Tensor) -> Judgement:
-    """Judge the absmax of a moment by the noise floor of float32, the dtype of the moments.
+    """Judge the absmax of a moment by `noise_floor` in float32, the dtype in which moments are computed.
 
-    decayed, new: the two terms of the moment, flat in float64.
+    decayed, new: the two terms of the moment, beta x old moment and (1 - beta) x g or g^2, flat in float64.
     """
     constants, value = f"{name}_absmax", decayed + new
     rounded = quantize_blockwise(value, dynamic_map())[1]
@@ -102,7 +102,7 @@ def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new:
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code of m and v; see `judge_moment`."""
+    """Judge every code of the moments m and v, as `judge_moment` does."""
     signed = {"m": True, "v": False}
     judged = [judge_moment(outputs, name, *_parts(given, name), signed=signed[name]) for name in _CODES]
     return worst_of([one for one, _ in judged], "exact"), "; ".join(detail for _, detail in judged)
@@ -113,8 +113,8 @@ def judge_moment(
 ) -> tuple[Judgement, str]:
     """Judge every code of a moment: it must be the code of the moment computed in float64.
 
-    If this moment is within a few roundings of the middle between two levels, the codes of both levels are right.
-    decayed, new: the two terms of the moment, flat in float64.
+    If this moment is within a few rounding errors of the middle between two levels, the codes of both levels are right.
+    decayed, new: the two terms of the moment, beta x old moment and (1 - beta) x g or g^2, flat in float64.
     """
     value, levels = decayed + new, dynamic_map(signed).to(new.device)
     codes, absmax = quantize_blockwise(value, levels)
@@ -127,9 +127,9 @@ def judge_moment(
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
-    """Return a mask of the elements of `value` within `reach` of the middle between two levels.
+    """Return a mask of the elements of `value` that are at most `reach` away from the middle between two levels.
 
-    absmax: one per block. The levels of a block are multiplied by the absmax of the block.
+    absmax: one number per block. The levels of a block are `levels` times the absmax of the block.
     """
     scale = absmax.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
     middles = (levels[:-1] + levels[1:]) / 2
@@ -140,7 +140,7 @@ def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) ->
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor]:
-    """Return the two terms of the new moment, flat in float64: beta x old moment, and (1 - beta) x g (g^2 for v)."""
+    """Return the two parts of the new moment, flat in float64: beta x old moment, and (1 - beta) x g (x g^2 for v)."""
     which = _CODES.index(name)
     state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}
     beta, g = given["betas"][which], given["g"].double().flatten()

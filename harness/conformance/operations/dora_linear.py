@@ -20,15 +20,15 @@ from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled", "large-rows"]
 _LEFT = 1 / 16
-"""Share of the update that remains in V = W + scaling B A where W almost cancels the update.
+"""In the kind `cancelled`, W cancels the update except for this share, so that V = W + scaling B A is small.
 
-A smaller remainder would consist of rounding errors in 16 bits. With a larger remainder, a norm computed inaccurately
+With a smaller share, V would consist of rounding errors in 16 bits. With a larger share, a norm computed inaccurately
 from products of W, A and B would pass.
 """
 _LARGE = 2.0**8
-"""Factor of large rows. The norm of such a row of V exceeds 256, so that its square exceeds the largest float16."""
+"""Factor of W and B in large rows. The norm of such a row of V exceeds 256, so its square exceeds the largest float16."""
 _LARGE_M = 2.0**4
-"""Factor of the magnitudes of large rows. With a larger one, gradients of many rows of x would overflow in float16."""
+"""Factor of the magnitudes of large rows. A larger factor would make gradients of many rows of x overflow in float16."""
 
 
 def arguments(
@@ -45,9 +45,9 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
-    kind: kind of every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are
-    zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B
-    are 256 times as large. The magnitudes m are noise of either sign, unlike the norms with which DoRA starts.
+    kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
+    there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
+    256 times as large. The magnitudes m are noise of either sign; DoRA itself starts with norms.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -75,8 +75,8 @@ def reference(
 ) -> Tensor:
     """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    The gain g of a row is m / ||V|| with V = W + scaling B A. The norm is taken per row and is a constant in the
-    backward pass. g is 0 where the norm is 0.
+    The gain g of a row is m / ||V|| with V = W + scaling B A. ||V|| is the norm of that row of V, and counts as a
+    constant in the backward pass. g is 0 where the norm is 0.
     """
     layer = dora.DoraLinear(dense_linear(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
     return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})

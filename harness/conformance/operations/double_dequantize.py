@@ -22,9 +22,8 @@ def arguments(
 
 
 def reference(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
-    """Return the decoded absmax (arXiv:2305.14314, eq. 6).
-
-    It is the value of each code, times the `absmax2` of its block, plus the mean `offset`.
+    """Return the decoded absmax: value of each code x `absmax2` of its block + the mean `offset` (arXiv:2305.14314, eq.
+    6).
     """
     return double_quant.dequantize(codes, absmax2, offset, block)
 

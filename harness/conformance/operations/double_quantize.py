@@ -25,12 +25,12 @@ SecondBlock = Literal[256, 64, 128, 512, 1024]
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: SecondBlock = 256, spread: Spread = 1.0
 ) -> Arguments:
-    """Draw the absmax of a weight's blocks: powers of ten with normal exponents of standard deviation `spread`."""
+    """Draw an absmax for each block of a weight: 10^z, where z is normal with standard deviation `spread`."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean `offset` by its noise floor, and compare the codes with the reference's codes for the same mean."""
+    """Judge the mean `offset` by `noise_floor`. Compare the codes with the reference's codes for the same `offset`."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

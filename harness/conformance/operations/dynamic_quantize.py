@@ -27,18 +27,20 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise; without `signed` its elements are not negative."""
+    """Draw a tensor to quantise. If `signed` is False, no element is negative."""
     x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
 
 
 def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 and float32."""
+    """Return (codes, absmax), in uint8 and float32."""
     return quantize_blockwise(x, dynamic_map(signed), block)
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the codes: each must stand for the nearest level, or for either level if rounding decides."""
+    """Judge the codes: each must stand for the nearest level. Both levels are right if the distances differ only by
+    rounding.
+    """
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)
 

@@ -1,4 +1,6 @@
-"""galore8bit_step: one step of GaLore in a given subspace. The moments are 8-bit codes with an absmax per block of 256."""
+"""galore8bit_step: one step of GaLore with given projection matrices. Moments are 8-bit codes with an absmax per block
+of 256.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ _SIGNED = {"M": True, "V": False}
 
 @wraps(galore_step.arguments)  # so that it has the same settings
 def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
-    """Draw the arguments of `galore_step`, with codes and absmax instead of the moments."""
+    """Draw the arguments of `galore_step`, with codes and absmax in the place of each moment."""
     given = galore_step.arguments(dtype, generator, **case)
     for name, signed in _SIGNED.items():
         given[name], given[f"{name}_absmax"] = quantize_blockwise(given[name], dynamic_map(signed))
@@ -56,9 +58,9 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of W's dtype.
+    """Judge W and every absmax by `noise_floor` in W's dtype.
 
-    In a float64 step, the absmax is stored in float32 and is judged by the noise floor of float32.
+    If W is float64, every absmax is stored in float32 and is judged in float32.
     """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
@@ -78,8 +80,7 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
     """Judge every code: it must be the code of a number within some rounding errors of the float64 moment.
 
     Unlike in `adamw8bit_step`, the new part of a moment comes from a matrix product. The product is rounded in the
-    gradient's dtype, and therefore the absmax of the block is, too. Near zero, where levels are dense, several codes
-    may be right.
+    gradient's dtype, and so is the absmax of the block. Near zero, where levels are dense, several codes may be right.
     """
     eps = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []
@@ -107,7 +108,7 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 
 
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
-    """Return `numbers`, which has one entry per block, expanded to one entry per element of `value`."""
+    """Expand `numbers`, which has one entry per block of `value`, to one entry per element of `value`."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 

@@ -1,4 +1,4 @@
-"""galore_step: one step of GaLore in a given subspace, with given moments."""
+"""galore_step: one step of GaLore with given projection matrices and given moments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), (0.01, 100.0), least=0.01, most=8.0)]
 LearningRate = Annotated[float, Factor((4.0,), (0.0, 0.01, 0.1, 1.0), least=0.0, most=8.0)]
 NEVER = 1_000_000
-"""Number of steps between two refreshes of the subspace. No case has so many steps, so that the subspace never changes.
-"""
+"""Number of steps until the projection matrices are computed anew. No case has so many steps."""
 
 
 def arguments(
@@ -34,10 +33,10 @@ def arguments(
     beta2: Beta = 0.999,
     lr: LearningRate = 4.0,
 ) -> Arguments:
-    """Draw a weight (m, n), its gradient, its moments, and orthonormal bases: P (m, r), Q (n, r) or both.
+    """Draw a weight (m, n), its gradient, its moments, and orthonormal projection matrices: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step, at least 2. By default lr is so large that the step is as large as the weight.
+    step, at least 2. By default, lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)

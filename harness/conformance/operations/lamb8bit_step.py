@@ -1,4 +1,4 @@
-"""lamb8bit_step: one step of LAMB with two moments of 8-bit codes and an absmax per block of 256."""
+"""lamb8bit_step: one step of LAMB. Both moments are stored as 8-bit codes with an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the parameter p and every absmax by their noise floors, as `adamw8bit_step.judge` does."""
+    """Judge the parameter p and every absmax, as `adamw8bit_step.judge` does."""
     return adamw8bit_step.judge(outputs, given, OPERATION)
 
 

@@ -1,4 +1,4 @@
-"""lion8bit_step: one step of Lion with a moment of 8-bit codes and an absmax per block of 256."""
+"""lion8bit_step: one step of Lion. Its moment is stored as 8-bit codes with an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def arguments(
     """Draw a parameter, its gradient, and the codes and the absmax of its moment.
 
     state: `zero` is the state before the first step. gradient: `sparse` makes gradient and moment zero in every second
-    block, and at every second element of the other blocks. By default lr is so large that a step is nearly as large as
+    block, and at every second element of the other blocks. By default, lr is so large that a step is nearly as large as
     the parameter.
     """
     step = 2 if state == "trained" else 1
@@ -51,10 +51,10 @@ def reference(p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, **options: Any)
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p by the noise floor of its dtype, and the absmax by the noise floor of float32.
+    """Judge p by `noise_floor` in its dtype, and the absmax by `noise_floor` in float32.
 
-    Where beta1 m + (1 - beta1) g is within a few rounding errors of 0, its sign is uncertain, and p may go up, go down
-    or stay.
+    If beta1 m + (1 - beta1) g is within a few rounding errors of 0, its sign is uncertain. Then p may go up, go down or
+    stay.
     """
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
@@ -74,7 +74,7 @@ def judge_codes_of_moment(outputs: Mapping[str, Tensor], given: Arguments) -> tu
 
 
 def _is_near_zero(given: Arguments) -> Tensor:
-    """Return a mask that is True where beta1 m + (1 - beta1) g nearly cancels. It is False where both terms are 0."""
+    """Return a mask of the elements where the two terms of beta1 m + (1 - beta1) g nearly cancel. False if both are 0."""
     decayed, new = _terms(given, 0)
     size = decayed.abs() + new.abs()
     near: Tensor = ((decayed + new).abs() <= CODE_TIE_EPS * EPSILON["float32"] * size) & (size > 0)
@@ -82,7 +82,7 @@ def _is_near_zero(given: Arguments) -> Tensor:
 
 
 def _terms(given: Arguments, which: int) -> tuple[Tensor, Tensor]:
-    """Return beta m and (1 - beta) g, flat in float64, with beta1 (which = 0) or beta2 (which = 1)."""
+    """Return beta m and (1 - beta) g, flat in float64. which: 0 to use beta1, 1 to use beta2."""
     beta, g = given["betas"][which], given["g"].double().flatten()
     m = dequantize_blockwise(given["m"], given["m_absmax"], dynamic_map(signed=True), adamw8bit.BLOCK).double()
     return beta * m, (1 - beta) * g

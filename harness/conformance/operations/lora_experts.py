@@ -33,9 +33,9 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    shape: (D, H): D features of a token, H features between up and down. experts: the number K of experts. chosen: number
-    of experts per token. used: only the last `used` experts are chosen. padding: number of further ranks, in which A and B
-    are zero, as in a server that reserves the same memory for every adapter. transposed: the weights are
+    shape: (D, H), the features of a token and of an expert's hidden layer. experts: the number K of experts. chosen:
+    number of experts per token. used: only the last `used` experts are chosen. padding: number of additional ranks in
+    which A and B are zero, as in a server that reserves the same memory for every adapter. transposed: the weights are
     (K, inputs, outputs), as in gpt-oss.
     """
     (D, H), K, total = shape, experts, rank + padding
@@ -72,12 +72,12 @@ def reference(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_A: Tensor, gate_up_B: Tensor,
     down_A: Tensor, down_B: Tensor, scaling: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Return the sum over n of weights[t, n] times the output of expert chosen[t, n] for token t, shape (T, D).
+    """Return, for each token t, the sum over n of weights[t, n] times the output of expert chosen[t, n], shape (T, D).
 
-    Expert k computes down_k (silu(gate_k x) * up_k x). x is (T, D), chosen and weights are (T, N). gate_up is
-    (K, 2 H, D) with the rows of the gate first, and down is (K, D, H); if `transposed`, the last two dimensions are
-    swapped. scaling B_k A_k is added to the weights of each expert. A is (K R, inputs): the R rows of an expert are
-    adjacent. B is (outputs, R K): the K columns of a rank are adjacent.
+    Expert k computes down_k (silu(gate_k x) * up_k x). x is (T, D), chosen and weights are (T, N). gate_up is (K, 2 H,
+    D) with the rows of the gate first, and down is (K, D, H); if `transposed`, the last two dimensions are swapped.
+    scaling B_k A_k is added to the weights of each expert. A is (K R, inputs): the R rows of an expert are adjacent. B
+    is (outputs, R K): the K columns of a rank are adjacent.
     """
     experts = len(gate_up)
     update_up = stacked_update(gate_up_A, gate_up_B, experts, scaling, transposed)

@@ -17,8 +17,8 @@ from harness.conformance.operation import Arguments, Operation, draw
 Activation = Literal["silu", "gelu", "gelu-tanh"]
 GateMagnitude = Annotated[str, Factor(("normal",), ("large",))]
 _LARGE = 2.0**11
-"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211, whose square times GELU's 0.0447 is beyond
-float16."""
+"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
+approximation by tanh, overflows float16."""
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -41,9 +41,10 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of a call.
 
-    shape: the shape (F, D) of W in gate and up; in down it is (D, F). rows: the leading dimensions of x. ranks: the ranks
-    of gate, up and down. scaling: the scaling of gate; up and down have 0.5 and 3 times this scaling. dora: also draw
-    magnitudes; without them, every layer has plain LoRA. gate: with `large`, the activation gets numbers of about 2,000.
+    shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
+    ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True
+    also draws magnitudes; without them, every layer has plain LoRA. gate: `large` gives the activation inputs of about
+    2,000.
     """
     F, D = shape
     layers = draw_adapted_layers(
@@ -66,9 +67,9 @@ def reference(
 ) -> Tensor:
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
-    The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T. If
-    magnitudes ms are given, it is DoRA's layer instead, as in lora_qkv. `gelu` is the exact GELU, and `gelu-tanh` its
-    approximation by tanh.
+    The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T, or
+    with magnitudes ms DoRA's layer, as in `lora_qkv`. `gelu` is the exact GELU, and `gelu-tanh` its approximation by
+    tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""lora_qkv: the query, key and value layers of an attention block, with LoRA or DoRA each, on one input."""
+"""lora_qkv: the query, key and value layers of an attention block on one input, each with LoRA or DoRA."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def arguments(
     """Draw the arguments of a call.
 
     shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
-    key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k and v have
-    0.5 and 3 times this scaling. dora: also draw magnitudes; without them, every layer has plain LoRA.
+    key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k has 0.5 times,
+    v 3 times this scaling. dora: True also draws magnitudes; without them, every layer has plain LoRA.
     """
     E, D = shape
     shared = (max(1, E // groups), D)
@@ -48,10 +48,10 @@ def reference(
     scalings: Sequence[float],
     ms: Sequence[Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """Return q, k and v: x W^T + bias + scaling (x A^T) B^T each, shape (..., E).
+    """Return q, k and v. Each is x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
-    With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead. Here g = m / ||W + scaling B A|| is DoRA's
-    gain per output, whose norm is a constant in the backward pass.
+    With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead. g = m / ||W + scaling B A|| is DoRA's
+    gain per output. The norm in g counts as a constant in the backward pass.
     """
 
     def layer(at: int) -> Tensor:

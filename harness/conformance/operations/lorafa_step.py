@@ -1,4 +1,4 @@
-"""lorafa_step: one step of LoRA-FA over two adapted layers and another trainable tensor of the model."""
+"""lorafa_step: one step of LoRA-FA for the B of two adapted layers and for another trainable tensor of the model."""
 
 from __future__ import annotations
 
@@ -52,14 +52,15 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
-    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of each
-    layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
-    B: `zero` is LoRA's start. gradient: `zero` makes all gradients zero. unused: `second` gives the B of the second
-    layer no gradient, as if the layer had not run. other: one more trainable tensor of the model: the bias of the
-    first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number of matrices in
-    each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in reference/lora_experts.py.
-    correction: how the gradient of B is corrected (LoRA-FA's version 2), or `none` (version 1). adamw: the library
-    whose form of AdamW takes the step. By default lr is so large that the step is as large as the weights.
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
+    each layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
+    B: `zero` makes B zero, as at the start of LoRA. gradient: `zero` makes all gradients zero. unused: `second` gives
+    the B of the second layer no gradient, as if the layer had not run. other: the other trainable tensor of the model:
+    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
+    of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
+    reference/lora_experts.py. correction: how the gradient of B is corrected (LoRA-FA's version 2), or `none` (version
+    1). adamw: the library whose form of AdamW takes the step. By default, lr is so large that the step is as large as
+    the weights.
     """
     scalings = [scaling, 0.75 * scaling]
     given: Arguments = {name: [] for name in ("As", "Bs", "gs", "ms", "vs")}
@@ -96,9 +97,9 @@ def arguments(
 
 
 def low_rank_factor(generator: torch.Generator, rank: int, inputs: int) -> Tensor:
-    """Return a random A (rank, inputs) in float64. Its singular values are between about 0.2 and 1, whatever the rank.
+    """Return a random A (rank, inputs) in float64, whose singular values are between about 0.2 and 1 for every rank.
 
-    A random square matrix would be nearly singular, so that rounding errors would hide everything else.
+    A plain random square matrix would be nearly singular, so that rounding errors would hide every mistake.
     """
     rows: Tensor = torch.linalg.qr(draw(generator, torch.float64, inputs, rank)).Q.T
     mixed = 0.6 * torch.eye(rank, dtype=torch.float64) + draw(
@@ -108,7 +109,7 @@ def low_rank_factor(generator: torch.Generator, rank: int, inputs: int) -> Tenso
 
 
 def moments(generator: torch.Generator, dtype: torch.dtype, shape: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
-    """Return random moments of a parameter before step number `step`: zeros if it is the first."""
+    """Return random moments (m, v) of a parameter before step number `step`. Before step 1, they are zero."""
     m, v = draw(generator, dtype, *shape), draw(generator, dtype, *shape).square()
     return (m, v) if step > 1 else (torch.zeros_like(m), torch.zeros_like(v))
 
@@ -133,9 +134,9 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Return A, B and the moments m and v of B for each layer, then `other` and its moments.
 
-    gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. experts: number of matrices in
-    each layer. other: one more trainable tensor of the model; it gets a plain step of AdamW. role: tells the
-    implementation what `other` is.
+    gs: gradients of the Bs. options: step, lr, betas, eps, weight_decay and bias_correction. experts: number of
+    matrices in each layer. other: another trainable tensor of the model; it gets a plain step of AdamW. role: tells the
+    implementation what kind of tensor `other` is.
     """
     options["form"] = adamw
     after = lorafa_steps(As, Bs, gs, ms, vs, scalings, correction=correction, experts=experts, **options)

@@ -1,4 +1,4 @@
-"""loraplus_groups: the learning rate and weight decay that LoRA+ gives each tensor, and AdamW's first step with them."""
+"""loraplus_groups: the learning rate and weight decay of each tensor in LoRA+, and AdamW's first step with them."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def arguments(
 
     The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their
     weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has besides
-    A and B: the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: which trained norm to add. head:
-    `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`). lr_embedding: learning rate
-    of the embedding's A and B.
+    A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to add, which
+    is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`).
+    lr_embedding: learning rate of the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):
@@ -90,11 +90,11 @@ def arguments(
 def reference(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the learning rates (n,) and the weight decays (n,) in float64, in the order of `tensors`, and one vector of
-    all numbers of all tensors after the first step.
+    """Return the learning rates (n,) and the weight decays (n,) in float64, and one vector with all tensors after the
+    first step.
 
-    frozen: names of the tensors that do not train; their learning rate and weight decay are 0. options: lr, ratio,
-    lr_embedding, weight_decay, betas and eps.
+    All three are in the order of `tensors`. frozen: names of the tensors that do not train; their learning rate and
+    weight decay are 0. options: lr, ratio, lr_embedding, weight_decay, betas and eps.
     """
     after = list(loraplus_step(tensors, gradients, frozen, **options).values())
     lrs, decays = (torch.tensor([one[index] for one in after], dtype=torch.float64) for index in (0, 1))

@@ -1,4 +1,4 @@
-"""multi_lora_linear: one linear layer for a batch of sequences, each with its own LoRA adapter or none."""
+"""multi_lora_linear: one linear layer for a batch of sequences, each of which has its own LoRA adapter or none."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    ids: the adapter of each sequence, or -1 for none. Too large an id is taken modulo the number of adapters. ranks:
-    the rank of each adapter. shape: (D, E), the input and output features. distinct: 0, or the number of adapters,
-    which then use `ranks` cyclically; the batch gets one more sequence for each adapter. index: the dtype of the ids.
+    ids: the adapter of each sequence, or -1 for none. An id beyond the last adapter is taken modulo the number of
+    adapters. ranks: the rank of each adapter. shape: (D, E), the input and output features. distinct: if above 0, the
+    number of adapters. Their ranks then repeat the list `ranks`, and the batch gets one more sequence for each of them.
+    index: the dtype of the ids.
     """
     D, E = shape
     if distinct:

@@ -46,7 +46,7 @@ def reference(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), with W decoded and cast to the dtype of x. training: ignored."""
+    """Return x W^T + bias, shape (..., E), where W is decoded and cast to the dtype of x. training: ignored here."""
     return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
 
 

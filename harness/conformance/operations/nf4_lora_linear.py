@@ -52,10 +52,10 @@ def reference(
     scaling: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), where W is decoded and cast to the dtype of x.
 
-    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's forward pass on the decoded weight. The layer in
-    reference/qlora.py cannot serve here, because it takes a dense weight and encodes it itself.
+    This is QLoRA's forward pass (arXiv:2305.14314, eq. 5): LoRA on the decoded weight. The layer in reference/qlora.py
+    cannot be used here, because it takes a dense weight and encodes it itself.
     """
     base = dense_linear(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
     return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})

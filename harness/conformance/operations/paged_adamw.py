@@ -1,4 +1,4 @@
-"""paged_adamw: a few steps of AdamW with paged states. Paging changes no value."""
+"""paged_adamw: a few steps of AdamW whose states are paged to the host's memory. Paging must not change any value."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Steps = Annotated[int, Factor((3, 1, 5), least=1, most=6)]
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, steps: Steps = 3, weight_decay: WeightDecay = 0.0
 ) -> Arguments:
-    """Draw two parameters of these sizes, and their gradients for every step. Magnitudes change from step to step.
+    """Draw two parameters of these sizes, and their gradients for every step. Gradients of different steps differ in
+    size.
 
-    torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. eps is so large
-    that small second moments do not matter.
+    torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. The large eps
+    makes them irrelevant.
     """
     return {
         "params": [draw(generator, dtype, size) for size in sizes],
@@ -32,7 +33,7 @@ def arguments(
 
 
 def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
-    """Take one optimizer step with each list of gradients. A list has one gradient per parameter."""
+    """Take one optimizer step with each list in `grads`. A list has one gradient per parameter."""
     for several in grads:
         for p, g in zip(params, several, strict=True):
             p.grad = g

@@ -1,4 +1,4 @@
-"""paged_states: whether a paged optimizer pages the states of a parameter, for parameters on any device."""
+"""paged_states: which parameters have their optimizer states paged. The parameters may be on any device."""
 
 from __future__ import annotations
 

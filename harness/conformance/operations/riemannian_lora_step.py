@@ -1,4 +1,4 @@
-"""riemannian_lora_step: one step of Riemannian preconditioned LoRA over two adapted layers and another trainable tensor."""
+"""riemannian_lora_step: one step of Riemannian preconditioned LoRA, for two adapted layers and another trainable tensor."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
-    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the ranks of both
-    layers, at most E and D. optimizer: AdamW, or gradient descent, which has no moments. B: `zero` is LoRA's start; the
-    columns of `one-direction` are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero. unused:
-    `second` gives the second layer no gradients, as if it had not run. other: one more trainable tensor of the model:
-    the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
-    of matrices in each layer; above 1 the layers are stacks (peft's `target_parameters`), packed as in
-    reference/lora_experts.py. By default lr is so large that the step is as large as the weights.
+    shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
+    each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. B: `zero` makes
+    B zero, as at the start of LoRA; with `one-direction`, all columns of B are equal, so that B^T B is singular.
+    gradient: `zero` makes all gradients zero. unused: `second` gives the second layer no gradients, as if it had not
+    run. other: the other trainable tensor of the model: the bias of the first layer, the bias of its B (peft's
+    `lora_bias`), or the magnitude of its DoRA. experts: number of matrices in each layer; above 1, the layers are
+    stacks (peft's `target_parameters`), packed as in reference/lora_experts.py. By default, lr is so large that the
+    step is as large as the weights.
     """
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
@@ -112,11 +113,11 @@ def reference(
     delta: float,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments of each layer, then `other`.
+    """Return the tensors in the order of `OPERATION.outputs`: A, B and their moments for each layer, then `other`.
 
-    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: one more trainable
-    tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what `other` is. experts:
-    number of matrices in each layer.
+    gAs, gBs: gradients of the As and Bs. options: step, lr, betas, eps and weight_decay. other: another trainable
+    tensor of the model; it gets a plain step of the optimizer. role: tells the implementation what kind of tensor
+    `other` is. experts: number of matrices in each layer.
     """
     after: list[Tensor] = []
     for A, B, gA, gB, mA, vA, mB, vB in zip(As, Bs, gAs, gBs, mAs, vAs, mBs, vBs, strict=True):

@@ -23,7 +23,7 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
-    A and B are noise of the layer's own shape. In a model, `attach` slices them from a larger pair.
+    A and B are noise and fit this layer. In a model, `attach` cuts them from a larger pair that all layers share.
     """
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),

@@ -1,1 +1,1 @@
-"""The check of a model server over HTTP: does it compute what an adapter file says?"""
+"""Check a model server over HTTP: does it compute what an adapter file says?"""

@@ -1,4 +1,6 @@
-"""Read tokens and log-probabilities from answers of the completions API, and refuse incomplete answers. No torch."""
+"""Read tokens and log-probabilities from answers of the completions API, and refuse incomplete answers. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from typing import Any, TypeGuard
 from harness.errors import ServerError, UsageError
 
 TokenNames = Callable[[str], int | None]
-"""Function from the name of a token in an answer to its id, or to None for an unknown or ambiguous name."""
+"""Function that maps the name of a token in an answer to the token's id. It returns None for an unknown or ambiguous
+name."""
 _LONGEST_MESSAGE = 200
 _LARGEST_ID = 2**31
 
@@ -24,9 +27,9 @@ class Position:
     token: int
     """Id of the token."""
     logprob: float | None
-    """Log-probability of the token in nats. NaN if the server returned none. None for the first token of a prompt."""
+    """Log-probability of the token in nats. NaN if the server sent none. None for the first token of a prompt."""
     others: Mapping[int, float]
-    """Log-probabilities of the most likely other tokens, by id."""
+    """Token id -> log-probability, for the most likely tokens at this position except `token`."""
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -40,7 +43,7 @@ class Answer:
 
     positions: tuple[Position, ...]
     prompt_tokens: int | None
-    """Number of tokens of the prompt, as the server counts them. None if it does not say."""
+    """Number of tokens of the prompt, as the server counts them. None if the server does not say."""
     prompt_ids: tuple[int, ...] | None
     """Token ids of the prompt. None if the server does not return them."""
 
@@ -66,11 +69,13 @@ def message(content: bytes) -> str:
 
 
 def read(document: Any, tokens: int, echo: bool, names: TokenNames, where: str) -> Answer:
-    """Read the answer to one prompt from a JSON document. tokens: number of tokens requested.
+    """Read the answer to one prompt from a JSON document.
 
-    echo: whether the prompt's tokens were requested too. where: address of the request, for messages.
+    tokens: number of tokens requested. echo: whether the prompt's tokens were requested too. names: finds the ids of
+    tokens if the answer has none. where: address of the request, for messages.
 
-    Raises UsageError for an answer without log-probabilities, and ServerError for an incomplete answer.
+    Raises UsageError for an answer without log-probabilities or with unknown tokens, and ServerError for an incomplete
+    answer.
     """
 
     def half(what: str) -> ServerError:
@@ -124,7 +129,9 @@ _NAMES = (
 
 
 def _number(value: Any, needed: bool, half: Callable[[str], ServerError]) -> float | None:
-    """Return a log-probability from an answer. For null, return NaN if `needed`, else None (a prompt's first token)."""
+    """Convert a log-probability of an answer to a float. For null, return NaN if `needed`, else None (a prompt's first
+    token). half: makes the error for a value that is no number.
+    """
     if value is None:
         return math.nan if needed else None
     if isinstance(value, bool) or not isinstance(value, int | float):

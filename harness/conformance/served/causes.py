@@ -1,4 +1,4 @@
-"""Find the mistake that explains wrong answers: the adapter that a server applied instead of the right one."""
+"""Find the mistake that explains wrong answers: which adapter did the server apply instead of the right one?"""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from harness.conformance.served.scores import score
 _UNKNOWN = "no typical mistake explains them"
 _HEAD = "lm_head"
 _ROW_PARALLEL = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "w2")
-"""Names of row-parallel layers. A server with tensor parallelism divides their inputs, and the outputs of all other
-layers.
-"""
+"""Names of row-parallel layers. A server with tensor parallelism splits the inputs of these layers, and the outputs of
+all other layers."""
 
 
 def cause(
@@ -32,7 +31,7 @@ def cause(
     wrong: Sequence[ScoredAnswer],
     limit: Errors,
 ) -> str:
-    """Return a sentence with the mistakes that explain wrong answers, and the number of tokens that each mistake
+    """Return a sentence that names the mistakes behind wrong answers, with the number of tokens that each mistake
     explains.
 
     adapter: the right adapter, or None for the base. others: the other adapters of the server, by name. wrong: the
@@ -79,7 +78,7 @@ def rescaled(adapter: AdapterFile, factor: float) -> AdapterFile:
 def _mistakes(
     adapter: AdapterFile | None, others: Mapping[str, AdapterFile]
 ) -> Iterator[tuple[str, AdapterFile | None]]:
-    """Yield typical mistakes of servers: a description, and the adapter that a server with this mistake applies."""
+    """Yield typical mistakes of servers, each as a description and the adapter that a server with this mistake applies."""
     for name, other in others.items():
         yield f"adapter {name}", other
         if mixed := _with_head(adapter, other):
@@ -103,10 +102,10 @@ def _mistakes(
 
 @dataclass(frozen=True)
 class _Changed(AdapterFile):
-    """An adapter whose tensors differ from those in its file."""
+    """An adapter file whose tensors are changed after they are read."""
 
     change: Callable[[dict[str, Tensor]], None]
-    """Function that changes the tensors of the file."""
+    """Function that changes a dict of the file's tensors in place."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the file, changed by `change`."""
@@ -117,7 +116,7 @@ class _Changed(AdapterFile):
 def _with_head(adapter: AdapterFile | None, other: AdapterFile) -> _Changed | None:
     """Return `adapter`, but with the update of the output head from `other`. adapter: None for the base.
 
-    Return None if `other` does not update the head, or if the settings of both adapters do not fit into one file.
+    Return None if `other` has no update of the head, or if one file cannot hold the settings of both adapters.
     """
     if not any(map(_is_of_head, other.header)):
         return None
@@ -161,8 +160,8 @@ def _transpose(tensors: dict[str, Tensor]) -> None:
 def _shard(kind: str, half: int, factor: float, tensors: dict[str, Tensor]) -> None:
     """Multiply one half of A in row-parallel layers, or one half of B in all other layers, by `factor`.
 
-    kind: `row` for A, `column` for B. half: 0 for the first half, 1 for the second. A server with tensor parallelism on
-    two GPUs computes the two halves in different processes.
+    kind: `row` for A, `column` for B. half: 0 for the first half, 1 for the second. With tensor parallelism on two
+    GPUs, each half is computed in its own process.
     """
     for key in tensors:
         module, _, name = key.rpartition(".lora_")
@@ -181,5 +180,5 @@ def _without(module: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _module(key: str) -> str:
-    """Return the name of the adapted layer, such as `q_proj`, from the key of its B."""
+    """Return the name of the adapted layer, such as `q_proj`, from `key`, the name of its B in an adapter file."""
     return key.partition(".lora_B.")[0].rpartition(".")[2]

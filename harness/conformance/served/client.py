@@ -1,6 +1,7 @@
-"""Client of a model server with the OpenAI completions API. The module imports no torch.
+"""Client of a model server with the OpenAI completions API. Imports no torch.
 
-A connection serves one request and follows no redirect, so that the token reaches only the server that the user named.
+A connection serves one request and follows no redirect, so that the API key reaches only the server that the user
+named.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ from harness.errors import HarnessError, ServerError, UsageError
 
 TOKEN_VARIABLE = "PEFT_HARNESS_API_KEY"  # noqa: S105  # the name of the variable, not a token
 TOP = 5
-"""Number of most likely tokens to request per position: the most that the API allows."""
+"""Number of most likely tokens to request per position. The API allows no more."""
 _LARGEST_B = 64 << 20
 _LONGEST_S = 1_000_000.0
-"""Largest time-out of a socket, in seconds. The system cannot represent much longer ones."""
+"""Largest timeout of a socket, in seconds. The system cannot represent much longer ones."""
 _EVENT = b"data: "
 _EXTENSIONS: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True, "repetition_penalty": 1.0,
 }  # fmt: skip
-"""Request fields of vLLM. The first two return token ids, the others ignore end tokens and default penalties."""
+"""Request fields of vLLM. The first two make it return token ids. The others make it ignore end tokens and the model's
+default repetition penalty."""
 
 
 _Read = Callable[[http.client.HTTPResponse, float], bytes]
-"""Function that reads a body until a deadline, a value of time.monotonic()."""
+"""Function that reads a body until a deadline, which is a value of time.monotonic()."""
 
 
 class RequestRefusedError(UsageError):
-    """The server answered a request with a status from 400 to 499."""
+    """The server refused a request: it answered with a status from 400 to 499, but not 401 or 403."""
 
     def __init__(self, what: str, *, status: int, where: str = "", hint: str = "") -> None:
         super().__init__(what, where=where, hint=hint)
@@ -48,18 +50,18 @@ class RequestRefusedError(UsageError):
 
 
 class RequestFailedError(ServerError):
-    """The server answered a request with status 500: computing the answer failed."""
+    """The server answered a request with status 500, because it failed to compute the answer."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model of the list `/v1/models`."""
+    """One model in the server's list `/v1/models`."""
 
     name: str
     parent: str
-    """Name of the base model, if the server says that this is an adapter; otherwise empty."""
+    """Name of the base model, if the server says that this model is an adapter; otherwise empty."""
     longest: int | None = None
-    """Largest number of tokens of a prompt and its answer together. None if the server does not say it."""
+    """Largest number of tokens of a prompt and its answer together. None if the server does not say."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ class Dialect:
     """The form of requests that a server accepts."""
 
     token_ids: bool = True
-    """True if a prompt may be a list of token ids. Otherwise it is text."""
+    """True if a prompt may be a list of token ids. False if it must be text."""
     extensions: bool = True
-    """True if a request may have fields of vLLM."""
+    """True if a request may have fields that only vLLM knows."""
 
 
 class Client:
     """Client of one server. Several threads may use it."""
 
     def __init__(self, url: str, token: str = "", patience: float = 120.0) -> None:
-        """Prepare requests to the server at `url`, with or without `/v1`, but send none.
+        """Prepare a client of the server at `url`, with or without `/v1`. No request is sent yet.
 
         token: API key that is sent with each request; empty for none. patience: timeout of a request, in seconds.
         Raises UsageError if url is not the address of a server, or if token is not printable ASCII.
@@ -111,8 +113,8 @@ class Client:
         """Continue a prompt greedily by `tokens` tokens. Return these tokens with log-probabilities.
 
         echo: return the tokens of the prompt too. Raises ServerError for no answer or an incomplete answer,
-        RequestFailedError for status 500, RequestRefusedError for a refused request, and UsageError for an answer without
-        log-probabilities.
+        RequestFailedError for status 500, RequestRefusedError for a refused request, and UsageError for an answer
+        without log-probabilities.
         """
         document = self._json("POST", "/v1/completions", self.body(model, prompt, tokens, echo))
         return answers.read(document, tokens, echo, self.names, f"{self.url}/v1/completions")
@@ -161,7 +163,7 @@ class Client:
         return times[0], times[-1]
 
     def load(self, name: str, folder: Path, in_place: bool = False) -> None:
-        """Load an adapter with vLLM's endpoint. in_place: replace a loaded adapter of this name."""
+        """Load an adapter with vLLM's endpoint. in_place: True replaces a loaded adapter of this name."""
         body = {"lora_name": name, "lora_path": str(folder.resolve())} | ({"load_inplace": True} if in_place else {})
         self._request("POST", "/v1/load_lora_adapter", body)
 
@@ -170,9 +172,10 @@ class Client:
         self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def abort(self) -> None:
-        """End all requests, even if they are still connecting, and refuse new ones until `reopen`.
+        """End all requests, even if they are still connecting, and refuse new ones until `reopen` is called.
 
-        Each ended request raises ServerError in its thread. Only the look-up of a host's name cannot be ended.
+        Each ended request raises ServerError in its thread. The look-up of a host's name is the only part that cannot
+        be ended.
         """
         with self._lock:
             self._closed = True
@@ -186,8 +189,9 @@ class Client:
 
     @contextlib.contextmanager
     def _held(self, one: socket.socket) -> Iterator[None]:
-        """Let `abort` shut a socket down inside the context. A copy of the socket is registered, because TLS takes over
-        `one`.
+        """Inside the context, let `abort` shut down the socket `one`.
+
+        A copy of the socket is registered for this, because TLS takes over `one` itself.
         """
         with one.dup() as copy:
             with self._lock:
@@ -201,9 +205,10 @@ class Client:
                     self._open.discard(copy)
 
     def _connect(self, address: tuple[str, int], stack: contextlib.ExitStack, deadline: float) -> socket.socket:
-        """Return a socket connected to the first address of a host that answers, as `socket.create_connection` does.
+        """Connect to the first address of a host that answers, as `socket.create_connection` does, and return the
+        socket.
 
-        stack: as long as this stack is open, `abort` can end requests on the socket.
+        stack: `abort` can shut down the socket as long as this stack is open.
         """
         failed: OSError = ConnectionError(errno.EADDRNOTAVAIL, "the host has no address")
         for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
@@ -248,7 +253,7 @@ class Client:
     ) -> tuple[bytes, str]:
         """Send a request, and return the body and the content type of the answer.
 
-        read: function that reads the body if the server accepts the request; by default, the function `_read`.
+        read: function that reads the body of an accepted request; by default, the function `_read`.
         """
         where = self.url + path
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
@@ -344,9 +349,11 @@ def _read(answer: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def first_dialect(try_one: Callable[[Dialect], None], token_ids_only: bool) -> Dialect:
-    """Return the first dialect that the server accepts. token_ids_only: True if there is no tokenizer for texts.
+    """Return the first form of requests that the server accepts.
 
-    try_one: function that sends a request in a dialect. If the server accepts none, raises the error of the last one.
+    try_one: function that sends a request in a given form. token_ids_only: True if there is no tokenizer, so that
+    prompts cannot be text. If the server accepts no form, raises the error of the last one. A refusal with another status
+    than 400 or 422 is raised at once.
     """
     dialects = [Dialect(ids, more) for ids in ((True,) if token_ids_only else (True, False)) for more in (True, False)]
     for dialect in dialects:

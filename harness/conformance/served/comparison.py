@@ -1,4 +1,4 @@
-"""Compare what a server answered with the reference: noise floor, verdict and evidence."""
+"""Compare a server's answers with the reference: noise floor, verdict and evidence."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from harness.conformance.tolerance_constants import SERVED_WEAK
 from harness.errors import UsageError, plural
 
 _LONG = 64
-"""Number of tokens of a request that keeps the server busy while another one is sent."""
+"""Number of tokens of a request that only keeps the server busy while another request is sent."""
 _EFFECT = 0.125
-"""Relative error of a simulated wrong scaling. The smallest error that the check notices is computed from its effect."""
+"""Relative error of a simulated wrong scaling. From its effect follows the smallest error that the check would notice."""
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Errors of the server's answers for the base model, which define the errors to allow for adapters."""
+    """Errors of the server's answers for the base model. They decide how large errors of adapters may be."""
 
     dtype: str
-    """Dtype whose rounding errors explain the errors of these answers."""
+    """Dtype whose rounding errors explain the errors of the answers for the base model."""
     measured: Errors | None
-    """Errors of these answers. None if the answers are wrong: all have NaN, or they are the answers of an adapter."""
+    """Errors of the answers for the base model. None if these answers are wrong: all have NaN, or an adapter gave them."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class AnswerComparison:
     adapters: Mapping[str, AdapterFile]
     """Name on the server -> adapter."""
     body_of: Callable[[Request, int], dict[str, Any]]
-    """Function (request, tokens) that returns the body of a request, to repeat it. tokens: 0 for as many as before."""
+    """Function (request, tokens) that returns the body to send a request again. tokens: number of tokens to generate; 0
+    for as many as the first time."""
 
     def noise_floor(self, alone: Sequence[ServedAnswer], dtypes: Sequence[str]) -> NoiseFloor:
-        """Return the noise floor of the server, from its answers for the base model.
+        """Return the noise floor of the server.
 
         alone: the answers for the base model. Answers with NaN are left out, because no dtype explains them. dtypes:
-        dtypes that the server may use, in the order of their rounding errors, smallest first. Raises UsageError if the
-        answers are neither those of the base nor those of one of the adapters.
+        dtypes that the server may use, the one with the smallest rounding errors first. Raises UsageError if the
+        answers fit neither the base nor one of the adapters.
         """
         alone = [one for one in alone if not one.missing]
         if not alone:
@@ -123,7 +124,7 @@ class AnswerComparison:
         return noise.allowed(own, floor.measured, [_numbers(row) for row in rows], floor.dtype)
 
     def _notices(self, adapter: AdapterFile, rows: Sequence[ScoredAnswer], limit: Errors) -> float:
-        """Return the smallest relative error of an adapter's scaling that the check would notice."""
+        """Return the smallest relative error of the adapter's scaling that the check would notice."""
         scaled = score(self.base, causes.rescaled(adapter, 1 + _EFFECT), [row.observation for row in rows])
         effect = noise.errors(distances(scaled, [row.score for row in rows]))
         return noise.smallest_noticed(effect, _EFFECT, limit)
@@ -138,7 +139,7 @@ class AnswerComparison:
     ) -> SubjectFinding:
         """Return the evidence that an adapter, or the base, does not conform.
 
-        rows: the answers for `name`. If no answer is wrong by itself and none failed, the errors of all answers
+        rows: the answers for `name`. If no single answer is wrong and no request failed, the errors of all answers
         together are too large.
         """
         company = next((one for one in every if one.request.subject not in (BASE, name)), None)
@@ -160,7 +161,9 @@ class AnswerComparison:
         return SubjectFinding("; ".join(found), text, command)
 
     def _command(self, one: Request, tokens: int = 0) -> str:
-        """Return a curl command that sends a request again. tokens: number of tokens to generate; 0: as before."""
+        """Return a curl command that sends a request again. tokens: number of tokens to generate; 0 for as many as
+        before.
+        """
         body = self.body_of(one, tokens)
         headers = f"""-H "Authorization: Bearer ${TOKEN_VARIABLE}" -H 'Content-Type: application/json'"""
         return f"curl {shlex.quote(self.url + '/v1/completions')} {headers} -d {shlex.quote(json.dumps(body))}"
@@ -180,9 +183,7 @@ def _failures(failed: Sequence[FailedRequest]) -> str:
 def _lengths(
     every: Sequence[ServedAnswer], wrong: Sequence[ServedAnswer], failed: Sequence[FailedRequest]
 ) -> list[str]:
-    """Return a list with one sentence if all wrong answers have longer prompts than all right ones. Otherwise return
-    [].
-    """
+    """Return a list with one sentence if all wrong answers have longer prompts than all right ones, otherwise []."""
     # An answer with `echo` begins after the first token, so its context is not the prompt.
     asked: list[ServedAnswer | FailedRequest] = [*every, *failed]
     asked = [one for one in asked if one.request.phase is not RequestPhase.ECHO]

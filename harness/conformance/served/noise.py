@@ -1,4 +1,4 @@
-"""Errors of log-probabilities, and how large they may be. The module imports no torch."""
+"""Errors of log-probabilities, and how large they may be. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Errors:
     rms: float
     """Root mean square of all errors."""
     row_rms: float
-    """Root mean square of the errors in one answer, for the answer where it is largest."""
+    """Largest root mean square of the errors of a single answer."""
     largest: float
     """The largest absolute error."""
 
@@ -46,12 +46,11 @@ def errors(rows: Sequence[Sequence[float]]) -> Errors:
 
 
 def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]], dtype: str) -> Errors:
-    """Return the largest errors that a right server may have.
+    """Return the largest errors that a right server may have, by the rule of `tolerance_policies.carried_noise`.
 
     own: errors of the reference in `dtype`. measured: errors of the server's answers for the base model, or None if
-    these answers are wrong. want: the reference's log-probabilities in float64, one list per answer. The rule is that
-    of `tolerance_policies.carried_noise`. As noise, it takes CARRIED_FACTOR times `own` or NOISE_FACTOR times
-    `measured`, whichever is larger.
+    these answers are wrong. want: the reference's log-probabilities in float64, one list per answer. As the noise,
+    the rule takes CARRIED_FACTOR times `own` or NOISE_FACTOR times `measured`, whichever is larger.
     """
     numbers = [one for row in want for one in row]
     floor = NOISE_FLOOR_EPS[dtype] * EPSILON[dtype] * rms(numbers)
@@ -71,7 +70,7 @@ def allowed(own: Errors, measured: Errors | None, want: Sequence[Sequence[float]
 def smallest_noticed(effect: Errors, factor: float, limit: Errors) -> float:
     """Return the smallest relative error of the scaling that causes errors above `limit`, or infinity if none does.
 
-    effect: errors that result if the scaling is wrong by `factor`. They are assumed to be proportional to `factor`.
+    effect: errors caused by a scaling whose relative error is `factor`. Errors are assumed to be proportional to it.
     """
     share = effect.share_of(limit)
     return factor / share if share else math.inf

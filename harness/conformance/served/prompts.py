@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from harness.conformance.served.client import Client
 
 LENGTHS = (1, 3, 7, 12, 20, 40)
-"""Lengths of the prompts in tokens. All models get the same prompts, so that the check notices a prefix cache that mixes up
+"""Lengths of the prompts in tokens. All models get the same prompts: so the check notices a prefix cache that confuses
 adapters. 40 tokens fill two blocks of vLLM's cache."""
 LONG = 600
-"""Length of the long prompt in tokens, or less if the base has too few positions. Some mistakes show only in long
-prompts: vLLM returned NaN after some 400 tokens."""
+"""Largest length of the long prompt in tokens. It is shorter if the base has too few positions. Some mistakes show only
+in long prompts: vLLM returned NaN after some 400 tokens."""
 TOKENS = 8
 """Number of tokens that the server generates per request."""
 TEXTS = (
@@ -33,7 +33,7 @@ TEXTS = (
     "12 + 30 = 42, 7 * 8 =",
     "A harness compares what a server computes with what an adapter file says.",
 )
-"""Texts that different tokenizers split differently. Servers that accept no token ids get them as prompts."""
+"""Texts that different tokenizers split differently. They are the prompts for servers that accept no token ids."""
 _BASE = "--base-model needs the folder of the base: config.json and model.safetensors"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -46,7 +46,7 @@ class Tokenizer:
 
     @classmethod
     def find(cls, folder: Path) -> Tokenizer | None:
-        """Return the tokenizer of a base. Return None if its folder has none."""
+        """Return the tokenizer in the folder of a base, or None."""
         return cls(folder) if any((folder / name).is_file() for name in _TOKENIZERS) else None
 
     def encode(self, text: str) -> list[int]:
@@ -54,7 +54,7 @@ class Tokenizer:
         return list(self._loaded(text)["input_ids"])
 
     def name_id(self, name: str) -> int | None:
-        """Return the id of the token with this text. Return None if no token or several tokens have this text."""
+        """Return the id of the token whose text is `name`. Return None if no token or several tokens have this text."""
         return self._ids.get(name)
 
     @cached_property
@@ -74,7 +74,7 @@ class Tokenizer:
 
 
 def drawn(folder: Path, seed: int) -> list[list[int]]:
-    """Return prompts of random token ids for the base in a folder, one per length of LENGTHS.
+    """Return prompts of random token ids, one per length in LENGTHS, for the base in `folder`.
 
     Raises UsageError if the folder has no vocabulary size.
     """
@@ -83,9 +83,11 @@ def drawn(folder: Path, seed: int) -> list[list[int]]:
 
 
 def room(folder: Path, longest: int | None) -> int | None:
-    """Return the largest number of tokens of a prompt and its answer. Return None if nothing limits it.
+    """Return the largest number of tokens that a prompt and its answer may have together. Return None if there is no
+    limit.
 
-    folder: the folder of the base, whose positions are a limit. longest: the limit of the server, if it says one.
+    folder: the folder of the base, whose number of positions is a limit. longest: limit that the server states, or
+    None.
     """
     config = _config(folder)
     inner = config.get("text_config")
@@ -96,9 +98,9 @@ def room(folder: Path, longest: int | None) -> int | None:
 
 
 def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
-    """Return a prompt of LONG random token ids, or fewer, so that it and its answer have at most `tokens` tokens.
+    """Return a prompt of at most LONG random token ids, such that prompt and answer have at most `tokens` tokens.
 
-    Return an empty list if the prompt would not be longer than the longest of LENGTHS.
+    Return an empty list if the prompt would be no longer than the longest of LENGTHS.
     """
     length = min(LONG, tokens - TOKENS)
     draw = random.Random(f"{seed} long")  # noqa: S311  # a prompt, not a secret
@@ -106,7 +108,9 @@ def long_prompt(folder: Path, seed: int, tokens: int) -> list[int]:
 
 
 def long_text(tokenizer: Tokenizer, tokens: int) -> str:
-    """Return a long prompt as text: one of TEXTS several times in a row. Return "" if the text does not fit twice."""
+    """Return a long prompt as text: one of TEXTS, repeated. Return "" if not even two repetitions fit into `tokens`
+    tokens.
+    """
     text = f"{TEXTS[2]} "
     times = min(LONG, tokens - TOKENS) // len(tokenizer.encode(text))
     return (text * times).strip() if times > 1 else ""
@@ -157,9 +161,9 @@ def _listed(value: Any) -> list[int]:
 
 
 def adapters(given: Sequence[str]) -> Mapping[str, Path]:
-    """Parse the values NAME=DIR or DIR of `--adapter`, and map each adapter's name on the server to its folder.
+    """Parse the values of `--adapter`, NAME=DIR or DIR, and map each adapter's name on the server to its folder.
 
-    DIR alone stands for NAME=DIR with the name of the folder. Raises UsageError for a name that occurs twice.
+    DIR alone gives the adapter the name of the folder. Raises UsageError for a name that occurs twice.
     """
     found: dict[str, Path] = {}
     for one in given:

@@ -1,4 +1,4 @@
-"""Results of `check --served`: metrics, verdicts, findings, exit code and JSON document. The module imports no torch."""
+"""Results of `check --served`: metrics, verdicts, findings, exit code and JSON document. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SubjectVerdict(StrEnum):
     CONFORMS = "conforms"
     NONCONFORMING = "nonconforming"
     CANNOT_TELL = "cannot tell"
-    """The adapter changes the log-probabilities too little to tell a wrong scaling from a right one."""
+    """The adapter changes the log-probabilities too little to distinguish a wrong scaling from a right one."""
     NOT_COMPARED = "not compared"
 
 
@@ -30,8 +30,8 @@ class PhaseResult:
     phase: RequestPhase
     requests: int
     wrong: int
-    """Number of requests with an error above the allowed error, with a token that is not the most likely one, or without an
-    answer because the server failed (status 500)."""
+    """Number of wrong requests: those with an error above the allowed error, with a token that is not the most likely
+    one, or without an answer because the server failed (status 500)."""
     largest: float
     """Largest difference of a log-probability from the reference, in nats."""
     mean: float
@@ -40,15 +40,15 @@ class PhaseResult:
     """Mean of exp(d) over all tokens, where d is the absolute difference of a token's own log-probability from the
     reference. It is 1 if there is no difference."""
     tokens: int
-    """Number of tokens that the server generated or scored."""
+    """Number of tokens in the answers: generated ones or, in the phase `echo`, those of the prompts."""
     differ: int
-    """Number of generated tokens that are not the most likely token of the reference, ties excluded."""
+    """Number of generated tokens that are not the reference's most likely token, without those in `ties`."""
     ties: int
-    """Number of generated tokens that are not the reference's most likely token, but close enough to it (within twice
-    the allowed error, in nats) that rounding may decide."""
+    """Number of generated tokens that are not the reference's most likely token, but nearly as likely: within twice the
+    allowed error, in nats, so that rounding may decide."""
     margin: float
-    """Largest amount, in nats, by which the reference prefers its most likely token to a different token that the
-    server generated. 0 if no token differs."""
+    """Largest amount, in nats, by which the reference's log-probability of its most likely token exceeds that of a
+    different token from the server. 0 if no token differs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class SubjectFinding:
     worst: str
     """Text about the worst token: its phase and prompt, its value, and the value that it should have."""
     request: str
-    """A command that repeats the request of the worst token. If needed, it sends a request to another adapter first."""
+    """A command that repeats the request of the worst token. It first sends a request to another adapter if the error
+    shows only then."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SubjectResult:
     """Folder of the adapter, or of the base."""
     verdict: SubjectVerdict
     reason: str = ""
-    """Reason why nothing was compared."""
+    """Reason why nothing was compared. Otherwise empty."""
     allowed: Errors | None = None
     """Largest errors that a right server may have."""
     notices: float | None = None
@@ -92,15 +93,15 @@ class ServedReport:
     subjects: Sequence[SubjectResult]
     """The base first, then the adapters."""
     not_offered: Mapping[str, str] = field(default_factory=dict)
-    """Function of a server, such as `hot-swap` -> reason why this server does not offer it."""
+    """Feature of servers, such as `hot-swap` -> reason why this server does not offer it."""
     findings: Sequence[str] = ()
-    """Mistakes of the server that belong to no single adapter, as sentences."""
+    """Mistakes of the server that do not concern a single adapter, as sentences."""
     stopped: str = ""
     """Error that ended the requests early. Empty if all requests were answered."""
     stopped_exit: Exit = Exit.INFRASTRUCTURE
     """Exit code of the error in `stopped`."""
     notes: Sequence[str] = ()
-    """Messages beside the results, e.g. that an adapter is still loaded."""
+    """Messages in addition to the results, e.g. that an adapter is still loaded."""
     software: Mapping[str, str] = field(default_factory=dict)
     """Library -> version."""
 
@@ -132,7 +133,7 @@ class ServedReport:
 
 
 def _finite(value: Any) -> Any:
-    """Return a JSON document with null for NaN and infinity, which JSON cannot represent."""
+    """Copy a JSON document, with null in place of NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

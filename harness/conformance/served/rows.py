@@ -1,4 +1,4 @@
-"""Rows: answers of a server with the reference's numbers for them, and metrics of several rows. Imports no torch."""
+"""Answers of a server with the reference's numbers for them, and metrics of several such rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from harness.conformance.served.report import PhaseResult
 from harness.conformance.served.session import RequestPhase, ServedAnswer
 
 _LARGEST_EXPONENT = 700.0
-"""Largest exponent that is passed to `math.exp`. One above 709 would overflow."""
+"""Largest exponent that is passed to `math.exp`, which overflows above 709."""
 
 
 @dataclass(frozen=True)
 class ReferenceScore:
-    """The numbers that the reference computes for the tokens of one answer."""
+    """The log-probabilities that the reference computes for the tokens of one answer."""
 
     values: tuple[tuple[float, ...], ...]
-    """Log-probabilities in nats, one tuple per position. As in `Position.values`, the token of the answer is first, and
-    other tokens follow."""
+    """Log-probabilities in nats, one tuple per position. The first is that of the answer's token; other tokens follow,
+    as in `Position.values`."""
     best: tuple[int, ...]
     """Id of the most likely token at each position."""
     margins: tuple[float, ...]
-    """Log-probability of the most likely token minus the log-probability of the server's token, in nats, at each
-    position."""
+    """For each position, how much more likely the most likely token is than the server's token: the difference of their
+    log-probabilities, in nats."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ScoredAnswer:
 
     @property
     def differences(self) -> list[list[float]]:
-        """Absolute differences of log-probabilities from the reference, in nats, one list per position. A difference is
-        infinite where the server returned NaN.
+        """Absolute differences between the server's log-probabilities and the reference's, in nats, one list per
+        position. A difference is infinite where the server returned NaN.
         """
         return [
             [_distance(have, want) for have, want in zip(one.values, expected, strict=True)]
@@ -53,7 +53,8 @@ class ScoredAnswer:
     def unlikely(self, limit: Errors) -> list[int]:
         """Return the positions where the server's token cannot be the most likely one.
 
-        Two log-probabilities may each be wrong by the largest allowed error. So a margin up to twice this error is a tie.
+        Each log-probability may be wrong by the largest allowed error. So the server's token counts as a tie if the
+        most likely one exceeds it by at most twice this error.
         """
         margins = self.score.margins if self.observation.greedy else ()
         return [i for i, margin in enumerate(margins) if margin > 2 * limit.largest]
@@ -68,7 +69,7 @@ class ScoredAnswer:
 
 
 def distances(have: Sequence[ReferenceScore], want: Sequence[ReferenceScore]) -> list[list[float]]:
-    """Return the absolute differences between the log-probabilities of two scores, one list per answer.
+    """Return the absolute differences between the log-probabilities in `have` and in `want`, one list per answer.
 
     have, want: scores of the same answers.
     """

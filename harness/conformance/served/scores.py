@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference for the tokens that a server returned."""
+"""Compute the reference's log-probabilities for the tokens that a server returned."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def score(
 ) -> list[ReferenceScore]:
     """Return the reference's score of each answer, computed in `dtype` for the server's own tokens.
 
-    The reference continues from the tokens that the server chose. So if two tokens are equally likely, the choice of
-    the server changes one position only, not all that follow. Raises UsageError if the adapter does not fit the base,
+    The reference continues from the tokens that the server chose. So if two tokens are equally likely, the server's
+    choice affects one position only, instead of all later ones. Raises UsageError if the adapter does not fit the base,
     or if the base does not have the server's tokens.
     """
     # Only the logits of the answers are kept: those of a long prompt would take a gigabyte.
@@ -51,7 +51,7 @@ def score(
 
 
 def _score(observation: ServedAnswer, rows: Tensor) -> ReferenceScore:
-    """Score an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
+    """Return the reference's score of an answer. rows: log-probabilities (positions, vocabulary) of the reference."""
     values = tuple(tuple(rows[i, [one.token, *one.others]].tolist()) for i, one in enumerate(observation.positions))
     top, best = rows.max(-1)
     margins = tuple(float(top[i]) - several[0] for i, several in enumerate(values))

@@ -1,4 +1,4 @@
-"""Requests to a server, in phases: alone, mixed and concurrent, load, hot-swap, unload. The module imports no torch."""
+"""Send requests to a server in phases: alone, mixed and concurrent, load, hot-swap, unload. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from harness.conformance.served.client import Client, RequestFailedError, Reques
 from harness.errors import HarnessError, ServerError, UsageError
 
 BASE = ""
-"""Stands for the base model in the place of an adapter's name."""
+"""Name that stands for the base model where an adapter's name is expected."""
 SWAPPED = "peft-harness-swap"
 """Name under which the check itself loads, replaces and unloads adapters."""
 ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-"""Environment variable of the server that makes vLLM offer to load and unload adapters."""
+"""Environment variable of the server that allows vLLM to load and unload adapters while it runs."""
 ROUNDS = 2
 """Number of rounds of mixed requests before the check loads adapters. Each round sends every prompt to every model, in
 a new order."""
 
 
 class RequestPhase(StrEnum):
-    """Phase of the check: what the server does while it answers a request."""
+    """Phase of the check. Phases differ in what else the server does while it answers a request."""
 
     ALONE = "alone"
-    """One request at a time, one model after the other."""
+    """Requests one after the other, first all for one model, then all for the next."""
     ADAPTERS = "adapters"
-    """Adapters in random order, without the base, several requests at the same time."""
+    """Requests to adapters in random order, without the base, several at the same time."""
     MIXED = "mixed"
-    """Base and adapters in random order, several requests at the same time."""
+    """Requests to base and adapters in random order, several at the same time."""
     LOADED = "loaded"
-    """Mixed requests while the server loads an adapter under a new name, then requests to this name."""
+    """Mixed requests while the server loads an adapter under the name SWAPPED, then requests to this name."""
     SWAPPED = "hot-swapped"
-    """Mixed requests while another adapter replaces the first under the same name, then requests to this name."""
+    """Mixed requests while another adapter replaces the one under the name SWAPPED, then requests to this name."""
     RELOADED = "reloaded"
-    """Mixed requests while the first adapter is loaded again, after an unload of the name, then requests to this
-    name."""
+    """Mixed requests while the first adapter is loaded again, after an unload, then requests to the name SWAPPED."""
     ECHO = "echo"
     """Requests for the log-probabilities of the prompt's own tokens."""
 
@@ -54,7 +53,7 @@ class Request:
     subject: str
     """Name of the adapter that must answer, or BASE."""
     served_as: str
-    """Name of the model in the request. It differs from `subject` for an adapter that the check loads as SWAPPED."""
+    """Name of the model in the request: SWAPPED if the check itself loaded the adapter under this name."""
     prompt: int
     """Index of the prompt in `Session.prompts`."""
 
@@ -65,11 +64,11 @@ class ServedAnswer:
 
     request: Request
     context: tuple[int, ...]
-    """Ids of the tokens before those in `positions`."""
+    """Ids of the tokens that precede those in `positions`."""
     positions: tuple[Position, ...]
     """Tokens of the answer in order, each with its log-probability."""
     greedy: bool
-    """True if the server chose the tokens. Otherwise they are from the prompt."""
+    """True if the server chose the tokens. False if they are tokens of the prompt."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -84,13 +83,13 @@ class ServedAnswer:
 
 @dataclass(frozen=True)
 class FailedRequest:
-    """A request whose answer the server could not compute."""
+    """A request for which the server failed to compute an answer."""
 
     request: Request
     context: tuple[int, ...]
     """Token ids of the prompt."""
     what: str
-    """Status and message of the server."""
+    """Status and message with which the server answered."""
 
 
 _Outcome = TypeVar("_Outcome", ServedAnswer, FailedRequest)
@@ -98,7 +97,7 @@ _Outcome = TypeVar("_Outcome", ServedAnswer, FailedRequest)
 
 @dataclass
 class Session:
-    """The requests to one server, and what it answered so far."""
+    """Sends the requests to one server, and keeps its answers."""
 
     client: Client
     base: str
@@ -108,7 +107,7 @@ class Session:
     prompts: Sequence[Sequence[int]]
     """Token ids of each prompt."""
     texts: Sequence[str]
-    """The prompts as text. Empty if the server takes token ids."""
+    """The prompts as text. Empty if the server accepts token ids."""
     tokens: int
     """Number of tokens to generate per request."""
     concurrency: int
@@ -116,15 +115,16 @@ class Session:
     seed: int
     observations: list[ServedAnswer] = field(default_factory=list)
     not_offered: dict[str, str] = field(default_factory=dict)
-    """Function of a server, such as `hot-swap` -> reason why this server does not offer it."""
+    """Feature of servers, such as `hot-swap` -> reason why this server does not offer it."""
     findings: list[str] = field(default_factory=list)
     """Mistakes of the server that show without a comparison of log-probabilities, as sentences."""
     notes: list[str] = field(default_factory=list)
     """Messages to the user about what was not compared."""
     long: int = -1
-    """Index of the long prompt. -1 if there is none."""
+    """Index of the long prompt in `prompts`. -1 if there is none."""
     skip_failed: bool = False
-    """True to record a request that the server answers with status 500 as a FailedRequest. False to stop with an error."""
+    """Decides what happens if the server answers with status 500. True records a FailedRequest. False stops with an
+    error."""
     failures: list[FailedRequest] = field(default_factory=list)
     _loaded: list[str] = field(default_factory=list)
 
@@ -141,7 +141,7 @@ class Session:
                     raise UsageError(what, where="--adapter", hint=hint) from error
 
     def add_long(self, prompt: Sequence[int], text: str = "") -> None:
-        """Add a long prompt. If the server refuses it, add a note that long prompts are not compared.
+        """Add a long prompt. If the server refuses it, only add a note that long prompts are not compared.
 
         text: the prompt as text, if the server takes no token ids.
         """
@@ -170,9 +170,9 @@ class Session:
         self._send(requests, self.concurrency, meanwhile)
 
     def swaps(self) -> None:
-        """Load an adapter under a new name, replace it by another one, unload it, and load the first again.
+        """Load the first adapter as SWAPPED, replace it by the second, unload it, and load the first again.
 
-        Mixed requests run at the same time.
+        Mixed requests run at the same time. Features that the server refuses are added to `not_offered`.
         """
         first, *others = self.adapters
         before, failed = len(self.observations), len(self.failures)
@@ -200,7 +200,7 @@ class Session:
         self._unload(SWAPPED)
 
     def swapped_alone(self, first: str, second: str) -> None:
-        """Load an adapter under a new name, replace it by another one, and send every prompt to this name.
+        """Load the adapter `first` as SWAPPED, replace it by `second`, and send every prompt to SWAPPED.
 
         Raises RequestRefusedError if the server does not load adapters.
         """
@@ -209,7 +209,7 @@ class Session:
         self._swapped(RequestPhase.SWAPPED, second)
 
     def replace(self, name: str) -> None:
-        """Put another adapter in the place of the one that `swapped_alone` loaded. name: name of the new adapter."""
+        """Replace the adapter that `swapped_alone` loaded. name: name of the new adapter."""
         self._replace(SWAPPED, self.adapters[name])
 
     def echoes(self) -> None:
@@ -221,7 +221,7 @@ class Session:
         self._send([one for one in several if len(self.prompts[one.prompt]) > 1 and one.prompt != self.long], 1)
 
     def tidy(self) -> str:
-        """Unload the adapters that this session loaded. Return a message about adapters that are still loaded, or ""."""
+        """Unload the adapters that this session loaded. Return a message about those that are still loaded, or ""."""
         left = []
         for name in list(self._loaded):
             try:
@@ -245,7 +245,10 @@ class Session:
         self._send(requests, self.concurrency)
 
     def _send(self, requests: Sequence[Request], workers: int, meanwhile: Callable[[], None] | None = None) -> None:
-        """Send requests from `workers` threads. Keep the answers even if a request fails or the user interrupts."""
+        """Send requests from `workers` threads. Keep the answers so far even if a request fails or the user interrupts.
+
+        meanwhile: called while the requests run.
+        """
         try:
             with ThreadPoolExecutor(workers) as pool:
                 futures: list[Future[ServedAnswer | FailedRequest]] = [
@@ -271,16 +274,15 @@ class Session:
             self.client.reopen()  # all threads have ended; the adapters are still to be unloaded
 
     def body_of(self, one: Request, tokens: int = 0) -> dict[str, Any]:
-        """Return the body of a request, to send the request again.
-
-        tokens: number of tokens to generate; 0 for as many as before.
-        """
+        """Return the body to send a request again. tokens: number of tokens to generate; 0 for as many as before."""
         echo = one.phase is RequestPhase.ECHO
         tokens = tokens or (1 if echo else self.tokens)
         return self.client.body(one.served_as, self._sent(one.prompt), tokens, echo)
 
     def _answer(self, request: Request) -> ServedAnswer | FailedRequest:
-        """Send a request and return the answer. For status 500, return a FailedRequest if `skip_failed`, else raise."""
+        """Send a request and return the answer. After status 500, return a FailedRequest if `skip_failed`, else raise
+        the error.
+        """
         try:
             return self._observe(request)
         except RequestFailedError as error:
@@ -316,7 +318,7 @@ class Session:
             self.not_offered["load, hot-swap and unload"] = error.what
 
     def _replace(self, name: str, folder: Path) -> None:
-        """Load an adapter under a name that is in use: in place, or after an unload if the server refuses that."""
+        """Load an adapter under a name that is in use: in place or, if the server refuses that, after an unload."""
         try:
             self.client.load(name, folder, in_place=True)
         except RequestRefusedError:

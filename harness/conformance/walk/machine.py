@@ -1,4 +1,4 @@
-"""The rules of a walk: a Hypothesis state machine that does the same to an implementation and to the reference."""
+"""A Hypothesis state machine for random walks. Each rule does one thing to an implementation and to the reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from harness.conformance.walk.program import RUN_MODES, Program
 RULES = 20
 """Largest number of rules in one walk."""
 REPEATS = 100
-"""Number of walks in which Hypothesis may look for a shorter walk that fails. This limits the search to seconds."""
+"""Number of further walks, after the first failure, in which Hypothesis looks for a shorter walk that fails. The limit
+keeps the search to seconds."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The four programs that take the same walk: the subject, and three references."""
+    """The four programs that take the same walk: one of the implementation under test (`subject`), and three of the
+    reference.
+    """
 
     subject: Program
     wide: Program
@@ -31,12 +34,12 @@ class Programs:
     own: Program
     """The reference in the subject's dtype."""
     near: Program
-    """The reference in the subject's dtype, with slightly moved tensors, so that it rounds differently than `own`."""
+    """The reference in the subject's dtype. Its tensors are slightly moved, so that it rounds differently from `own`."""
     dtype: str
     factor: float
     """Largest allowed error of the subject, as a multiple of the reference's own error."""
     another: Callable[[], Program]
-    """Function that attaches the subject's implementation to a second model, and returns this as a new Program."""
+    """Function that attaches the subject's implementation to a second model, and returns a Program with this model."""
 
     def every(self) -> tuple[Program, Program, Program, Program]:
         """Return the programs, the subject's first."""
@@ -45,7 +48,7 @@ class Programs:
     def align(self) -> None:
         """Load the subject's tensors and state into the references. `near` gets slightly moved tensors.
 
-        Later comparisons then ignore earlier rounding errors.
+        Later comparisons then do not count earlier rounding errors.
         """
         tensors, state = self.subject.adapted.tensors(), self.subject.adapted.state()
         generator = torch.Generator().manual_seed(self.subject.steps)
@@ -56,7 +59,7 @@ class Programs:
 
 
 class WalkFailedError(AssertionError):
-    """The implementation departed from the reference. rules: the rules of the walk up to the failure."""
+    """The implementation differs from the reference. rules: the rules of the walk up to this point."""
 
     def __init__(self, judgement: Judgement, rules: list[str]) -> None:
         super().__init__(judgement.tensor)
@@ -66,8 +69,8 @@ class WalkFailedError(AssertionError):
 def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the programs of a walk, all in the same state. number: seed of the walks. If a rule raises an
-    exception other than WalkFailedError, a note with the rules of the walk is added to the exception.
+    make: makes the programs of a walk, always in the same state. number: seed of the walks. If a rule raises an
+    exception other than WalkFailedError, the exception gets a note with the rules of the walk.
     """
 
     class Walk(AdapterWalk):
@@ -95,7 +98,7 @@ def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedErr
 
 
 class AdapterWalk(RuleBasedStateMachine):
-    """One random walk. Every rule does the same in every program. Some rules then compare the programs."""
+    """One random walk. Every rule does the same to each program. Some rules then compare the programs."""
 
     start: Callable[[], Programs]
     shortest: WalkFailedError | None
@@ -154,20 +157,25 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(mode=st.sampled_from(list(RUN_MODES)))
     @precondition(lambda self: not self.merged)
     def compare(self, mode: str) -> None:
-        """Run the model of every program in one of the ways of RUN_MODES, and compare outputs and gradients."""
+        """Run the model of every program in a mode of RUN_MODES, and compare outputs and gradients."""
         self._take(f"compare({mode!r})")
         self._compare(mode)
 
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def backward(self, number: int) -> None:
-        """Run forward and backward on a micro-batch, and add its gradients. number: seed of its incoming gradient."""
+        """Run forward and backward on one micro-batch. Gradients are added up. number: seed of the gradient of the
+        output.
+        """
         self._all(f"backward({number})", lambda program: program.backward(number))
 
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def step(self, number: int) -> None:
-        """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state."""
+        """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state.
+
+        number: seed of the gradient of the output.
+        """
         self._all(f"step({number})", lambda program: program.backward(number))
         for program in self.programs.every():
             program.step()
@@ -182,13 +190,13 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(training=st.booleans())
     @precondition(lambda self: not self.merged)
     def train(self, training: bool) -> None:
-        """Put the model in training mode or in eval mode."""
+        """Put the model in training mode if `training`, else in eval mode."""
         self._all(f"train({training})", lambda program: program.set_training(training))
 
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def deepcopy(self) -> None:
-        """Continue with a deep copy, after the original was changed."""
+        """Continue with a deep copy of model, adapter and optimizer, after changing the original."""
         self._all("deepcopy()", Program.deepcopy)
         self._compare_numbers()
         self._compare("backward")
@@ -196,7 +204,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.owns_tensors())
     def load_state_dict(self) -> None:
-        """Restore the model from its state_dict after its tensors were changed."""
+        """Take the model's state_dict, change its tensors, and restore the model from the state_dict."""
         self._all("load_state_dict()", Program.reload_model)
         self._compare("backward")
 
@@ -210,7 +218,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.programs.subject.adapted.can_merge)
     def merge(self) -> None:
-        """Merge the adapter, and check that the merged model computes the same."""
+        """Merge the adapter, and check that the merged model has the same outputs."""
         self._all("merge()", lambda program: program.adapted.merge())
         self.merged = True
         self._compare("no_grad")

@@ -18,8 +18,8 @@ from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
-"""Factor by which `reload_model` changes the tensors before it restores them. `deepcopy` changes the original's tensors by
-the same factor."""
+"""Factor by which `reload_model` multiplies the adapter tensors before it restores them. `deepcopy` multiplies the
+original's tensors by it."""
 
 
 @dataclass
@@ -29,13 +29,13 @@ class Program:
     model: nn.Module
     adapted: Adapted
     attach: Callable[[], tuple[nn.Module, Adapted]]
-    """Function that attaches the adapter to a fresh copy of the model, and returns the copy and the adapter."""
+    """Function that attaches the adapter to a new copy of the model. It returns the copy and the adapter."""
     forward: Forward
     """Function that runs a given model on the inputs of the walk, and returns the output."""
     may_train: bool
     """True if the model may be in training mode.
 
-    A walk allows training mode only without dropout, because both modes then compute the same.
+    False with dropout, because both modes compute the same only without it.
     """
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Program:
         self.model.train(training and self.may_train)
 
     def backward(self, seed: int) -> None:
-        """Run forward and backward, and add the gradients. seed: decides the incoming gradient of the micro-batch."""
+        """Run forward and backward on one micro-batch. Gradients are added up. seed: seed of the gradient of the output."""
         y = self.forward(self.model)
         if y.requires_grad:
             y.backward(incoming(y, seed))
@@ -77,7 +77,7 @@ class Program:
             group["lr"] *= factor
 
     def owns_tensors(self) -> bool:
-        """Return whether the trained tensors are parameters of the model, rather than tensors that hooks hold."""
+        """Return whether the trained tensors are parameters of the model. False if only hooks hold them."""
         return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
 
     def deepcopy(self) -> None:
@@ -99,7 +99,7 @@ class Program:
         self.model.load_state_dict(saved)
 
     def resume(self) -> None:
-        """Save tensors, state and the optimizer's state_dict to a file, and continue with them in a fresh model."""
+        """Save tensors, state and the optimizer's state_dict to a file, and continue with them in a new model."""
         file = io.BytesIO()
         tensors, state = self.adapted.tensors(), self.adapted.state()
         torch.save({"tensors": tensors, "state": state, "optimizer": self.optimizer.state_dict()}, file)
@@ -115,18 +115,20 @@ class Program:
         self.set_training(self.may_train)
 
     def freeze(self, frozen: bool) -> None:
-        """Switch the gradients of the trained tensors off or on."""
+        """Switch the gradients of the trained tensors off if `frozen`, else on."""
         if frozen:
             self.trained = self.adapted.parameters()
         for tensor in self.trained:
             tensor.requires_grad_(not frozen)
 
     def run(self, mode: str) -> dict[str, Tensor]:
-        """Return the model's output and any gradients of the trained tensors, by name. mode: a key of RUN_MODES."""
+        """Return the model's output and the gradients, if any, of the trained tensors, by name. mode: a key of
+        RUN_MODES.
+        """
         return RUN_MODES[mode](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Load these tensors and this state. The next comparison then does not judge earlier rounding errors again."""
+        """Load these tensors and this state, so that the next comparison does not count earlier rounding errors."""
         mine, held = self.adapted.tensors(), self.adapted.state()
         load(
             self.adapted,
@@ -140,7 +142,7 @@ class Program:
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
-    """Return a random gradient for the output y, drawn in float64 so that every dtype sees the same numbers."""
+    """Return a random gradient for the output y. It is drawn in float64, so that every dtype gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
 
@@ -176,7 +178,7 @@ def _checkpointed(program: Program) -> dict[str, Tensor]:
 def _hooked(program: Program) -> dict[str, Tensor]:
     """Run the program with a forward hook on every adapted layer.
 
-    Return its outputs and gradients, and under `calls of hooks` how often each hook was called.
+    Return the outputs and gradients and, under `calls of hooks`, how often each hook was called.
     """
     calls: list[str] = []
     handles = [

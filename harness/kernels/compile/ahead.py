@@ -2,12 +2,16 @@
 
     python -m harness.kernels.compile.ahead --arch 80 --arch 90 --arch 100 [--module nf4] [--json] [--write]
 
-A module below `harness.kernels.triton` may define a list SPECIMENS. Each specimen is one instance of a kernel. It fails
-if it spills registers, or needs more shared memory than the architecture has. It also fails if it needs more registers
-than `registers.json` allows for this specimen, architecture and minor version of Triton. `--write` enters the measured
-numbers. Streaming kernels must load and store 128 bits at a time, and matrix products must use matrix instructions. The
-command prints one line per specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is
-nothing to judge.
+A module below `harness.kernels.triton` may define a list SPECIMENS. Each specimen is one instance of a kernel. A
+specimen fails
+
+- if it spills registers, or needs more shared memory than the architecture has;
+- if `registers.json` has no entry for this specimen, architecture and minor version of Triton, or allows fewer registers;
+- if a streaming kernel does not load and store 128 bits at a time, or a matrix product uses no matrix instructions;
+- if it multiplies float32 as TF32, or fuses multiplications and additions that must round separately.
+
+`--write` enters the measured numbers of registers in `registers.json`. The command prints one line per specimen and
+architecture. It exits with 1 if a specimen fails, and with 2 if there is nothing to judge.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from harness.kernels.compile.specimen import Specimen
 
 KERNELS = "harness.kernels.triton"
-"""Package that is searched for kernels, with its subpackages."""
+"""Package that is searched for modules with kernels, including its subpackages."""
 REGISTERS = Path(__file__).with_name("registers.json")
 """File with the allowed numbers of registers per thread. `Table` describes its content."""
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -68,7 +72,7 @@ class KernelVerdict:
 
 
 def modules() -> dict[str, str]:
-    """Map short names to the dotted paths of all modules that may have kernels. `--module` takes the short names."""
+    """Return a dict: short name of each module that may have kernels (a value of `--module`) -> its dotted path."""
     package = importlib.import_module(KERNELS)
     found = pkgutil.walk_packages(package.__path__, f"{KERNELS}.")
     return {one.name.rpartition(".")[2]: one.name for one in found if not one.ispkg}

@@ -1,4 +1,4 @@
-"""Compile an instance of a kernel (a `Specimen`), and count the instructions of its machine code. This needs no GPU."""
+"""Compile an instance of a kernel (a `Specimen`), and count the instructions in its machine code. This needs no GPU."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class MachineCode:
 
 
 def version() -> str:
-    """Return the minor version of Triton, such as `3.6`. The generated code depends on it."""
+    """Return the minor version of Triton, such as `3.6`. The machine code of a kernel depends on this version."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
-    """Compile an instance of a kernel for an architecture, and return the counts of its machine code.
+    """Compile an instance of a kernel for an architecture, and return the counts from its machine code.
 
-    architecture: 90 stands for sm_90. The compiler is the installed Triton, whose errors are not caught. Raises
-    RuntimeError if cuobjdump fails. The function does not work in a process that runs Triton's interpreter.
+    architecture: e.g. 90 for sm_90. The installed Triton compiles, and its errors are not caught. Raises RuntimeError
+    if cuobjdump fails. The function does not work in a process that runs Triton's interpreter.
     """
     names = specimen.kernel.arg_names
     at = {name: (index,) for index, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Specimens: instances of kernels that are compiled ahead of time, so that their machine code is judged without a GPU."""
+"""Specimens: instances of kernels to compile ahead of time. Their machine code is then judged without a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Specimen:
     constants: Mapping[str, Any]
     """Name of a constexpr argument -> its value."""
     divisible: tuple[str, ...] = ()
-    """Names of the arguments that are multiples of 16. Pointers to the memory of torch tensors are among them."""
+    """Names of the arguments that are multiples of 16, such as pointers to torch tensors."""
     kind: Kind = "other"
     num_warps: int = 4
     num_stages: int = 3
@@ -34,10 +34,10 @@ class Specimen:
     separate_roundings: bool = False
     """True if a fused multiply-add in the compiled code is an error.
 
-    A kernel that divides needs False, because a division takes some fused multiply-adds.
+    A kernel that divides needs False, because a division is compiled to some fused multiply-adds.
     """
     narrow_loads: int = 0
-    """Largest number of single-byte loads in a streaming kernel.
+    """Largest allowed number of single-byte loads in a streaming kernel.
 
     Such loads read tables, constants, or values after the last full 128 bits.
     """

@@ -1,1 +1,1 @@
-"""Operations in torch for the CPU, one file each. On a GPU, they call the file of the same name in `kernels/triton`."""
+"""Operations in torch, one file each. On a GPU, most call the file of the same name in `kernels/triton`."""

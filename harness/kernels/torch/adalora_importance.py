@@ -1,4 +1,7 @@
-"""AdaLoRA's importance scores (arXiv:2303.10512): averages of sensitivity and uncertainty."""
+"""AdaLoRA's importance scores (arXiv:2303.10512): moving averages of sensitivity and uncertainty.
+
+The sensitivity of a factor is |factor x gradient|, and its uncertainty is |sensitivity - average sensitivity|.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def adalora_importance_(
     """Update the moving averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
 
     Each layer has factors A (R, D), E (R, 1) and B (out, R) of one floating dtype. A gradient of None stands for zeros.
-    For each factor, I is the average of the sensitivity and U the average of the uncertainty. The arithmetic is in the
-    dtype of I and U, which is at least float32.
+    For each factor, I is the average of the sensitivity and U the average of the uncertainty, both in the factor's
+    shape. The arithmetic is in the dtype of I and U, which is at least float32.
     """
     if by_triton(*A, *E, *B, *I_A, *I_E, *I_B):
         from harness.kernels.triton import adalora_importance as gpu
@@ -48,8 +51,8 @@ def adalora_importance(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return I_A, U_A, I_E, U_E, I_B, U_B of one layer after one step, and the layer's scores (R,), one per rank.
 
-    The equations are 7 to 11 of arXiv:2303.10512. The arguments have the shapes and dtypes that `adalora_importance_`
-    takes for one layer. They are not modified.
+    The equations are 7 to 11 of arXiv:2303.10512. The arguments are not modified. Their shapes and dtypes are those of
+    one layer in `adalora_importance_`.
     """
     if by_triton(A, E, B, I_A, I_E, I_B):
         from harness.kernels.triton import adalora_importance as gpu

@@ -24,11 +24,11 @@ MIN_8BIT_SIZE = 4096
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
-    """Return the moments of p before the first step, which are all zero.
+    """Return the moments of p before the first step: all zero.
 
-    The result has uint8 codes m and v, one per element, and float32 numbers m_absmax and v_absmax, one per 256
-    elements. All are flat. A tensor of fewer than `min_8bit_size` elements gets only m and v, in its own shape. They
-    are float64 if p is float64, else float32.
+    For p of at least `min_8bit_size` elements: uint8 codes m and v, one per element, and float32 numbers m_absmax and
+    v_absmax, one per 256 elements. All are flat. For a smaller p: only m and v, in the shape of p, float64 if p is
+    float64, else float32.
     """
     if p.numel() < min_8bit_size:
         dtype = torch.promote_types(p.dtype, torch.float32)
@@ -41,7 +41,7 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return p, m, m_absmax, v and v_absmax after a step.
+    """Return p, m, m_absmax, v and v_absmax after one step of AdamW.
 
     The arguments are those of `adamw8bit_step_`, in any memory layout. They are not modified.
     """
@@ -70,11 +70,12 @@ def adamw8bit_step_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step` of AdamW, in place. The first step is 1.
+    """Take one step of AdamW, and update p, m, m_absmax, v and v_absmax in place.
 
-    p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element. m_absmax, v_absmax: float32,
-    one per block of 256. The step computes in float64 if p is float64, else in float32, and rounds p once. t is the
-    number of the step. Weight decay comes before the update:
+    p, g: parameter and gradient, of one shape and any floating dtype. m, v: uint8 codes, flat, one per element.
+    m_absmax, v_absmax: float32, one per block of 256. step: number of this step, t in the equations; the first is 1.
+    The step computes in float64 if p is float64, else in float32, and rounds p once. Weight decay comes before the
+    update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
@@ -112,7 +113,7 @@ def firsts(n: int, chunk: int) -> Sequence[int]:
 
 
 def working_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype in which a step on p computes: float64 for float64, else float32."""
+    """Return the dtype in which a step on p computes: float64 if p is float64, else float32."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -120,7 +121,7 @@ def update(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> Tensor:  # fmt: skip
-    """Return p after a step of AdamW, and update the moments M and V in place.
+    """Return p after a step of AdamW on decoded moments, and update the moments M and V in place.
 
     All tensors have the dtype `working_dtype(p)`, in which the step computes.
     """

@@ -1,4 +1,4 @@
-"""DoRA linear layer (arXiv:2402.09353): LoRA's product with W and the low-rank term, times a gain per output."""
+"""DoRA linear layer (arXiv:2402.09353): LoRA's output before the bias, multiplied by one gain per output feature."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return the norm of each row of W + scaling B A, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
     The function computes the sum W + scaling B A itself, instead of combining the norms of W and B A. On a CPU this
-    takes a third longer, but is accurate where W and B A cancel each other. Autocast does not reduce its precision.
+    takes a third longer, but is accurate where W and B A cancel each other. Autocast does not reduce the precision.
     """
     dtype = torch.promote_types(W.dtype, B.dtype)  # under autocast, a base in 16 bits may have an adapter in float32
     with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
@@ -27,9 +27,9 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """The function g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E).
+    """Autograd function for z (m / norm) + onto, where z is (T, E), and onto is (E,), (T, E) or None.
 
-    The Function saves z for the backward pass.
+    The backward pass uses the saved z, m and norm.
     """
 
     @staticmethod
@@ -59,7 +59,7 @@ class _Gained(torch.autograd.Function):
 def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
     """Return (m / norm) z + onto, shape (..., E). The gain m / norm is 0 where the norm is 0.
 
-    z is (..., E), and m and norm are (E,). onto is (E,), or has the shape of z, or is None. The result is
+    Shapes: z (..., E), m and norm (E,). onto: (E,), or in the shape of z, or None for no summand. The result is
     differentiable in z, onto and m.
     """
     flat = onto if onto is None or onto.dim() == 1 else onto.reshape(-1, onto.shape[-1])
@@ -79,11 +79,13 @@ def dora_linear(
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    This is eq. 5 of arXiv:2402.09353 with dropout. The gain g of a row is m / ||W + scaling B A||, or 0 where this norm
-    is 0. Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,). mask has the shape of x, or is None. All
-    tensors have one dtype. The result is twice differentiable in all tensors but the mask. The norm counts as a
-    constant. In Triton, the result is differentiable only once, and a second derivative raises RuntimeError. Under
-    autocast, the products are in autocast's dtype. The norm, the gain and the result are in the dtype of m.
+    This is eq. 5 of arXiv:2402.09353 with dropout. The gain g of an output is m / ||row of W + scaling B A||, or 0
+    where this norm is 0. Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,). mask has the shape of x,
+    or is None. All tensors have one dtype. Under autocast, the products have autocast's dtype, and the norm, the gain
+    and the result have the dtype of m.
+
+    The result is differentiable in all tensors but the mask: twice in torch, once in Triton, where a second derivative
+    raises RuntimeError. Derivatives treat the norm as a constant.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

@@ -1,9 +1,9 @@
-"""Exact blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) by two table look-ups, on any device.
+"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2), found exactly by two table look-ups.
 
 The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. A bucket
-contains at most one midpoint between neighbouring values. A table gives the number of midpoints below the bucket. One
-comparison with the next midpoint then decides the code. A binary search would take eight dependent steps, and thirty
-times as long on a CPU.
+contains at most one midpoint between neighbouring values of the map. A table gives the number of midpoints below the
+bucket. One comparison with the next midpoint then decides the code. A binary search would take eight dependent steps,
+and thirty times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tables(NamedTuple):
 
 @cache
 def tables(device: torch.device, signed: bool) -> Tables:
-    """Return the tables of the signed or of the unsigned map on a device. The result is cached."""
+    """Return the tables of the signed or of the unsigned map on this device. The result is cached."""
     with torch.inference_mode(False):
         values = dynamic_map(torch.device("cpu"), signed)
         midpoints = (values[:-1] + values[1:]) / 2
@@ -60,9 +60,9 @@ def nearest(relative: Tensor, of: Tables) -> Tensor:
 
 
 def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
-    """Return the flat float32 values that the codes stand for: values of the map times the absmax of each block.
+    """Return the decoded numbers, float32, 1-d: the map's value for each code x the absmax of the code's block.
 
-    codes: uint8, 1-d. absmax: one per block. of: tables of the map.
+    codes: uint8, 1-d. absmax: one number per block of `block` codes. of: tables of the map.
     """
     decoded = of.values.index_select(0, codes.int())
     whole = len(decoded) // block * block
@@ -73,9 +73,10 @@ def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
 
 
 def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
-    """Return the codes of x and the absmax of every block.
+    """Return the codes of x (uint8) and the absmax of each block (float32).
 
-    x: float32, contiguous, 1-d. of: tables of the map. A block of zeros has absmax 0 and the code of 0.
+    x: float32, contiguous, 1-d. block: elements per block. of: tables of the map. A block of zeros has absmax 0 and the
+    code of 0.
     """
     rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = rows.abs().amax(dim=1)
@@ -86,9 +87,10 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
-    x: any shape and floating dtype, read as float32. The last block may be short. The code of an element stands for the
-    value of the map that is nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is
-    also the block's absmax. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. block: elements per block; the last block may be short. signed:
+    False for the map without negative values. The code of an element stands for the value of the map that is nearest to
+    element / absmax. A tie goes to the lower value. If a block has a NaN or an infinity, so has its absmax. Raises
+    ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

@@ -1,11 +1,11 @@
-"""One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, with one temporary of the subspace's size.
+"""One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, without temporaries of W's size.
 
     R = P^T G Q                                   one product (two products if both sides are projected)
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
-G is the gradient of W, P and Q span the subspace, and M and V are the moments. No temporary has the size of W. Shapes:
-W and G are (m, n), P is (m, r), and Q is (n, r). R, M and V have the shape of P^T G Q.
+G is the gradient of W, P and Q span the subspace, and M and V are the moments. 8-bit moments take the step of
+`adamw8bit_step_`. Shapes: W and G are (m, n), P is (m, r), and Q is (n, r). R, M and V have the shape of P^T G Q.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from harness.kernels.torch.adamw8bit_step import adamw8bit_step_
 from harness.kernels.torch.support.range_finder import leading_vectors, randomised_svd
 
 OVERSAMPLE = 10
-"""Number of columns by which the randomised SVD's sketch exceeds the rank."""
+"""Number of columns that the sketch of a randomised SVD has in addition to the rank."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return two bools: whether an (m, n) matrix is projected on the left, and whether it is projected on the right.
+    """Return (left, right): whether an (m, n) matrix is projected on the left, and whether on the right.
 
     side: `std`, `reverse_std`, `paper`, `left`, `right` or `full` (both sides). Raises ValueError for any other side.
     """
@@ -48,10 +48,9 @@ def refreshed(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (P, Q): the first `rank` left and the first `rank` right singular vectors of G, in G's dtype.
 
-    On a side that is not projected, the result is None. niter: 0 for an exact SVD in float32 (in float64 if G is
-    float64). Otherwise niter is the number of subspace iterations of a randomised SVD. The randomised SVD starts from
-    the previous P or Q, if given, and from random vectors that are the same in every call. Raises ValueError if G is
-    not finite.
+    side: a word that `sides` takes. P is None if the left side is not projected, and Q if the right side is not. niter:
+    0 for an exact SVD; otherwise the number of subspace iterations of a randomised SVD, which starts from the given P
+    or Q and from random vectors that are the same in every call. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -71,9 +70,9 @@ def refreshed(
 
 
 def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return a sketch for a randomised SVD of W: the previous singular vectors, padded with random vectors.
+    """Return the matrix from which a randomised SVD of W starts: previous singular vectors, padded with random ones.
 
-    The shape is (smaller side of W, at most rank + OVERSAMPLE). P, Q: the previous vectors, if there are any.
+    The shape is (smaller side of W, at most rank + OVERSAMPLE). P, Q: the previous singular vectors, or None.
     """
     m, n = W.shape
     smaller, larger = (Q, P) if m >= n else (P, Q)
@@ -89,7 +88,7 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after a step.
+    """Return W, M and V after one step of GaLore.
 
     The arguments are those of `galore_step_`, in any memory layout. They are not modified.
     """
@@ -106,9 +105,9 @@ def galore8bit_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return W, M, M_absmax, V and V_absmax after a step with 8-bit moments.
+    """Return W, M, M_absmax, V and V_absmax after one step of GaLore with 8-bit moments.
 
-    The arguments are those of `galore_step_`, in any memory layout.
+    The arguments are those of `galore_step_`, in any memory layout. They are not modified.
     """
     W, M, M_absmax, V, V_absmax = (
         t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, M_absmax, V, V_absmax)
@@ -136,12 +135,14 @@ def galore_step_(
     V_absmax: Tensor | None = None,
     side: str = "",
 ) -> None:
-    """Take step number `step` in the subspace of P, Q or both, and update W, M and V in place. The first step is 1.
+    """Take one step of GaLore in the subspace of P, Q or both, and update W, M and V in place.
 
-    All tensors have one floating dtype, but M and V may also be float32. M and V are contiguous. If M_absmax and
-    V_absmax are given, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to
-    sqrt(V), and the bias corrections are part of the step size. Weight decay comes last: the updated W is multiplied by
-    1 - lr weight_decay. side: ignored, because P and Q show which sides are projected.
+    step: number of this step, from 1. All tensors have one floating dtype, but M and V may also be float32. M and V are
+    contiguous. If M_absmax and V_absmax are given, M and V are 8-bit codes as in `adamw8bit_step_`. side: ignored,
+    because P and Q show which sides are projected.
+
+    As in the authors' code, eps is added to sqrt(V), and the bias corrections are part of the step size. Weight decay
+    comes last: the updated W is multiplied by 1 - lr weight_decay.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
@@ -167,7 +168,7 @@ def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Update p, M and V in place by one Adam step, as `galore_step_` does, but without a projection.
+    """Update p, M and V in place by the Adam step of `galore_step_`, without a projection.
 
     p: parameter of any shape. g: its gradient. M, V: contiguous moments, or 8-bit codes if M_absmax and V_absmax are
     given.

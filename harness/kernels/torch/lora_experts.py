@@ -1,11 +1,11 @@
-"""The experts of a mixture-of-experts block with LoRA on every expert, grouped by expert.
+"""The experts of a mixture-of-experts block, with LoRA on the layers of every expert.
 
     y_t = sum_n w_tn down_k(silu(gate_k x_t) * up_k x_t)   with k = chosen_tn, and LoRA (arXiv:2106.09685) on each weight
 
-Pairs of a token and one of its experts are sorted by expert, so that the rows of an expert are adjacent. Each expert
-then multiplies its own slice of rows, and its low-rank term is added in place. The update B A, which would be as large
-as the weights of all experts, is never computed. In shapes, T is the number of tokens, N the chosen experts per token,
-P = T N the pairs, K the experts, D and E the input and output features, H the features between up and down, R the rank.
+A row is a pair of a token and one of its experts. Rows are sorted by expert, so that the rows of an expert are
+adjacent. Each expert multiplies its own slice of rows, and its low-rank term is added in place. The update B A, which
+would be as large as the weights of all experts, is never computed. Letters in shapes: T tokens, N chosen experts per
+token, P = T N rows, K experts, D and E input and output features, H features between up and down, R the rank.
 """
 
 from __future__ import annotations
@@ -110,12 +110,15 @@ class _GroupedLora(torch.autograd.Function):
 
 
 def _matrices(W: Tensor | PackedStack, dtype: torch.dtype) -> Callable[[int], Tensor]:
-    """Return a function that maps an expert's number to the expert's matrix (E, D). The next call may overwrite it."""
+    """Return a function that maps an expert's number to the expert's matrix (E, D).
+
+    The function's next call may overwrite the matrix.
+    """
     return W.matrices(dtype) if isinstance(W, PackedStack) else W.__getitem__
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield the number of each expert that has rows, and the slice of its rows. counts: number of rows per expert."""
+    """Yield (number, slice of its rows) for each expert that has rows. counts: number of rows per expert."""
     begin = 0
     for k, count in enumerate(counts):
         if count:
@@ -129,10 +132,10 @@ def grouped_lora_linear(
     """Return x_p W_k^T + scaling x_p A_k^T B_k^T for each row p of expert k, shape (P, E).
 
     Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,). counts: number of rows of
-    each expert. The tensors have one floating dtype, and any strides. A packed W is decoded in every pass: torch
-    decodes expert by expert, and Triton decodes the whole stack. The result is differentiable in x, A, B and a dense W:
-    twice in torch; in Triton once, and W must be frozen. Without Triton, raises ValueError if the counts do not add up
-    to P.
+    each expert. The tensors have one floating dtype, and any strides. In every forward and backward pass, a packed W is
+    decoded: expert by expert in torch, the whole stack in Triton. The result is differentiable in x, A, B and a dense
+    W: twice in torch; once in Triton, which takes only a frozen W. Without Triton, raises ValueError if the sum of
+    `counts` is not P.
     """
     stored = W.weight.packed if isinstance(W, PackedStack) else W
     if multiplied_by_triton(x, stored, A, B) and frozen(stored):
@@ -147,7 +150,7 @@ def grouped_lora_linear(
 
 
 class _Reordered(torch.autograd.Function):
-    """Autograd function that returns the rows of t in another order: output row p is row order[p] // copies of t.
+    """Autograd function that reorders the rows of t: row p of the output is row order[p] // copies of t.
 
     The backward pass sums the gradients of the copies of a row in a fixed order.
     """
@@ -176,8 +179,8 @@ def routed_experts(
     """Return sum_n weights[t, n] down_k(activate(up_k(x_t))) with k = chosen[t, n], shape (T, D).
 
     Shapes: x (T, D), chosen and weights (T, N). chosen: numbers of the experts of each token. activate: maps the output
-    of `up` to the input of `down`, row by row. Equal calls return the same bits. If `chosen` is on the CPU and has the
-    number of an expert that does not exist, raises ValueError.
+    of `up` to the input of `down`, row by row. Equal calls return the same bits. On a CPU, raises ValueError if
+    `chosen` has a number outside 0 to K - 1.
     """
     K, N, flat = up.experts, chosen.shape[1], chosen.reshape(-1)
     order = flat.argsort(stable=True)
@@ -203,12 +206,12 @@ def lora_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_A: Tensor, gate_up_B: Tensor,
     down_A: Tensor, down_B: Tensor, scaling: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Return the output (T, D) of gated experts with LoRA on both weights.
+    """Return the output of the gated experts, shape (T, D), with LoRA on gate_up and down.
 
     Shapes: x (T, D), chosen and weights (T, N), gate_up (K, 2 H, D), down (K, D, H); if `transposed`, gate_up (K, D, 2
-    H) and down (K, H, D). A and B are packed: gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H), down_B (D, R
-    K); see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The result is differentiable
-    in all floating tensors. `grouped_lora_linear` says how often.
+    H) and down (K, H, D). gate_up_A (K R, D), gate_up_B (2 H, R K), down_A (K R, H) and down_B (D, R K) hold LoRA's
+    factors of all experts; see `StackedLinear`. The floating tensors have one dtype, or get it from autocast. The
+    result is differentiable in all of them, twice in torch; see `grouped_lora_linear` for Triton.
     """
     up = StackedLinear(gate_up, gate_up_A, gate_up_B, scaling, transposed)
     return routed_experts(x, chosen, weights, up, StackedLinear(down, down_A, down_B, scaling, transposed), gated)

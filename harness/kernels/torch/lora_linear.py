@@ -1,4 +1,4 @@
-"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T.
+"""LoRA linear layer, y = x W^T + bias + scaling ((x mask) A^T) B^T.
 
 Low-rank terms are added to the large products in place.
 """
@@ -20,11 +20,11 @@ from harness.kernels.torch.support.autocast import cast_by_autocast, outside_aut
 
 
 class _LoraLinear(torch.autograd.Function):
-    """A LoRA layer. In the forward and the backward pass, addmm adds the low-rank terms to the large products in place.
+    """Autograd function for a LoRA layer. In both passes, addmm adds the low-rank terms to the large products in place.
 
-    The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
-    not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and
-    does not add two gradients of x.
+    The backward pass uses the saved x and S = (x mask) A^T, shape (T, R). Autograd on the same formula would allocate
+    more: in the forward pass the update (T, E) and its scaled copy; in the backward pass a scaled copy of dy, and two
+    gradients of x to be added.
     """
 
     @staticmethod
@@ -68,9 +68,9 @@ def lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R). mask has the shape of x, or is None. All tensors have
-    one dtype, or get it from autocast. The result is twice differentiable in all tensors but the mask. In Triton, the
-    result is differentiable only once, and a second derivative raises RuntimeError. Without a mask, Triton is used only
-    up to a rank that depends on the card; see `harness.kernels.crossover`.
+    one dtype, or get it from autocast. The result is differentiable in all tensors but the mask: twice in torch, once
+    in Triton, where a second derivative raises RuntimeError. Without a mask, Triton computes only up to a rank that
+    depends on the card; see `harness.kernels.crossover`.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias) and is_lora_fused(len(A), len(W), mask, x.device):
         from harness.kernels.triton import lora_linear as gpu
@@ -82,14 +82,17 @@ def lora_linear(
 def separate_products(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Return the result of `lora_linear`, computed by torch on every device: one product each for W, A and B."""
+    """Return the result of `lora_linear`, computed by torch on every device, with separate products for W, A and B."""
     rows = None if mask is None else mask.reshape(-1, x.shape[-1])
     y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scaling, rows)
     return y.view(*x.shape[:-1], len(W))
 
 
 def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Return whether `base` has exactly this type and no hooks. Its weight may then be used without calling `base`."""
+    """Return whether `base` has exactly the type `kind` and no hooks.
+
+    If so, callers may use the weight of `base` without calling `base`.
+    """
     hooked = (
         base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         or "forward" in base.__dict__ or _has_any_global_hook()
@@ -103,9 +106,9 @@ def lora_linear_over(
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
     `lora_linear` computes the result if the base is an nn.Linear without hooks. `packed_lora_linear` computes it if the
-    base is an `Nf4Linear` without hooks, x has its compute_dtype, and autocast is off. Any other base is called, and
-    the low-rank term is added out of place, because base(x) may be x itself or a tensor that the base holds. Under
-    torch.compile every base is called, because torch.compile then fuses better.
+    base is an `Nf4Linear` without hooks, x has the base's compute_dtype, and autocast is off. Any other base is called,
+    and the low-rank term is added out of place, because base(x) may return x itself or a tensor that the base holds.
+    Under torch.compile every base is called, because torch.compile then fuses better.
     """
     inner: Any = base
     if not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
 """Several LoRA linear layers with the same input x, such as q, k and v.
 
-x is read once for the low-rank products of all layers, and the gradient of x is one sum.
+x is read once for the low-rank products of all layers, and one tensor accumulates the gradient of x.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Factors of y = x W^T + bias + scaling (x A^T) B^T."""
+    """Factors of one layer, y = x W^T + bias + scaling (x A^T) B^T."""
 
     W: Tensor | PackedWeight
     """Weight of the base layer, (E, D), dense or in NF4."""
@@ -35,11 +35,11 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Autograd function that computes all layers from one matrix `As`: the A of each layer times its scaling, stacked.
+    """Autograd function that computes all layers with one matrix `As`: the layers' matrices scaling * A, stacked.
 
     `As` is (ranks, D), where `ranks` is the sum of the layers' ranks. Each of S = x As^T, dx += dS As and dAs = dS^T x
     is then one product for all layers. Because `As` includes the scaling, no tensor with a row per token needs to be
-    scaled. The Function saves x and S (T, ranks).
+    scaled. The backward pass uses the saved x and S (T, ranks).
     """
 
     @staticmethod
@@ -115,7 +115,7 @@ def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
 def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Tensor | None = None) -> Tensor:
     """Return x W^T, or x W if `transposed`.
 
-    If `onto` is given, return the sum of onto and the product, computed in place where possible.
+    If `onto` is given, add the product to onto, in place where possible, and return the sum.
     """
     if isinstance(W, PackedWeight):
         if torch.is_grad_enabled():
@@ -129,10 +129,10 @@ def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Ten
 def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any, Any] | None = None) -> list[Tensor]:
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer.
 
-    x is (..., D). All tensors have one dtype. The results are twice differentiable in x, bias, A, B and every dense W.
-    In Triton they are differentiable once. All outputs belong to one node of the graph, so that a backward pass through
-    one of them frees the saved tensors of all. precomputed: dict in which the caller keeps outputs for later use. The
-    backward pass clears this dict, because these outputs have lost their saved tensors.
+    x is (..., D). All tensors have one dtype. The results are differentiable in x, bias, A, B and every dense W: twice
+    in torch, once in Triton. All outputs belong to one node of the graph: a backward pass through one output frees the
+    saved tensors of all. precomputed: dict in which the caller keeps outputs for later use. The backward pass clears
+    this dict, because outputs without saved tensors are useless.
     """
     precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
@@ -149,11 +149,11 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return the factors of a LoRA layer on `base`, or None if the layer is to be computed alone.
+    """Return the factors of a LoRA layer on `base` for `lora_linears`, or None if the layer must be computed alone.
 
     The result is None under autocast and under torch.compile. It is None if the base has hooks, is neither an nn.Linear
     nor an `Nf4Linear`, or differs in dtype from x, A or B. It is also None if the base is in NF4 and Triton multiplies,
-    because Triton has a kernel for a single such layer (`nf4_lora_linear`).
+    because Triton's kernel for NF4 (`nf4_lora_linear`) computes a single layer.
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ _CUBIC = 0.044715
 
 
 class _Gated(torch.autograd.Function):
-    """The function activation(gate) * up. It saves only gate and up; the backward pass computes the activation again."""
+    """Autograd function for activation(gate) * up. The backward pass computes the activation again from gate."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -39,7 +39,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _activated(x: Tensor, activation: str) -> Tensor:
-    """Return the activation of x. Raises ValueError for a name other than `silu`, `gelu` and `gelu-tanh`."""
+    """Return the activation of x. Raises ValueError unless `activation` is `silu`, `gelu` or `gelu-tanh`."""
     if activation == "silu":
         return silu(x)
     if activation not in ("gelu", "gelu-tanh"):
@@ -72,10 +72,10 @@ def lora_mlp(
     ms: Sequence[Tensor] | None,
     activation: str,
 ) -> Tensor:
-    """Return down(activation(gate(x)) * up(x)), shape (..., D).
+    """Return down(activation(gate(x)) * up(x)), shape (..., D), for x (..., D).
 
-    Each list has the tensors of gate, up and down, as in `adapted_linears`. activation: `silu`, `gelu` or `gelu-tanh`.
-    Raises ValueError for any other activation.
+    Each list has three items, for gate, up and down; `adapted_linears` describes them. If `ms` is given, the layers are
+    DoRA's. activation: `silu`, `gelu` or `gelu-tanh`. Raises ValueError for any other activation.
     """
 
     def layers(x: Tensor, which: slice) -> list[Tensor]:

@@ -22,8 +22,8 @@ def adapted_linears(
 ) -> list[Tensor]:
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if `ms` is given.
 
-    With LoRA, all layers read x once, and one pass sums their gradients of x. Each list has one item per layer: W (E,
-    D), bias (E,), A (R, D), B (E, R), m (E,). All tensors have one dtype, or get it from autocast.
+    Each list has one item per layer: W (E, D), bias (E,), A (R, D), B (E, R), m (E,). x is (..., D). All tensors have
+    one dtype, or get it from autocast. If `ms` is None, `lora_linears` computes all layers together.
     """
     own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:
@@ -48,5 +48,5 @@ def lora_qkv(
     scalings: Sequence[float],
     ms: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return q, k and v. The arguments and derivatives are those of `adapted_linears`."""
+    """Return the outputs (q, k, v), each (..., E). The arguments are those of `adapted_linears`."""
     return tuple(adapted_linears(x, Ws, biases, As, Bs, scalings, ms))

@@ -2,9 +2,9 @@
 
     y_n = W x_n + s_i B_i A_i x_n   with i = ids[n]      Punica, arXiv:2310.18547, section 4; S-LoRA, arXiv:2311.03285
 
-There is one product with W for all sequences, and one pair of thin products per adapter. If the sequences of an adapter
-are adjacent in the batch, as in a batch sorted by adapter, no token is copied and the update is added to y in place. In
-shapes, N is the number of sequences, D and E are the input and output features, and R is the rank.
+There is one product with W for all sequences, and one pair of thin products per adapter. In a batch sorted by adapter,
+the sequences of an adapter are adjacent. No token is then copied, and the update is added to y in place. Letters in
+shapes: N sequences of T tokens, D and E input and output features, R the rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rows = slice | Tensor
 
 
 def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
-    """Map the number of each adapter in `ids` to the indices of its sequences, in ascending order.
+    """Return a dict: number of each adapter in `ids` -> ascending indices of the sequences with this adapter.
 
     ids: number of each sequence's adapter, or -1 for none. adapters: number of adapters. Raises ValueError for an id
     that is neither an adapter nor -1.
@@ -47,7 +47,7 @@ def _rows(members: list[int], device: torch.device) -> Rows:
 
 
 def _of(t: Tensor, rows: Rows) -> Tensor:
-    """Return the tokens of some sequences of t (N, T, D) as a matrix.
+    """Return the tokens of some sequences of t (N, T, D) as a matrix (tokens, D). rows: indices of the sequences.
 
     The result is a view if `rows` is a slice and t is contiguous, else a copy.
     """
@@ -56,7 +56,7 @@ def _of(t: Tensor, rows: Rows) -> Tensor:
 
 
 def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> None:
-    """Add scaling low @ high to the tokens of some sequences of `to`, in place. to: (N, T, E), contiguous."""
+    """Add scaling low @ high to the tokens of the sequences `rows` of `to`, in place. to: (N, T, E), contiguous."""
     if isinstance(rows, slice):
         to[rows].view(-1, to.shape[-1]).addmm_(low, high, alpha=scaling)
     else:
@@ -64,7 +64,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """The layer as a function of x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
+    """Autograd function for `multi_lora_linear`. x: (N, T, D). adapters: the As, then the Bs of the used adapters.
 
     members: for each used adapter, the indices of its sequences, as `_rows` returns them.
     """
@@ -117,14 +117,14 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T for each of N sequences. The adapter of sequence n is i = ids[n].
+    """Return x W^T + s_i x A_i^T B_i^T, shape (N, ..., E). Sequence n has the adapter i = ids[n]; its scaling is s_i.
 
     If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
     These tensors have one floating dtype, or get it from autocast. ids: N integers. The result is differentiable in x,
     W, and the As and Bs in use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the
-    ids are not integers, or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an
-    accelerator. Triton computes the call unless products per adapter are expected to be faster on this card; see
-    `harness.kernels.crossover`.
+    ids are not N integers, or if an id is neither -1 nor an adapter. Where `by_triton` allows it, Triton computes the
+    call, unless products per adapter are expected to be faster (`_groups_above_crossover`). Without Triton, ids on an
+    accelerator make the host wait.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")
@@ -146,7 +146,7 @@ def _groups_above_crossover(
 ) -> dict[int, list[int]] | None:
     """Return the result of `groups` if `products_per_adapter` is expected to be faster than Triton, else None.
 
-    It is expected to be faster if the used adapters have more tokens on average than the crossover of the card; see
+    This is expected if the used adapters have more tokens on average than the crossover of the card; see
     `harness.kernels.crossover`. The result is always None
 
     - if the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
@@ -175,7 +175,7 @@ def products_per_adapter(
 ) -> Tensor:
     """Return the result of `multi_lora_linear`, computed by torch on every device.
 
-    used: each used adapter and its sequences, as `groups` returns them.
+    used: number of each used adapter -> indices of its sequences, as returned by `groups`.
     """
     tokens = x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
     rows, used_scalings = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]

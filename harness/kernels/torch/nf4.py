@@ -1,9 +1,11 @@
-"""NF4 and double quantisation (arXiv:2305.14314).
+"""Encode and decode NF4, with and without double quantisation (arXiv:2305.14314).
 
-torch works in pieces that fit the cache. On a GPU, Triton does the work. Encoding divides the axis from -1 to 1 into
-cells. A cell has at most one midpoint between two levels. For each value, that midpoint is looked up and compared once.
-A packed byte holds the codes of two values, and decoding finds both values with one look-up. Where the C++ kernels of
-`harness.kernels.cpp` can run, they do the work instead and give the same bits.
+Each block of consecutive values shares one scale: absmax, the block's largest magnitude. A value is stored as a 4-bit
+code, the index of the level nearest to value / absmax. A packed byte holds the codes of two values.
+
+Triton encodes and decodes on a GPU, and C++ on a CPU. Where C++ cannot run, torch gives the same bits, in pieces that
+fit the cache. For encoding, torch divides the axis from -1 to 1 into cells with at most one midpoint between two levels.
+Each value is compared with the midpoint of its cell. For decoding, one table look-up per byte returns two values.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
-"""Number of cells per interval of length 1, for encoding. It is a power of two, so that multiplying by it is exact."""
+"""Number of cells per unit of the axis, for encoding. Multiplication by a power of two is exact."""
 
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return a table, int64 (256,). Entry i is two adjacent float32 numbers: the levels of the two codes in byte i."""
+    """Return the table for decoding, int64 (256,). Entry i holds the two levels of the codes in byte i, as float32."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -39,10 +41,10 @@ def _words(device: torch.device) -> Tensor:
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tables (lower, border) for encoding, with one entry for each cell of the axis from -1 to 1.
 
-    lower: the code at the cell's lower end (uint8). border: the next midpoint above that end (float32). Cell i covers i
-    / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so that a cell has at most one midpoint. Near a
-    cell's end, rounding may put a value into the neighbouring cell. Both cells then give the same code, because no
-    midpoint is within 2^-12 of a cell's end. The last cell is for NaN, which gets the highest code.
+    Cell i reaches from i / 32 - 1 to (i + 1) / 32 - 1. lower: the code at the cell's lower end (uint8). border: the
+    first midpoint above the lower end (float32). Levels are at least 0.079 apart, so a cell has at most one midpoint.
+    Rounding may move a value near a cell's end into the neighbouring cell. The value gets the right code there, too,
+    because no midpoint is within 2^-12 of a cell's end. The last cell is for NaN, which gets the highest code.
     """
     with torch.inference_mode(False):
         midpoints = (levels()[:-1] + levels()[1:]) / 2
@@ -55,11 +57,12 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Quantise W to NF4, and return (packed, absmax).
 
-    packed: uint8 (ceil(n / 2),), with the first code of a pair in the high nibble. absmax: float32, one per block. W: n
-    values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten() and may cross rows.
-    The last block may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0. A block
-    with a NaN has absmax NaN. Any other block with an infinity has absmax infinity. Raises ValueError for a block below
-    1 or a W of integers.
+    W: n values of any shape and floating dtype, read as float32. packed: uint8 (ceil(n / 2),). The first value of a
+    pair has the high four bits. absmax: float32 (ceil(n / block),).
+
+    Blocks are consecutive in W.flatten() and may cross rows. The last block may be short. A value midway between two
+    levels gets the lower level. A block of zeros has absmax 0 and the code of 0. A block with a NaN has absmax NaN. A
+    block with an infinity but no NaN has absmax infinity. Raises ValueError for a block below 1 or an integer W.
     """
     if block < 1 or not W.is_floating_point():
         raise ValueError(f"NF4 needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
@@ -101,10 +104,10 @@ def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the decoded values, level x absmax, computed in float32 and cast once, in the given shape and dtype.
+    """Return the decoded values in the given shape and dtype: level x absmax, computed in float32 and then cast.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with the same number of elements
-    and the same dtype. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax: as returned by `quantize`. out: None, or contiguous memory for the result, with the number of
+    elements of `shape` and this dtype. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     if by_triton(packed, absmax) and dtype in TRITON_DTYPES and triton_block(block):
@@ -128,7 +131,7 @@ def _result(shape: Sequence[int], dtype: torch.dtype, device: torch.device, out:
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
-    """Write the values of consecutive blocks to `out`. The last block may be short. table: the result of `_words`."""
+    """Decode consecutive blocks into `out`. The last block may be short. table: the result of `_words`."""
     pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
     _times_absmax(pairs[: out.numel()], absmax, block, out)
 
@@ -136,10 +139,12 @@ def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: i
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise absmax to 8 bits, and return (codes, absmax2, offset).
 
-    codes: uint8, one per number. absmax2: float32, one per block. offset: the mean of absmax, float32 (0-d). absmax:
-    float32, not empty. The mean is subtracted, and each block is divided by its largest magnitude. The code of a number
-    stands for the nearest value of the signed dynamic map. A tie goes to the lower value. A NaN or an infinity spreads
-    to every result through the mean. Raises ValueError for an empty absmax or a block below 1.
+    absmax: n float32 numbers of any shape, n > 0. codes: uint8 (n,). absmax2: float32 (ceil(n / block),). offset: the
+    mean of absmax, float32 (0-d).
+
+    The mean is subtracted. Each block of differences is then divided by its largest magnitude, absmax2. A code stands
+    for the nearest value of the signed dynamic map, and for the lower one in a tie. A NaN or an infinity in absmax
+    changes every result, because it changes the mean. Raises ValueError for an empty absmax or a block below 1.
     """
     if block < 1 or not absmax.numel():
         raise ValueError(f"needs at least one absmax, and a block of at least 1, got {absmax.numel()} and {block}")
@@ -154,9 +159,10 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
-    """Return the absmax that `double_quantize` encoded: value of the code x absmax2 + offset, float32, one per code.
+    """Return the absmax that `double_quantize` encoded, float32, in one dimension.
 
-    Raises ValueError if the length of absmax2 does not fit `codes`, or if offset is not one number.
+    Each number is the value of its code x the absmax2 of its block + offset. Raises ValueError if the length of absmax2
+    does not fit `codes`, or if offset is not one number.
     """
     check_second_sizes(codes, absmax2, offset, block)
     constants = _flat(codes, absmax2, offset, block)
@@ -184,10 +190,10 @@ def dequantize_double(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the result of `dequantize` for a weight whose absmax is in 8 bits (arXiv:2305.14314, eq. 6).
+    """Decode a weight whose absmax is stored in 8 bits (arXiv:2305.14314, eq. 6).
 
-    codes, absmax2, offset: as returned by `double_quantize` for the block `block2`. Raises ValueError as `dequantize`
-    and `double_dequantize` do.
+    packed, block, shape, dtype, out and the result: as in `dequantize`. codes, absmax2, offset: as returned by
+    `double_quantize` with the block size `block2`. Raises ValueError as `dequantize` and `double_dequantize` do.
     """
     if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
@@ -203,7 +209,7 @@ def dequantize_double(
 
 
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """Multiply values by the absmax of their blocks in float32. Write the products to `out`, in the dtype of `out`."""
+    """Multiply each block of `values` by its absmax in float32, and write the products to `out` in its dtype."""
     blocks, rest = divmod(values.numel(), block)
     if not rest:
         torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
@@ -219,5 +225,5 @@ def _step(block: int, values: int, device: torch.device) -> int:
 
 
 def triton_block(block: int) -> bool:
-    """Return whether the Triton kernels support this block: a power of two of at least 32."""
+    """Return whether the Triton kernels support this block size: a power of two of at least 32."""
     return block >= 32 and block & (block - 1) == 0

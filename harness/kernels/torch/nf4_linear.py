@@ -1,4 +1,7 @@
-"""Linear layer that decodes its packed NF4 weight (arXiv:2305.14314) in each forward and each backward pass."""
+"""Linear layer that decodes its packed NF4 weight (arXiv:2305.14314) in each forward and each backward pass.
+
+W (E, D) is the weight, with E outputs and D inputs. T is the number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 class _Product(torch.autograd.Function):
     """The function x W^T + bias for x (T, D) or, if `transposed`, x W for x (T, E).
 
-    The backward pass of x W^T + bias computes dy W, and the backward pass of x W computes dy W^T.
+    The gradient of x is dy W or, if `transposed`, dy W^T.
     """
 
     @staticmethod
@@ -50,10 +53,10 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, tran
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D), with W decoded and cast to the dtype of x.
+    """Return x W^T + bias, shape (..., E), for x (..., D). W is the decoded weight, cast to the dtype of x.
 
-    The result is differentiable in x and bias, any number of times. Under autocast and under torch.compile, plain torch
-    operations compute it.
+    The result is differentiable in x and bias, any number of times. Under autocast and under torch.compile, the weight
+    is decoded first, and `torch.nn.functional.linear` multiplies.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return linear(x, weight.decoded(x.dtype), bias)
@@ -74,11 +77,11 @@ def nf4_linear(
     bias: Tensor | None,
     training: bool = True,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D).
+    """Return x W^T + bias, shape (..., E), for x (..., D) and a packed W (E, D).
 
-    packed, absmax: W as packed by `nf4.quantize`. shape: (E, D). The result is differentiable in x and bias. training:
-    ignored here, but other implementations need it. Raises ValueError if the length of `packed` or `absmax` does not
-    fit `shape`.
+    packed, absmax, block: W as packed by `nf4.quantize`. shape: (E, D). The result is differentiable in x and bias.
+    training: ignored; other implementations of this Operation need it. Raises ValueError if the length of `packed` or
+    `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
@@ -87,21 +90,23 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
-    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The numbers absmax, absmax2 and
-    offset are stored as bytes. `model.to(torch.bfloat16)` therefore does not round these numbers, and code that looks
-    for the dtype of the layer does not find float32.
+    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The buffers absmax, absmax2 and
+    offset hold their numbers as bytes. `model.to(torch.bfloat16)` therefore does not round the numbers, and code that
+    looks for the layer's dtype does not find float32.
     """
 
     absmax: Tensor
-    """The absmax of every block: bytes of float32 numbers or, with double quantisation, 8-bit codes."""
+    """The absmax of each block of weights: the bytes of float32 numbers or, with double quantisation, 8-bit codes."""
     absmax2: Tensor | None
-    """The absmax of every block of 8-bit codes: bytes of float32 numbers. None without double quantisation."""
+    """The absmax of each block of 8-bit codes: the bytes of float32 numbers. None without double quantisation."""
     offset: Tensor | None
-    """The offset of the 8-bit codes: bytes of one float32 number. None without double quantisation."""
+    """The offset of the 8-bit codes: the bytes of one float32 number. None without double quantisation."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense` and copy its bias. Both are frozen. If `double` is True, the absmax is
-        quantised, too."""
+        """Pack the weight of `dense` and copy its bias. Both are frozen.
+
+        block: number of weights with one absmax. double: True to quantise the absmax, too.
+        """
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)
@@ -115,7 +120,7 @@ class Nf4Linear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The packed weight with its constants, as `packed_linear` takes it."""
+        """The packed weight with its constants (absmax, absmax2, offset), as `packed_linear` takes it."""
         shape = self.out_features, self.in_features
         if self.absmax2 is None or self.offset is None:
             return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)

@@ -1,6 +1,7 @@
 """LoRA on packed NF4 (QLoRA, arXiv:2305.14314): decode the weight, multiply, and add the low-rank term in place.
 
-The layer saves x, the mask, A, B and S = (x mask) A^T (tokens x rank). The backward pass decodes the weight again.
+The backward pass decodes the weight again. It uses the saved x, mask, A, B and S = (x mask) A^T. Shapes: T tokens, D
+inputs, E outputs, R the rank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _LoraProduct(torch.autograd.Function):
-    """The function x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
+    """The function x W^T + bias + scaling ((x mask) A^T) B^T for x, mask (T, D), W (E, D), A (R, D) and B (E, R).
+
+    All tensors have the same dtype after W is decoded.
+    """
 
     @staticmethod
     def forward(
@@ -68,11 +72,11 @@ def packed_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    Shapes: x (..., D), A (R, D), B (E, R), all of one dtype. mask: None, or a tensor in the shape of x with the values
-    0 and 1 / (1 - p). The result is twice differentiable in x, A, B and bias. In Triton, the result is differentiable
-    only once, and a second derivative raises RuntimeError. Without a mask, Triton multiplies only up to the rank at
-    which `lora_linear` changes from Triton to torch; see `harness.kernels.crossover`. Under autocast and under
-    torch.compile, plain torch operations compute the result.
+    Shapes: x (..., D), A (R, D), B (E, R), all of one dtype. mask: None, or dropout's tensor in the shape of x, with
+    the values 0 and 1 / (1 - p). The result is differentiable in x, A, B and bias: twice in torch, once in Triton,
+    where a second derivative raises RuntimeError. Without a mask, Triton computes the call up to the crossover rank of
+    `lora_linear`; see `harness.kernels.crossover`. Under autocast and under torch.compile, the weight is decoded first,
+    and plain torch operations multiply.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
@@ -102,8 +106,8 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T (QLoRA's eq. 5) for a packed W (E, D).
 
-    packed, absmax: as returned by `nf4.quantize`. The other arguments are those of `packed_lora_linear`. Raises
-    ValueError if `packed` or `absmax` does not fit `shape`.
+    packed, absmax, block: W as packed by `nf4.quantize`. shape: (E, D). The other arguments are those of
+    `packed_lora_linear`. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_lora_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias, A, B, scaling, mask)

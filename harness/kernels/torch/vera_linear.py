@@ -1,4 +1,7 @@
-"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T. Layers with the same x share u."""
+"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T.
+
+`SharedProjection` lets layers with the same x share u, if there is no mask.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from harness.kernels.torch.support.autocast import cast_by_autocast, outside_aut
 
 
 class _Projection(torch.autograd.Function):
-    """The function u = (x mask) A^T, with A frozen.
+    """Autograd function for u = (x mask) A^T, with A frozen.
 
-    Several layers share the autograd node of u, which must survive the backward pass of each layer. A and the mask are
-    therefore attributes of the node, because a backward pass would free saved tensors. The attributes take no memory,
-    because A and the mask stay alive anyway. Only under autocast does each node keep a copy of A.
+    Several layers share the autograd node of u, which must survive the backward pass of each layer. A backward pass
+    frees saved tensors, so A and the mask are attributes of the node instead. This takes no memory, because A and the
+    mask stay alive anyway. Only under autocast does each node keep a copy of A.
     """
 
     @staticmethod
@@ -33,7 +36,10 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The function x W^T + bias + b P, where P is (d u) B^T. It saves u (T, R), and P (T, E) for the gradient of b."""
+    """Autograd function for x W^T + bias + b P, where P is (d u) B^T.
+
+    It saves u (T, R), and P (T, E) for the gradient of b.
+    """
 
     @staticmethod
     def forward(
@@ -73,7 +79,7 @@ class SharedProjection:
     """Cache of the last u = x A^T. The next layers with the same x and A, such as q, k and v, reuse u.
 
     The cache serves only calls without a mask, because every layer draws its own mask. The cache keeps neither x nor u
-    alive. u lives in the graph of an output, so that layers without gradients share nothing.
+    alive: u lives in the autograd graph of a layer's output. Layers without gradients therefore share nothing.
     """
 
     def __init__(self) -> None:
@@ -86,8 +92,8 @@ class SharedProjection:
         return SharedProjection, ()
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:
-        """Return x A^T, shape (T, R), for x (..., D) and A (R, D): from the cache if possible, else computed."""
-        if x.is_inference() or A.is_inference():  # these have no version counter
+        """Return x A^T, shape (T, R), for x (..., D) and A (R, D). A cached result is returned if there is one."""
+        if x.is_inference() or A.is_inference():  # inference tensors have no version counter
             return _projection(x, A, None)
         key = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
         last = self._last
@@ -112,8 +118,9 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). mask has the shape of x, or is None.
-    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d. shared: a
-    cache for the product of x and A. The backward pass raises RuntimeError if W requires a gradient.
+    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d: twice in
+    torch, once in Triton. shared: None, or the cache for x A^T, which only calls in torch without a mask use. The
+    backward pass raises RuntimeError if W requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

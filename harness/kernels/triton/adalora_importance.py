@@ -1,9 +1,9 @@
 """AdaLoRA's importance scores (arXiv:2303.10512, eqs. 7 to 11) of all layers in two launches.
 
-Plain torch expressions launch some thirty kernels per layer. Here one launch reaches all tensors, whatever their
-shapes, through a table of their addresses. The table is made at each call, because gradients get new addresses. In this
-launch, every program updates one tile of averages and sums the tile's importance. The second launch adds these sums,
-always in the same order, and updates the averages of E.
+Separate torch operations launch some thirty kernels per layer. Here one launch reaches the tensors of all layers
+through a table of their addresses. The table is made at each call, because gradients get new addresses. In the first
+launch, each program updates the averages of one tile of an A or B, and sums the tile's importance. The second launch
+adds these sums, always in the same order, and updates the averages of E.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def _pointer(row, column, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _update(row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Update the averages I and U of the elements at the offsets `at`, and return the products of I and U.
+    """Update the averages I and U of the elements at the offsets `at`, and return the products I U.
 
-    row points to the layer's line in the table of addresses. From the column `first` on, this line has the addresses of
-    a factor, of its gradient (0 for none), of I and of U.
+    row: pointer to the layer's line in the table of addresses. From the column `first` on, this line has the addresses
+    of a factor, of its gradient (0 for none), of I and of U.
     """
     has_gradient = tl.broadcast_to(tl.load(row + first + 1), mask.shape) != 0
     w = load_as_float32(_pointer(row, first, dtype, aligned) + at, mask=mask, other=0.0)
@@ -64,7 +64,7 @@ def _weights(
     table, jobs, sums, beta1, rest1, beta2, rest2,
     dtype: tl.constexpr, rank: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of the averages of one A or B, and store sums of the products I U.
+    """Update the averages of one tile of an A or B, and store sums of the products I U.
 
     jobs: three numbers per program: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns`
     numbers per program. For A, the first number is the sum over the tile. For B, there is one sum per rank.
@@ -127,9 +127,9 @@ def adalora_importance(
     A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor | None, grad_E: Tensor | None, grad_B: Tensor | None,
     I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,), of one layer.
+    """Return I_A, U_A, I_E, U_E, I_B, U_B of one layer after one step, and the layer's scores (R,).
 
-    The arguments are those of `adalora_importance_` for one layer. They are not modified.
+    The arguments are those of one layer in `adalora_importance_`. They are not modified.
     """
     states = [t.clone(memory_format=torch.contiguous_format) for t in (I_A, U_A, I_E, U_E, I_B, U_B)]
     averages = dict(zip(("I_A", "U_A", "I_E", "U_E", "I_B", "U_B"), ([t] for t in states), strict=True))
@@ -201,7 +201,7 @@ def _group(
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of the table on the device. The host does not wait for the copy."""
+    """Return a copy of the table on the device. The host does not wait for the copy to finish."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

@@ -1,7 +1,7 @@
-"""One step of AdamW with blockwise 8-bit moments (arXiv:2110.02861) in one launch that writes only p, codes and absmax.
+"""One step of AdamW with blockwise 8-bit moments (arXiv:2110.02861) in one launch.
 
-For each element, the kernel reads p, g and two codes, and writes p and two codes. These are 10 bytes if p has 16 bits,
-and 16 bytes in float32. Decoding, stepping and encoding in separate kernels would move some 70 bytes.
+For each element, the kernel reads p, g and two codes, and writes p and two codes: 10 bytes if p has 16 bits, 16 bytes
+in float32. Separate kernels for decoding, stepping and encoding would move some 70 bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _step(
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return p, m, m_absmax, v and v_absmax after a step.
+    """Return p, m, m_absmax, v and v_absmax after one step of AdamW.
 
     The arguments are those of `adamw8bit_step_`, in any memory layout. They are not modified.
     """
@@ -78,12 +78,12 @@ def adamw8bit_step(
 def adamw8bit_step_(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> None:
-    """Take step number `step` of AdamW, in place. The first step is 1.
+    """Take one step of AdamW, and update p, m, m_absmax, v and v_absmax in place.
 
-    p, g: of one shape, in float32, bfloat16 or float16. m: uint8 codes of the signed dynamic map, one per element. v:
-    uint8 codes of the unsigned map, one per element. m_absmax, v_absmax: float32, one per block of 256. options: step,
-    lr, betas, eps, weight_decay. The step computes in float32 and rounds p once. Weight decay comes before the update.
-    Raises ValueError for wrong sizes, and if p or a moment is not contiguous.
+    p, g: parameter and gradient, of one shape, in float32, bfloat16 or float16. m: uint8 codes of the signed dynamic
+    map, one per element. v: uint8 codes of the unsigned map, one per element. m_absmax, v_absmax: float32, one per
+    block of 256. options: step (from 1), lr, betas, eps, weight_decay. The step computes in float32 and rounds p once.
+    Weight decay comes before the update. Raises ValueError for wrong sizes, and if p or a moment is not contiguous.
     """
     state = [p, m, m_absmax, v, v_absmax]
     if not all(t.is_contiguous() for t in state):

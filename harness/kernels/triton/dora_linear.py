@@ -1,4 +1,4 @@
-"""DoRA's linear layer on a GPU. The accumulator of the product includes LoRA's update before the gain multiplies it."""
+"""DoRA's linear layer on a GPU. One kernel adds LoRA's update to the product with W and multiplies by the gain."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from harness.kernels.triton.support.token_sums import outer_sum, product_sum
 
 
 class _DoraLinear(torch.autograd.Function):
-    """The layer and its gradients. The forward pass saves q = (x mask) W^T + scaling S B^T for the gradient of m.
+    """Autograd function for a DoRA layer.
 
-    S is (x mask) A^T.
+    The forward pass saves q = (x mask) W^T + scaling S B^T for the gradient of m, where S is (x mask) A^T.
     """
 
     @staticmethod
@@ -77,12 +77,12 @@ def dora_linear(
 ) -> Tensor:
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    The gain g of a row is m / ||W + scaling B A||, or 0 where this norm is 0 (DoRA, arXiv:2402.09353, section 4.3). The
-    norm is a constant in the backward pass. Dropout does not drop the first term, x W^T. Without a mask, the result is
-    g (x W^T + scaling (x A^T) B^T) + bias. Shapes: x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), m (E,).
-    mask: None, or a tensor in the shape of x with the values 0 and 1 / (1 - p). All tensors have one dtype: float32,
-    bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or
-    dtypes, and if W or bias requires a gradient.
+    The gain g of an output is m / ||row of W + scaling B A||, or 0 where this norm is 0 (DoRA, arXiv:2402.09353,
+    section 4.3). The norm is a constant in the backward pass. Dropout does not affect the first term, x W^T. Without a
+    mask, the result is g (x W^T + scaling (x A^T) B^T) + bias. Shapes: x (..., D), W (E, D), bias (E,) or None, A (R,
+    D), B (E, R), m (E,). mask: None, or a tensor in the shape of x with the values 0 and 1 / (1 - p). All tensors have
+    one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for
+    wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
     y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, matrix(mask))

@@ -45,8 +45,8 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
     """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
     x: any shape, float32, bfloat16 or float16. The last block may be short. The code of an element stands for the value
-    of the map that is nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is also the
-    block's absmax. Raises ValueError for a block below 1.
+    of the map that is nearest to element / absmax. A tie goes to the lower value. If a block has a NaN or an infinity,
+    so has its absmax. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

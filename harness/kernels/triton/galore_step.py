@@ -1,9 +1,9 @@
 """One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2).
 
-The step projects the gradient, takes Adam's step on the small matrix, and projects the update back. cuBLAS projects the
-gradient, because no kernel in published measurements is faster. Adam is one elementwise pass over the projected
-gradient. Projecting back is one matrix product. At the end of this product, the kernel subtracts the update from W,
-decays W and rounds once, so that the update is never stored in full size.
+The step projects the gradient, takes Adam's step on the projected gradient, and projects the update back. cuBLAS
+projects the gradient: no published kernel is faster. Adam is one elementwise pass over the projected gradient.
+Projecting back is one matrix product, whose kernel also subtracts the update from W, decays W and rounds once. The
+update is therefore never stored in full size.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _back(
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after a step.
+    """Return W, M and V after one step of GaLore.
 
     The arguments are those of `galore_step_`, in any memory layout. They are not modified.
     """
@@ -80,13 +80,14 @@ def galore_step(
 def galore_step_(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, and update W, M and V in place. The first step is 1.
+    """Take one step of GaLore, and update W, M and V in place.
 
     W is (m, n), and G is its gradient. P (m, r) and Q (n, r) are the bases of the subspace. One of them may be None,
     which stands for the identity. M and V are the moments, in the shape of the projected gradient P^T G Q. All tensors
-    have one dtype: float32, bfloat16 or float16. options: step, lr, scale (of the update, not of the decay), betas, eps
-    (added to sqrt(V) before the bias correction), weight_decay (after the update), side (ignored, because P and Q imply
-    it). Raises ValueError if W, M or V is not contiguous, or if shapes do not fit.
+    have one dtype: float32, bfloat16 or float16. options: step (from 1), lr, scale (multiplies the update, but not the
+    decay), betas, eps (added to sqrt(V) before the bias correction), weight_decay (applied after the update), side
+    (ignored, because P and Q imply it). Raises ValueError if W, M or V is not contiguous, if shapes do not fit, or if
+    both P and Q are None.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
         raise ValueError("W, M and V must be contiguous; hint: use `galore_step` for views")

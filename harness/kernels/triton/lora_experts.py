@@ -1,10 +1,9 @@
-"""LoRA's linear layer for many experts on a GPU, in one launch for all experts per product.
+"""LoRA's linear layer for many experts on a GPU, with one launch per product for all experts.
 
 Rows are sorted by expert. A table, made on the device, gives each program its expert and its rows, so the host never
-waits. In both passes, the low-rank update is added in the accumulator of the product with the frozen weight. Each sum
-has a fixed order and uses no atomics. An expert's offset in the stacked weights is int64, because these may have more
-than 2**31 elements. In shapes, P is the number of rows, K the experts, D and E the input and output features, R the
-rank.
+waits. In both passes, the kernel adds the low-rank update to the product with the frozen weight. Each sum has a fixed
+order and uses no atomics. An expert's offset in the stacked weights is int64, because the stack may have more than
+2**31 elements. Letters in shapes: P rows, K experts, D and E input and output features, R the rank.
 """
 
 from __future__ import annotations
@@ -34,8 +33,9 @@ def grouped_product(
 ):  # fmt: skip
     """Compute one tile of `out` (P, N): left @ right[e] + scale S @ T[e], for some rows of one expert e.
 
-    left is (P, K), right (experts, K, N), S (P, R), T (experts, R, N). S and T may be None. table: three numbers for
-    each group of rows: its expert, the index of its first row, and the index after the expert's last row.
+    Shapes: left (P, K), right (experts, K, N), S (P, R), T (experts, R, N). Here K is a number of features. If S and T
+    are None, the tile is scale left @ right[e]. table: three numbers for each group of rows: its expert, the index of
+    its first row, and the index after the expert's last row.
     """
     place = table + tl.program_id(0) * 3
     expert, first, end = tl.load(place), tl.load(place + 1), tl.load(place + 2)
@@ -63,7 +63,7 @@ def grouped_outer(
     out, left, right, ends, scale, M, N, left_p, right_p,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of out[e] (M, N) = scale left^T @ right, summed over the rows of expert e.
+    """Compute one tile of out[e], shape (M, N): scale left^T @ right, summed over the rows of expert e.
 
     left is (P, M), right (P, N). ends: for each expert, the index after its last row.
     """
@@ -84,9 +84,9 @@ def grouped_outer(
 def _table(counts: Tensor, rows: int, block: int) -> Tensor:
     """Return the table of `grouped_product`, int64 (groups, 3). A group has at most `block` rows of one expert.
 
-    counts: number of rows of each expert. rows: sum of the counts. The number of groups follows from `rows`, `block`
-    and the number of experts, so that the host need not know the counts. Groups that are left over have the expert
-    len(counts), which does not exist.
+    counts: number of rows of each expert. rows: sum of the counts. The number of groups depends only on `rows`, `block`
+    and the number of experts, so that the host need not know the counts. Unused groups have the expert len(counts),
+    which does not exist.
     """
     number = torch.arange(triton.cdiv(rows, block) + len(counts), device=counts.device)
     groups, ends = (counts + block - 1) // block, counts.cumsum(0)
@@ -137,15 +137,16 @@ def _outer(left: Tensor, right: Tensor, ends: Tensor, scale: float, out: Tensor,
 
 
 class _Groups:
-    """The number of rows of each expert in one call, with methods for matrix products over these rows."""
+    """The rows of each expert in one call, with methods for matrix products over these rows."""
 
     def __init__(self, counts: Tensor, rows: int) -> None:
         self.counts, self.rows, self.ends = counts, rows, counts.cumsum(0)
 
     def product(self, left: Tensor, right: Tensor, *term: Tensor, scale: float = 1.0) -> Tensor:
-        """Return left @ right[e] + scale S @ T[e] for the rows of each expert e.
+        """Return left @ right[e] + scale S @ T[e] for the rows of each expert e, shape (P, N).
 
-        term: the tensors S and T. Without them, return scale left @ right[e].
+        Shapes: left (P, features), right (K, features, N). term: S (P, R) and T (K, R, N). Without them, return scale
+        left @ right[e].
         """
         tile = gemm_tile(-(-self.rows // len(right)), right.shape[2], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(left), right.shape[2])
@@ -154,7 +155,10 @@ class _Groups:
         return out
 
     def outer(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        """Return scale left^T @ right for the rows of each expert, (K, M, N). It is zero for an expert without rows."""
+        """Return scale left^T @ right for the rows of each expert, shape (K, M, N). Experts without rows get zeros.
+
+        Shapes: left (P, M), right (P, N).
+        """
         tile = gemm_tile(left.shape[1], right.shape[1], left.dtype, left.device, crowded=True)
         out = left.new_empty(len(self.ends), left.shape[1], right.shape[1])
         _outer(left, right, self.ends, scale, out, tile).run()
@@ -200,7 +204,7 @@ def grouped_lora_linear(
 
     Shapes: x (P, D) sorted by expert, W (K, E, D), A (K, R, D), B (K, E, R), counts (K,). counts: number of rows of
     each expert; the sum must be P. The tensors have one dtype, float32, bfloat16 or float16, and any strides. The
-    result is differentiable once, in x, A and B. Raises ValueError if W, A or B has any other dtype.
+    result is differentiable once, in x, A and B. Raises ValueError if A, B or a dense W differs in dtype from x.
     """
     if any(t.dtype != x.dtype for t in (W, A, B) if isinstance(t, Tensor)):
         raise ValueError(f"W, A and B must be {x.dtype} like x")

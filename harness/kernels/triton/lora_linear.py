@@ -1,9 +1,8 @@
 """LoRA's linear layer on a GPU.
 
-In both passes, the low-rank update is added in the accumulator of the product with the frozen weight. Compared with the
-layer without LoRA, the forward pass reads x one more time. The backward pass reads x one more time and dy two more
-times. No tensor of y's size is written except y. S = (x mask) A^T, of shape (tokens, rank), is saved for the backward
-pass.
+In both passes, the kernel adds the low-rank update to the product with the frozen weight. Compared with the layer
+without LoRA, the forward pass reads x one more time. The backward pass reads x one more time and dy two more times. The
+only new tensor of y's size is y. The backward pass uses the saved S = (x mask) A^T, of shape (tokens, rank).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def forward(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, S). y is x W^T + bias + scaling S B^T, shape (T, E). S is (x mask) A^T, shape (T, R).
+    """Return (y, S) with y = x W^T + bias + scaling S B^T, shape (T, E), and S = (x mask) A^T, shape (T, R).
 
     x and mask are (T, D).
     """
@@ -46,7 +45,7 @@ def backward(
 ) -> Gradients:
     """Return the gradients of x, A and B. A gradient that is not `needed` is None.
 
-    dy is (T, E). S is as returned by `forward`. W may be None if the gradient of x is not needed.
+    dy is (T, E). S: as returned by `forward`. W may be None if the gradient of x is not needed.
     """
     need_x, need_A, need_B = needed
     dx = dA = dB = None

@@ -1,7 +1,7 @@
 """Several LoRA linear layers with the same input x on a GPU.
 
-In both passes, x is read once for the low-rank products of all layers. As in `lora_linear`, the update of each layer is
-added in the accumulator of the product with its frozen weight. The gradient of x is one sum.
+In both passes, x is read once for the low-rank products of all layers. As in `lora_linear`, the kernel adds each
+layer's update to the product with the layer's frozen weight. One tensor accumulates the gradient of x.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.kernels.triton.support.shrink import shrink
 from harness.kernels.triton.support.token_sums import outer_sum
 
 Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
-"""The tensors W (E, D), bias (E,), A (R, D) and B (E, R) of a layer, and its scaling."""
+"""One layer: the tensors W (E, D), bias (E,), A (R, D) and B (E, R), and the scaling."""
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -74,7 +74,7 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]
 
     x is (..., D). All tensors have one dtype: float32, bfloat16 or float16. The results are differentiable once, in x
     and every A and B. All outputs belong to one node of the graph. precomputed: dict in which the caller keeps outputs
-    for later use. The backward pass clears this dict, because these outputs have lost their saved tensors. Raises
+    for later use. The backward pass clears this dict, because outputs without saved tensors are useless. Raises
     ValueError for wrong shapes or dtypes, and if a W or a bias requires a gradient.
     """
     factors: list[Tensor | None] = []

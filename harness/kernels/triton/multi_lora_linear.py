@@ -1,4 +1,4 @@
-"""A linear layer in which every sequence has its own LoRA adapter.
+"""A linear layer in which every sequence has its own LoRA adapter, on a GPU.
 
 The layer is that of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285).
 """
@@ -24,7 +24,7 @@ _A, _B = 0, 1
 
 
 class _AdapterGroup:
-    """The adapters of one call, and the launches of their products.
+    """The adapters of one call, with methods that launch their matrix products.
 
     The weight W is (E, D), and the input x is (N, T, D), with N sequences of T tokens.
     """
@@ -47,9 +47,10 @@ class _AdapterGroup:
         self.rank_tiles = triton.cdiv(max(self.ranks), self.tiles["ranks"])
 
     def shrink(self, x: Tensor, ids: Tensor, which: int) -> Tensor:
-        """Return the low-rank products S of all tokens, float32 (pieces, N T, ranks). S is the sum of the pieces.
+        """Return the low-rank products S of all tokens as partial sums, float32 (pieces, N T width).
 
-        If `which` is _A, S is scaling x A^T. If `which` is _B, x holds the gradient dy, and S is scaling dy B.
+        S is the sum of the pieces: scaling x A^T if `which` is _A, or scaling dy B if `which` is _B and x holds the
+        gradient dy. A token has `width` numbers: the largest rank, rounded up to a power of two of at least 16.
         """
         features = x.shape[-1]
         wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))
@@ -72,7 +73,7 @@ class _AdapterGroup:
         )  # fmt: skip
 
     def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
-        """Return the gradients of all A (if `which` is _A) or all B (if it is _B). They are zero for an unused adapter.
+        """Return the gradients of all A (if `which` is _A) or all B (if it is _B). An unused adapter gets zeros.
 
         For A, x is the layer's input, and S is scaling dy B. For B, x holds the gradient dy, and S is scaling x A^T.
         """
@@ -93,7 +94,7 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table for the kernels of `grouped_lora`, int64 (adapters, 5), and the scalings, on the device.
+    """Return (table, scalings) for the kernels of `grouped_lora`, on the device. The table is int64 (adapters, 5).
 
     addresses: memory addresses of each adapter's A and B. The result is cached, so that nothing is uploaded unless an
     adapter has moved.
@@ -150,7 +151,7 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T for each of N sequences. The adapter of sequence n is i = ids[n].
+    """Return x W^T + s_i x A_i^T B_i^T, shape (N, ..., E). Sequence n has the adapter i = ids[n]; its scaling is s_i.
 
     If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
     These tensors have one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, W, As and Bs.

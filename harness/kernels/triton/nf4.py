@@ -26,16 +26,15 @@ _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
 """Number of values per program when decoding (`_TILE`) and when quantising (`_QUANTIZED_TILE`).
 
-When decoding, a thread handles two loads of 128 bits. When quantising, it handles less, because quantising takes more
-registers.
+When decoding, a thread makes two loads of 128 bits. Quantising takes more registers, so a thread handles less.
 """
 _GRAIN = tl.constexpr(32)
-"""Number of neighbouring values over which masks are constant. Their codes take 16 bytes."""
+"""Number of neighbouring values over which a mask is constant. Their codes take 16 bytes."""
 
 
 @triton.jit
 def _inside(index, count, GRAIN: tl.constexpr):
-    """Return index < count, in a form that the compiler recognises as constant over GRAIN values.
+    """Return index < count, in a form that the compiler recognises as constant over GRAIN neighbouring values.
 
     count must be a multiple of GRAIN.
     """
@@ -132,11 +131,12 @@ def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **c
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Quantise W to NF4, and return (packed, absmax).
 
-    packed: uint8 (ceil(n / 2),), with the first code of a pair in the high nibble. absmax: float32, one per block. W: n
-    values of any shape, float32, bfloat16 or float16. Blocks are consecutive in W.flatten(). The last block may be
-    short. A tie goes to the lower level. A block of zeros has absmax 0. A NaN or an infinity in a block is also the
-    block's absmax. An odd number of codes is padded with the code of 0. Raises ValueError for a block that is not a
-    power of two of at least 32.
+    W: n values of any shape, float32, bfloat16 or float16. packed: uint8 (ceil(n / 2),). The first value of a pair has
+    the high four bits. absmax: float32 (ceil(n / block),).
+
+    Blocks are consecutive in W.flatten(). The last block may be short. A value midway between two levels gets the lower
+    level. A block of zeros has absmax 0. If a block has a NaN or an infinity, so has its absmax. An odd number of codes
+    is padded with the code of 0. Raises ValueError for a block that is not a power of two of at least 32.
     """
     flat = W.detach().contiguous()
     packed = torch.empty(triton.cdiv(flat.numel(), 2), dtype=torch.uint8, device=W.device)
@@ -148,10 +148,10 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return the decoded values, level x absmax, computed in float32 and rounded once, in the given shape and dtype.
+    """Return the decoded values in the given shape and dtype: level x absmax, computed in float32 and rounded once.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory for the result. Raises ValueError for a block that
-    is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax: as returned by `quantize`. out: None, or contiguous memory for the result. Raises ValueError for a
+    block that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     values, levels = _output(out, packed, shape, dtype), table(packed.device)
@@ -171,10 +171,11 @@ def dequantize_double(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the result of `dequantize` for the absmax code[codes] x absmax2 + offset (arXiv:2305.14314, section 3).
+    """Decode a weight whose absmax is stored as code[codes] x absmax2 + offset (arXiv:2305.14314, section 3).
 
-    codes: uint8, one per block. absmax2: float32, one per `second_block` codes. offset: one float32 number. code: the
-    values of the 8-bit type, float32 (256,). Raises ValueError as `dequantize` does.
+    codes: uint8, one per block of `block` weights. absmax2: float32, one per `second_block` codes. offset: one float32
+    number. code: the values of the 8-bit type, float32 (256,). The result and the other arguments are those of
+    `dequantize`. Raises ValueError as `dequantize` does.
     """
     check_second_sizes(codes, absmax2, offset, second_block)
     check_sizes(packed, codes, block, shape)

@@ -1,10 +1,10 @@
-"""Multiply by a packed NF4 weight. For few tokens, one launch decodes and multiplies. For many, decoding comes first.
+"""Multiply by a packed NF4 weight: few tokens in one launch that decodes and multiplies, many tokens after decoding.
 
-With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
-With many tokens it is faster to decode once and let torch multiply. A table in `harness/kernels/crossovers` gives the
-largest number of tokens for the single launch. That kernel computes y^T = W x^T. Decoded values go from registers into
-matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens. A byte holds the
-codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one for the odd
+With few tokens, reading the weight takes nearly all the time. In NF4 it takes a quarter of the time that it takes in 16
+bits. With many tokens it is faster to decode once and let torch multiply. A table in `harness/kernels/crossovers` gives
+the largest number of tokens for the single launch. Its kernel computes y^T = W x^T. Decoded values go from registers
+into matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens. A byte holds
+the codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one for the odd
 columns.
 """
 
@@ -64,10 +64,10 @@ def _fused(
 
 
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel, which decodes and multiplies in one launch.
+    """Return x W^T + bias, shape (T, E), for x (T, D). The fused kernel decodes W and multiplies in one launch.
 
-    Unlike `nf4_linear`, this computes no gradients. Raises ValueError if the kernel does not support D, block and
-    dtype.
+    The other arguments are those of `nf4_linear`. The result has no gradients. Raises ValueError if the kernel does not
+    support D, block and dtype.
     """
     E, D = shape
     if not fits(D, block, x.dtype):
@@ -88,7 +88,7 @@ def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence
 def fits(D: int, block: int, dtype: torch.dtype) -> bool:
     """Return whether the fused kernel supports rows of D values in blocks of this size, for x of this dtype.
 
-    A row must consist of whole blocks. A block must be a power of two of at least 32. float32 is left to torch, because
+    A row must consist of whole blocks. A block must be a power of two of at least 32. torch multiplies float32, because
     Triton 3.6 multiplies float32 as TF32 on sm_100 at every requested precision.
     """
     whole = D > 0 and block >= 32 and block & (block - 1) == 0 and D % block == 0
@@ -101,7 +101,7 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
 
 
 def is_fused_faster(tokens: int, E: int, device: torch.device) -> bool:
-    """Return whether the fused kernel is expected to be faster for this many tokens and a weight (E, D).
+    """Return whether the fused kernel is expected to be faster for this number of tokens and a weight (E, D).
 
     The crossover in the card's table or in the default table decides; see `harness.kernels.crossover`.
     """
@@ -137,13 +137,13 @@ def nf4_linear(
     bias: Tensor | None,
     training: bool = True,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D).
+    """Return x W^T + bias, shape (..., E), for x (..., D) and a packed W (E, D).
 
-    packed, absmax: W as packed by `nf4.quantize`. shape: (E, D). W is cast to x's dtype, and the sum is in float32. The
-    result is twice differentiable in x and bias. The backward pass decodes the weight again. The decoded weight is in
-    fresh memory and not in a buffer, because torch's allocator knows which stream uses the memory, and reserves the
-    memory for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block that is not a power
-    of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax, block: W as packed by `nf4.quantize`. shape: (E, D). W is cast to x's dtype, and the sum is in
+    float32. training: ignored. The result is twice differentiable in x and bias. The backward pass decodes the weight
+    again. The decoded weight is in fresh memory, not in a buffer, because torch's allocator knows which stream uses the
+    memory, and reserves the memory for a CUDA graph that is being captured. Raises ValueError for a block that is not a
+    power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

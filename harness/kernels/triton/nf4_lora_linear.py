@@ -1,8 +1,8 @@
-"""LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then use `lora_linear`.
+"""LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight, then use `lora_linear`.
 
 A product that decodes while multiplying is slower at training sizes, because every tile of tokens would decode the
-weight again. The backward pass also decodes the weight. Saving the decoded weight instead would take the memory that
-packing saves.
+weight again. The backward pass decodes the weight, too: saving the decoded weight would take the memory that packing
+saves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.kernels.triton import lora_linear, nf4
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 
 Packed = tuple[Tensor, Tensor, int, Sequence[int]]
-"""The packed bytes, the absmax, the size of a block and the shape (E, D) of a weight."""
+"""A packed weight: the packed bytes, the absmax, the size of a block and the shape (E, D)."""
 
 
 class _Nf4LoraLinear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""VeRA's linear layer on a GPU, as two products.
+"""VeRA's linear layer on a GPU, as two matrix products.
 
 The first product is d u with u = (x mask) A^T, in the tiles of support/shrink.py. The second product is x W^T, in the
 tiles of support/gemm_tiles.py. Its accumulator also adds b * ((d u) B^T).

@@ -1,4 +1,4 @@
 """Implementations, one file or package per provider.
 
-Only functions import third-party libraries, so that the Implementations are listed fast.
+Third-party libraries are imported inside functions only, so that listing the Implementations is fast.
 """

@@ -1,7 +1,7 @@
 """`axolotl`: the LoRA kernels of Axolotl, as Operations and as the forward passes of peft's LoRA, DoRA and QLoRA layers.
 
 Where Axolotl calls Triton, a GPU is needed, or TRITON_INTERPRET=1 in float32 or float16; Triton's interpreter is
-wrong in bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's products.
+wrong in bfloat16. On a CPU without the interpreter, torch computes the activation between Axolotl's matrix products.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor | None, scaling: float,
     mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return the output of a DoRA layer by Axolotl's LoRA_O, its kernel for the output layer of an attention block."""
+    """Return the output of a DoRA layer, computed by Axolotl's LoRA_O, the kernel for an attention block's output layer.
+
+    m: magnitudes, or None for LoRA. mask: dropout mask by which x is multiplied, or None.
+    """
     from axolotl.kernels.lora import LoRA_O
 
     X = in_three_dimensions(x)
@@ -57,13 +60,13 @@ def dora_linear(
 
 @implements("lora_linear", **_OPERATION)
 def lora_linear(**given: Any) -> Any:
-    """Return the output of a LoRA layer by Axolotl's LoRA_O. given: the arguments of `dora_linear` without m."""
+    """Return the output of a LoRA layer, computed by Axolotl's LoRA_O. given: the arguments of `dora_linear` except m."""
     return dora_linear(m=None, **given)
 
 
 @implements("lora_qkv", **_OPERATION)
 def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
-    """Return q, k and v of an attention block, computed by Axolotl's LoRA_QKV. layers: see `_adapters`."""
+    """Return q, k and v of an attention block, computed by Axolotl's LoRA_QKV. layers: the arguments of `_adapters`."""
     from axolotl.kernels.lora import LoRA_QKV
 
     outputs = LoRA_QKV.apply(in_three_dimensions(x), None, *_adapters(**layers), True)
@@ -72,9 +75,9 @@ def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
 
 @implements("lora_mlp", **_OPERATION)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Return the output of a feed-forward block, computed by Axolotl's LoRA_MLP. layers: see `_adapters`.
+    """Return the output of a feed-forward block, computed by Axolotl's LoRA_MLP. layers: the arguments of `_adapters`.
 
-    As in Axolotl's patch of models, any name of an activation that contains `gelu` selects GEGLU, and others SwiGLU.
+    If the name `activation` contains `gelu`, GEGLU is used, otherwise SwiGLU. Axolotl's patch of models does the same.
     """
     from axolotl.kernels.lora import LoRA_MLP
 
@@ -100,7 +103,7 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
 
 @implements("qlora", devices=["cuda"], **_NAME)
 def qlora(model: nn.Module, config: reference_qlora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's LoRA over 4-bit weights, and compute its layers by LoRA_O, which decodes by CUDA calls of its own."""
+    """Attach peft's LoRA over 4-bit weights, and compute its layers by LoRA_O, which decodes the weights by CUDA calls."""
     return _with_kernels(hf_peft_qlora.qlora(model, config, generator))
 
 

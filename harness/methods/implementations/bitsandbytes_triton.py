@@ -92,7 +92,7 @@ def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, step: int, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Take one step with the fused kernel. Return the new p, m, m_absmax, v and v_absmax.
+    """Take one step of AdamW with the 8-bit kernel. Return the new p, m, m_absmax, v and v_absmax.
 
     p is the parameter. m and v are the 8-bit codes of its two moments, and each block of codes has one absmax.
     """

@@ -66,7 +66,8 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW from a given projector and given moments. Return W, M and V.
 
-    W is the new weight, and M and V are its new moments. arguments: see `_optimizer`.
+    W is the new weight, and M and V are its new moments. arguments: those of `_optimizer`: W, G, P, Q, side, scale and
+    options.
     """
     from galore_torch import GaLoreAdamW
 
@@ -82,8 +83,8 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements. Return W, M and V.
 
-    GaLoreAdamW8bit stores such small moments in float32. W is the new weight. M and V are its new moments, each in the
-    dtype of its argument. Raises Unsupported for larger moments, which GaLoreAdamW8bit stores in 8 bits.
+    GaLoreAdamW8bit stores such small moments in float32. W is the new weight. M and V are its new moments, in the dtypes
+    of the arguments M and V. Raises Unsupported for larger moments, which GaLoreAdamW8bit stores in 8 bits.
     """
     import torch
     from galore_torch import GaLoreAdamW8bit

@@ -88,7 +88,7 @@ def _kind(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[object, 
 
 @cache
 def _number(value: float) -> Tensor:
-    """Return a number as a 0-d float32 tensor on the CPU, because torch would compile again for each new float.
+    """Return a number as a 0-d float32 tensor on the CPU. For a float, torch would compile again for each new value.
 
     The tensor is cached, so it must not depend on the default dtype or on inference mode at the first call.
     """
@@ -102,9 +102,9 @@ def _number(value: float) -> Tensor:
 def _compiled(formula: FunctionType, kind: tuple[object, ...]) -> Callable[..., Any]:
     """Return a copy of a formula, compiled for arguments of one kind and of any size.
 
-    kind: what the compiled code depends on, such as device and dtype; the device comes first. Each kind has a copy with
-    its own code object, because torch limits the compiled versions of one function. A copy that torch cannot compile as
-    a whole raises an error. Raises Unsupported without a compiler.
+    kind: the device, followed by everything else on which the compiled code depends, such as the dtype. Each kind has a
+    copy with its own code object, because torch limits the number of compiled versions of one function. If torch cannot
+    compile a copy as a whole, the call of the copy raises an error. Raises Unsupported if there is no compiler.
     """
     import torch
 

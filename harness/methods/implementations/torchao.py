@@ -15,7 +15,7 @@ BLOCK, SCALER_BLOCK = 64, 256
 
 
 def nf4_module() -> Any:
-    """Return torchao's module of the NF4 tensor, which release 0.18 moved."""
+    """Return the module of torchao that defines the NF4 tensor. Release 0.18 of torchao moved this module."""
     try:
         from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
     except ModuleNotFoundError:
@@ -51,7 +51,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     nf4_tensor = nf4_module()
 
     class TorchaoNf4Linear(torch.nn.Linear):
-        """A layer with an NF4Tensor. Its `weight` holds the packed bytes, because an NF4Tensor cannot be compared."""
+        """A layer with an NF4Tensor. `weight` holds only the packed bytes, because an NF4Tensor cannot be compared."""
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")

@@ -38,7 +38,10 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
 @implements("dora", dtypes=DTYPES, **_NAME)
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> Adapted:
-    """Replace linear layers by DoRALinear, with the initial magnitudes of torchtune's recipes."""
+    """Replace linear layers by DoRALinear, with the initial magnitudes of torchtune's recipes.
+
+    Raises Unsupported for per=input, for detach_norm=false, and for targets that are not linear.
+    """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("torchtune has one magnitude per output, and its norm is a constant")
     from torchtune.modules.peft import DoRALinear
@@ -72,7 +75,7 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace linear layers as `torchao.nf4_dq` does, and return what `torchao.nf4_dq` returns.
 
-    The layers multiply as FrozenNF4Linear does, the layer under torchtune's QLoRA.
+    The layers multiply as FrozenNF4Linear does, which is the base layer of torchtune's QLoRA.
     """
     from torchtune.modules.low_precision import FrozenNF4Linear
 

@@ -35,7 +35,7 @@ _NAME: dict[str, Any] = {
 
 @cache
 def _kernels() -> Any:
-    """Import and return unsloth.kernels.fast_lora, without running the `__init__` of its packages."""
+    """Import and return unsloth.kernels.fast_lora, without running the `__init__` of `unsloth` and `unsloth.kernels`."""
     import torch
 
     folder = Path(str(find_spec("unsloth").origin)).parent  # type: ignore[union-attr]
@@ -82,14 +82,20 @@ def lora_linear(
 
 @implements("lora_qkv", **_NAME)
 def lora_qkv(x: Tensor, **layers: Any) -> tuple[Tensor, ...]:
-    """Return q, k and v of an attention block, computed by Unsloth's LoRA_QKV with its default inplace=True."""
+    """Return q, k and v of an attention block, computed by Unsloth's LoRA_QKV with its default inplace=True.
+
+    layers: the arguments of `_adapters`.
+    """
     outputs = _kernels().LoRA_QKV.apply(in_three_dimensions(x), *_adapters(**layers), True)
     return tuple(in_shape_of(x, y) for y in outputs)
 
 
 @implements("lora_mlp", **_NAME)
 def lora_mlp(x: Tensor, activation: str, **layers: Any) -> Tensor:
-    """Return the output of a feed-forward block, computed by Unsloth's LoRA_MLP with its default inplace=True."""
+    """Return the output of a feed-forward block, computed by Unsloth's LoRA_MLP with its default inplace=True.
+
+    layers: the arguments of `_adapters`.
+    """
     from harness.methods.implementations.gated_activations import activation_functions
 
     functions = _kernels()

@@ -1,8 +1,8 @@
 """`vllm`, `vllm-triton`: vLLM's LoRA operations in torch (for CPUs) and in Triton (for GPUs), as `multi_lora_linear`.
 
-Both get the same arguments as in vLLM: the adapters in slots of one stacked tensor, padded with zeros to the largest
-rank; B multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, or -1 for a
-token without adapter. vLLM skips both operations for a batch without adapters, and so do these functions. On a CPU,
+The operations get the same arguments as in vLLM: the adapters in slots of one stacked tensor, padded with zeros to the
+largest rank; B multiplied by the scaling in the adapter's dtype, as vLLM does on loading; and one slot per token, or -1
+for a token without adapter. Like vLLM, these functions call no operation for a batch without adapters. On a CPU,
 Triton's interpreter runs the kernels: `TRITON_INTERPRET=1 peft-harness check vllm-triton`.
 """
 
@@ -18,16 +18,19 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     from torch import Tensor
 MAX_PRODUCTS = 1 << 22
-"""Largest number of multiplications of a case in Triton's interpreter, which needs seconds for so many."""
+"""Largest number of multiplications in a case for Triton's interpreter, which needs seconds for this number."""
 _Add = Callable[["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"], None]
 """Function that adds the update of every token to y, in place. Its arguments are y, x, the stacked As, the stacked Bs and
-the slots."""
+the slot of each token."""
 
 
 def _linear(
     add: _Add, x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Tensor:
-    """Return x W^T plus the update of each sequence, which `add` computes."""
+    """Return x W^T plus the update of each sequence, which `add` computes.
+
+    As, Bs, scalings: one per adapter. ids: index of one adapter per sequence, or -1 for none.
+    """
     import torch
 
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W, *As, *Bs)):
@@ -51,7 +54,8 @@ def _linear(
 def multi_lora_linear(**arguments: Any) -> Tensor:
     """Return the output of a layer with several adapters, computed by vLLM's operations for CPUs.
 
-    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: see `_linear`.
+    It runs `bgmv_shrink` and `bgmv_expand_slice` as `PunicaWrapperCPU.add_lora_linear` does. arguments: those of
+    `_linear` after `add`.
     """
 
     def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> None:
@@ -72,7 +76,8 @@ def multi_lora_linear(**arguments: Any) -> Tensor:
 def multi_lora_linear_triton(**arguments: Any) -> Tensor:
     """Return the output of a layer with several adapters, computed by vLLM's Triton kernels.
 
-    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: see `_linear`.
+    It runs `lora_shrink` and `lora_expand` as `PunicaWrapperGPU.add_lora_linear` does. arguments: those of `_linear`
+    after `add`.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
@@ -94,7 +99,7 @@ def _add_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, slots: Tensor) -> No
 
 
 def _triton_ops() -> tuple[Any, Any, Any]:
-    """Return both kernels' functions and the class of their metadata, even if vLLM finds no driver and hides Triton."""
+    """Return vLLM's `_lora_shrink`, `_lora_expand` and LoRAKernelMeta, even if vLLM finds no driver and hides Triton."""
     import triton
     import triton.language as tl
     from vllm import triton_utils

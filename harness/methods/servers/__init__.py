@@ -1,7 +1,7 @@
 """Find the kinds of model servers by name. Imports no torch.
 
-A module of this package declares a kind by its constant SERVER. Another distribution declares one by an entry point of the
-group `harness.servers`, which is a ServerKind.
+A module of this package declares a kind by its constant SERVER. Another distribution declares a kind by an entry point in
+the group `harness.servers` that refers to a ServerKind.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kinds() -> dict[str, ServerKind]:
 
 
 def _load(point: EntryPoint) -> object:
-    """Load an entry point. Return None if this fails, so that its name is unknown and the others load."""
+    """Load an entry point. Return None if this fails, so that the other entry points still load."""
     try:
         return point.load()
     except Exception:  # noqa: BLE001  # a plug-in may raise anything

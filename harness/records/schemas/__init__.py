@@ -1,4 +1,4 @@
-"""JSON Schemas of a run's files. They are in this folder; `python -m harness.records.schemas` regenerates them."""
+"""JSON Schemas of a run's files. `python -m harness.records.schemas` regenerates the schema files in this folder."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Baselines: runs in results/baselines that later runs are compared with."""
+"""Baselines: runs in results/baselines with which later runs are compared."""

@@ -20,9 +20,10 @@ def gate(
 ) -> Exit:  # fmt: skip
     """Compare a run with a baseline, print the result and return the exit code.
 
-    baseline: name of a baseline, or the folder of a run. If this run is unfit to be a baseline, also print the reasons.
-    all_rows: also print the rows whose value is equal in both runs. Raises UsageError if the run or the baseline does
-    not exist, or if an output cannot be written. Raises StoreError if a run.json cannot be read.
+    name: folder or id of the run. baseline: name of a baseline, or the folder of a run; if that run is unfit to be a
+    baseline, also print the reasons. all_rows: also print the rows whose value is equal in both runs. Raises UsageError
+    if the run or the baseline does not exist, or if an output cannot be written. Raises StoreError if a run.json cannot
+    be read.
     """
     outputs.refuse()
     found, path = baselines.find(baseline), store.find_run(name)
@@ -43,7 +44,10 @@ def gate(
 
 
 def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:
-    """Make a run a baseline, print the git command to commit it, and return PASS. For errors, see `store.promote`."""
+    """Make a run a baseline, print the git command to commit it, and return PASS.
+
+    Raises RefusedError that lists all reasons why the run cannot become this baseline.
+    """
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
     print_lines([f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}"])

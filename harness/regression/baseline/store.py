@@ -1,7 +1,7 @@
 """Baselines on disk: each is a folder results/baselines/NAME, to be committed to git.
 
-The folder holds unchanged copies of run.json, footer.json and cells/, so that the hashes in the footer still hold. Its
-baseline.json names the origin of the baseline. A baseline has neither logs nor a page.
+The folder holds unchanged copies of run.json, footer.json and cells/, so that the hashes in the footer still hold.
+baseline.json names the origin of the baseline. The logs and the HTML page of the run are not copied.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Provenance(FrozenModel):
     git_shas: list[str]
     author: str
     promoted: str
-    """Time of the promotion: UTC, ISO 8601."""
+    """Time when the run became a baseline: UTC, ISO 8601."""
     reason: str
     replaces: str = ""
-    """Id of the run that this baseline replaced. Empty if the name was new."""
+    """Id of the run that was the baseline of this name before. Empty if the name was new."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline on disk: a promoted run, or any run that is used as a baseline."""
+    """A baseline on disk: a run in results/baselines, or any other run folder that is used as a baseline."""
 
     name: str
     path: Path
@@ -84,7 +84,8 @@ def known(baselines: Path = BASELINES) -> list[Baseline]:
 def find(name: str, baselines: Path = BASELINES) -> Baseline:
     """Return the baseline with this name, or the run in this folder as a baseline.
 
-    name: name of a baseline, or, if it contains a slash, path of a run folder. Raises UsageError if there is none.
+    name: name of a baseline, or, if it contains a slash, path of a run folder. Raises UsageError if `name` matches
+    neither.
     """
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
@@ -105,8 +106,8 @@ def promote(
 ) -> Baseline:
     """Copy a run atomically to the baseline `name`, and return the baseline.
 
-    Raises RefusedError if the run is unfit to be a baseline or if the name is taken. Raises StoreError if files cannot
-    be written.
+    Raises RefusedError if the run is unfit to be a baseline, the name is invalid or taken, or the reason is empty.
+    Raises StoreError if files cannot be written.
     """
     target = baselines / name
     problems = [*_misnamed(name, reason), *_taken(target, replace), *unfit(run)]

@@ -1,4 +1,4 @@
-"""`history add`: store the results of runs in a history. Each run becomes a pass: one of several runs in a night."""
+"""`history add`: store the results of runs in a history. The runs of a suite on one night are called passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Added:
     left_out: list[str] = field(default_factory=list)
     """One sentence for each part of a run that was not added (a file, a Cell or its times), with the reason."""
     nights: dict[str, int] = field(default_factory=dict)
-    """Date of a nightly run -> number of rows added to its file."""
+    """Date of a night -> number of rows added to its file."""
     rows: int = 0
     """Number of rows (attempts at Cells) of all runs, including rows that the history already had."""
     findings: set[Exit] = field(default_factory=set)
@@ -32,7 +32,9 @@ class Added:
 def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, print what was added and return the exit code.
 
-    night: the date under which all runs are stored. If None, each run is stored under the UTC date of its start.
+    names: the runs, as folders or ids. night: the date under which all runs are stored. If None, each run is stored
+    under the UTC date of its start.
+
     Returns FAIL if a file was changed after its run. Returns NOTHING_COMPARED if there is nothing to add. Returns
     INFRASTRUCTURE if a Record is missing or unreadable, or if a footer has no hashes. Raises UsageError if a run does
     not exist, if the date is invalid, or if a run is already stored under another night.
@@ -58,7 +60,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 
 
 def _add(run: Run, folder: Path, name: str, added: Added) -> None:
-    """Add one run to the night `name`. If this changes the files of the history, write them."""
+    """Add one run to the night with the date `name`. If new rows result, write the files of the history."""
     if not night_files.is_night(name):
         raise UsageError(
             f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="name the night by --night"

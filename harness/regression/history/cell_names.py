@@ -26,7 +26,7 @@ def cells(history: History) -> dict[str, Cell]:
 
 
 def names(history: History) -> dict[str, str]:
-    """Return the name of each Cell, by cell_id, and a name for `*`, which stands for all Cells on one machine."""
+    """Return cell_id -> name for each Cell, and a name for `*`, which stands for all Cells on one machine."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 

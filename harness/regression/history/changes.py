@@ -1,8 +1,9 @@
 """Find changes of level in the series of a history.
 
 A series holds one value per night, for one metric of a Cell at one place (machine and software). The machine may be
-slower on some nights than on others. So each time is divided by the anchor of its night: the median of value / usual
-value over all series of the place. Changes of the anchor itself, of bytes and of scores are found too.
+slower on some nights than on others. So each time is divided by the anchor of its night. For the anchor, each series of
+the place gives a ratio: its value on this night divided by its usual value. The anchor is the median of these ratios.
+Changes of the anchor itself, of bytes, parameters and scores are found too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Change:
     """First night of the new level."""
     before: float
     """Old level, in the unit of the metric. Times are first divided by the anchor of their night (see this module). If
-    `cell` is `*`, the level is that of the anchor, which has no unit."""
+    `cell` is `*`, it is the level of the anchor, which has no unit."""
     after: float
     """New level, in the unit of `before`."""
     worse: bool
@@ -53,14 +54,15 @@ class Change:
     counted: bool = False
     """True if the metric is an exact count of bytes or parameters, so that the change needs no confirmation."""
     recent: bool = False
-    """True if the new level has lasted only one or two nights. Such a change is only a suspicion."""
+    """True if the new level has lasted only one or two nights, so that the change is only suspected. Also
+    True for the changes of `confirmed_regressions`."""
     note: str = ""
 
     @property
     def change(self) -> float | None:
         """The size of the change.
 
-        For a score, this is `after` - `before`. For other metrics, it is `after` / `before` - 1, or None if `before` is
+        For a score, it is `after` - `before`. For other metrics, it is `after` / `before` - 1, or None if `before` is
         0.
         """
         if tracked_metrics.kind(self.metric) == "score":
@@ -78,27 +80,27 @@ class Change:
 
 @dataclass(frozen=True)
 class Unanchored:
-    """A family of times that is not judged, because its place (machine and software) has too few series.
+    """Times that are not divided by an anchor, because their place (machine and software) has too few series.
 
-    Each time is compared with the other series of the same place and night.
+    The anchor shows how slow the whole machine was on a night. Without it, a slow night looks like a change.
     """
 
     place: str
     metric: str
-    """Family of metrics: the part of a metric's name before the first `/`."""
+    """Start of the metrics' names, up to the first `/`, e.g. `latency_s`."""
     series: int
 
 
 @dataclass(frozen=True)
 class Unjudged:
-    """Nights whose times are not judged, because the place (machine and software) had too few series on these nights.
+    """Nights whose times are not judged, because their place (machine and software) had too few series on these nights.
 
-    Each time is compared with the other series of the same place and night.
+    So their anchor, i.e. how slow the whole machine was, is unknown.
     """
 
     place: str
     metric: str
-    """Family of metrics: the part of a metric's name before the first `/`."""
+    """Start of the metrics' names, up to the first `/`, e.g. `latency_s`."""
     nights: list[str]
 
 
@@ -108,10 +110,10 @@ class FoundChanges:
 
     history: History
     last: str
-    """Last night that any series has."""
+    """Date of the last night in any series."""
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
-    """Changes of the machine: all series of a place share them, even those of Cells whose code never changes."""
+    """Changes of the machine: all series of a place show them, even those of Cells whose code never changes."""
     unanchored: list[Unanchored] = field(default_factory=list)
     unjudged: list[Unjudged] = field(default_factory=list)
     compared: int = 0
@@ -122,7 +124,7 @@ def find_changes(history: History, series: Sequence[HistorySeries], sentinels: f
     """Return the changes that are found in the series of a history.
 
     sentinels: cell_ids of Cells whose code does not change. If the times of these Cells change, the machine has
-    changed. These times, and the times of bare base models, are never reported as changes.
+    changed. Changes of these times, and of the times of bare base models, are never reported.
     """
     found = FoundChanges(history, last=max((one.nights[-1] for one in series), default=""))
     kinds: dict[str | None, list[HistorySeries]] = {}
@@ -151,7 +153,7 @@ def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
-    """Yield a change for each night on which a number of bytes or parameters leaves its level."""
+    """Yield a change for each night on which bytes or parameters leave their level by more than the metric's slack."""
     if min(one.values) == max(one.values):
         return
     levels = [("", one.nights[0], one.values[0])]  # (last night of the level before, first night, value) of each level
@@ -180,8 +182,8 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
     """Judge the times of one family of metrics at one place, relative to the anchor. Then judge the anchor itself.
 
-    The anchor of a night is the median of value / usual value over all series. judged: the series of the family.
-    guards: series of sentinels, i.e. of Cells whose code does not change. The changes are added to `found`.
+    Metrics of one family have names with the same text before the first `/`, e.g. `latency_s`. judged: the series of
+    the family. guards: series of sentinels, i.e. of Cells whose code does not change. The changes are added to `found`.
     """
     import numpy as np
 
@@ -217,11 +219,11 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
 
 
 def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChanges) -> None:
-    """Judge the anchor, i.e. the median of value / usual value over all series of a place. Add its changes to `found`.
+    """Judge the anchor of a place, i.e. how slow the whole machine was on each night. Add its changes to `found`.
 
     Sentinels are Cells whose code does not change. If the sentinels change with the anchor, the machine has changed.
-    Otherwise the code under test has changed. common: log of the anchor on each night. guards: log times of the
-    sentinels.
+    Otherwise the code under test has changed. With too few sentinels, every change is added, with a note. common: log
+    of the anchor on each night. guards: log times of the sentinels.
     """
     import numpy as np
 
@@ -245,7 +247,10 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
 def _log_changes(
     one: HistorySeries, nights: Sequence[str], logs: Array, shared: float, noise: float | None = None
 ) -> list[Change]:
-    """Return the changes in a series of log times. The levels of the returned changes are times, not logs."""
+    """Return the changes in a series of log times. The levels of the returned changes are times, not logs.
+
+    shared: noise of similar series. noise: noise of this series; if None, it is estimated.
+    """
     least = math.log1p(TIMED_LEAST)
     steps = change_points.steps(logs, least=least, shared=shared, own=noise)
     changes = _changes(one, nights, steps, least)
@@ -253,7 +258,10 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the steps of a series as changes. A change is marked as worse if the value falls, as for an accuracy."""
+    """Return steps of a series as changes. A step to a lower value is marked as worse, as for an accuracy.
+
+    least: the old level counts as back if a later level is less than this away from it.
+    """
     found = []
     for number, step in enumerate(steps):
         # Nights on which a later change brings the level back to that before this change, or beyond.

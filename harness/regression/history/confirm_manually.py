@@ -14,10 +14,10 @@ from harness.regression.history.night_files import NEAR, Decision
 def confirm(
     folder: Path, cell: str, metric: str, night: str, verdict: ConfirmationVerdict, evidence: str, author: str | None
 ) -> Decision:
-    """Store and return a person's verdict on a change. Print a warning if there is no change near this night.
+    """Store and return a person's verdict on a change. If there is no change near `night`, print a warning.
 
-    If a change of this Cell and metric is near, its night and its levels are stored with the verdict. For errors, see
-    `decisions.checked`.
+    If a change of exactly this Cell and metric is near, its night and levels are stored with the verdict. evidence: the
+    reason. Raises UsageError that lists all mistakes in the arguments.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

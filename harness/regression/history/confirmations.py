@@ -10,10 +10,10 @@ from harness.regression.history.night_files import NEAR, History
 
 
 def confirmed_regressions(history: History, found: Sequence[Change]) -> Iterator[Change]:
-    """Yield the slow-downs that a stored verdict confirms and that are not among the changes `found`.
+    """Yield the slow-downs that a stored verdict confirms, unless they are among the changes `found`.
 
-    A confirmed slow-down is missing in `found` if its level is only one or two nights old, or if later nights were not
-    as slow.
+    A confirmed slow-down is not in `found` if its level is only one or two nights old, or if later nights were faster
+    again.
     """
     for line in history.confirmations:
         seen = line.seen

@@ -1,7 +1,7 @@
-"""Decisions about a history: accepted levels, and verdicts on changes.
+"""Decisions about a history: accepted levels (resets), and verdicts on changes.
 
 Each decision is a line of resets.jsonl or confirmations.jsonl, with its author, time and reason. The files are
-committed to git, so the code and the reason of an accepted slow-down are in one place.
+committed to git, so that the code and the reason of an accepted slow-down are in one place.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
     """Accept the level of a series from `night` on. Store and return the decision.
 
-    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError with
-    all mistakes in the arguments.
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user. Raises UsageError that
+    lists all mistakes in the arguments.
     """
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)
@@ -48,7 +48,7 @@ def print_decision(decision: Decision) -> Exit:
 
 
 def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
-    """Return the night from which on a user last accepted the level of a series. Empty if there was no such reset."""
+    """Return the first night of the level that a user last accepted for a series. If there is none, return ""."""
     return max((decision.night for decision in resets if decision.applies(cell, metric)), default="")
 
 
@@ -64,8 +64,8 @@ def checked(
     """Check the arguments of a decision. Return the history in `folder` and the decision. Write nothing.
 
     cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user is the author. option: the
-    name of the command's option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that
-    is not in the history, an empty reason, or no author.
+    command-line option that gave `reason`. Raises UsageError that lists all mistakes: a Cell, metric or night that is
+    not in the history, an empty reason, or no author.
     """
     problems: list[Problem] = []
     with collect_errors(problems):
@@ -98,7 +98,7 @@ def _nonempty_history(folder: Path) -> History:
 def _find_cell(cells: Iterable[str], start: str) -> str:
     """Return the one cell_id that starts with `start`. If `start` is `*`, return `*`.
 
-    Raises UsageError if no cell_id or several start with `start`.
+    Raises UsageError if no cell_id or several cell_ids start with `start`.
     """
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:

@@ -33,7 +33,7 @@ from harness.regression.history.series import HistorySeries, series
 def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
     """Print the changes of level in a history, and return the exit code that `history detect --help` describes.
 
-    cell, sentinel: expressions in the syntax of `--only`. Raises UsageError for an expression that selects no Cell.
+    cell, sentinel: expressions in the syntax of `--only`. Raises UsageError if an expression selects no Cell.
     """
     from harness.regression.history import table
 
@@ -53,8 +53,8 @@ def detection(
 ) -> Detection:
     """Return all findings in a history.
 
-    only: cell_ids to report. The times of a night are compared across all Cells anyway. sentinel: an expression that
-    selects Cells whose code does not change.
+    only: cell_ids to report; the times of a night are compared across all Cells in any case. sentinel: an expression
+    that selects Cells whose code does not change. strict: if true, unconfirmed changes give the exit code INCONCLUSIVE.
     """
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
@@ -79,13 +79,16 @@ def detection(
 
 
 def all_changes(history: History) -> list[JudgedChange]:
-    """Return every change of every series, including refuted changes."""
+    """Return every change of every series, found without sentinels, including refuted changes."""
     found = changes.find_changes(history, series(history), frozenset())
     return _judged(history, found.changes, cell_names.names(history))
 
 
 def _judged(history: History, found: Sequence[Change], names: Mapping[str, str]) -> list[JudgedChange]:
-    """Return every change with its state, sorted: lasting before settled, worse before better, new before old."""
+    """Return every change with its state, the most important first.
+
+    Lasting changes come before settled ones, then worse before better, then new before old.
+    """
 
     def order(c: Change) -> tuple[Any, ...]:
         return (c.settled is not None, not c.worse, -history.index[c.night], c.cell, c.metric, c.place)
@@ -107,10 +110,11 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
-    """Return the verdict that applies to a change, or None.
+    """Return the stored verdict that applies to a change, or None.
 
-    A verdict on the same night takes precedence over a verdict on a night nearby. Otherwise the last verdict applies. A
-    verdict `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
+    A verdict on the same night is preferred to a verdict on a night nearby, and then a later verdict to an earlier one.
+    If pairs of runs gave the verdict `refuted`, it applies only to the new revision that they ran, not to a change that
+    came with a later revision.
     """
     near = [
         line
@@ -156,7 +160,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Map each night on which a Cell ran less than PASSES times to the smallest number of runs of a Cell."""
+    """Return date -> fewest runs of a Cell on that night, for each night on which a Cell ran less than PASSES times."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

@@ -17,27 +17,28 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """Differences between the last nightly run before a change of a result and the first one after it."""
+    """Differences between the last nightly run before a change of a result and the first nightly run after it."""
 
     code: tuple[str, str]
-    """Code versions of the harness in the old nightly run and in the new one."""
+    """Code versions of the harness: (in the run before the change, in the run after the change)."""
     revisions: tuple[str, str]
-    """Git revisions of the old nightly run and of the new one. A revision that was not recorded is an empty string."""
+    """Git revisions: (of the run before the change, of the run after the change). An unknown revision is an empty
+    string."""
     software: tuple[str, ...]
-    """Libraries that changed, as `name old -> new`."""
+    """Libraries that changed between the two runs, as `name old -> new`."""
     request: PairsRequest | None
-    """Request to compare the `paired` revisions by pairs of runs. None if such pairs cannot confirm the change."""
+    """Request to compare the revisions in `paired` by pairs of runs. None if such pairs cannot confirm the change."""
     because: str
-    """Reason why there is no request, or remarks on the request."""
+    """Reason why `request` is None; otherwise remarks on the request."""
     paired: tuple[str, str]
-    """Revisions to compare: (old, new). The exact night of the change is uncertain, so they may be some nights further
-    apart than `revisions`."""
+    """Revisions to compare: (old, new). They may be some nights further apart than `revisions`, because the exact night
+    of the change is uncertain."""
     libraries: tuple[str, ...]
-    """Libraries that changed between the `paired` nights, as `name old -> new`."""
+    """Libraries that changed between the two revisions in `paired`, as `name old -> new`."""
 
     @property
     def command(self) -> str:
-        """Shell command that confirms the change; empty if there is no request."""
+        """Shell command that confirms the change; empty if `request` is None."""
         return self.request.command() if self.request else ""
 
     def document(self) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class Between:
 def between(history: History, change: Change) -> Between:
     """Return what differs between a Cell's last run before a change and its first run after the change.
 
-    Both runs were at the place of the change. If the Cell is `*`, runs of any Cell count.
+    Only runs at the place of the change count. If the Cell is `*`, runs of any Cell count.
     """
     old, new = _passes_around(history, change, change.old_night, change.night)
     code = (str(old.get("code_version", "")), str(new.get("code_version", "")))
@@ -78,7 +79,7 @@ def between(history: History, change: Change) -> Between:
 def _why_no_pairs(history: History, change: Change, before: RunHeader, after: RunHeader) -> str:
     """Return the reason why pairs of runs cannot confirm a change; empty if they can.
 
-    before, after: headers of the two runs whose revisions the pairs would compare.
+    before, after: headers of the two runs whose revisions would be compared.
     """
     revisions = (_revision(before), _revision(after))
     if change.counted:
@@ -105,7 +106,7 @@ def _uncommitted(before: RunHeader, after: RunHeader) -> bool:
 def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: tuple[str, str]) -> PairsRequest:
     """Return a request to compare two revisions with the suite of a run.
 
-    place: facts that decide the device and the number of threads. paired: the two revisions.
+    place: facts that determine the device and the number of threads. paired: the two revisions.
     """
     device, threads = str(place.get("device", "")).partition(":")[0], str(place.get("threads"))
     # The change may appear only with the number of threads of that night.
@@ -123,10 +124,10 @@ def _measured_by_pairs(metric: str) -> bool:
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the two nights to compare: up to NEAR nights before `change.old_night` and after `change.night`.
+    """Return the two nights whose revisions are compared: before the change and after it.
 
-    The distance is needed because the exact night of a change is uncertain. If the change is recent, the second night
-    is `change.night` itself.
+    The exact night of a change is uncertain. So the first is up to NEAR nights before `change.old_night`, and the
+    second up to NEAR nights after `change.night`. For a recent change, the second is `change.night` itself.
     """
     begin = last_reset(history.resets, change.cell, change.metric)
     nights = [
@@ -139,7 +140,7 @@ def _outer_nights(history: History, change: Change) -> tuple[str, str]:
 
 
 def _ships(suite: str) -> bool:
-    """Return whether a suite is part of the harness. suite: a name or a path."""
+    """Return whether a suite is installed with the harness. suite: a name or a path."""
     return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.data_folder("suites") / f"{suite}.yaml").is_file()
 
 

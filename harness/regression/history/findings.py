@@ -1,4 +1,4 @@
-"""Results of `history show` and `history detect` as data: series, judged changes, missing series.
+"""Results of `history detect` as data: judged changes, new places, Cells and metrics that are no longer measured.
 
 The names of the fields are the keys of the JSON document.
 """
@@ -17,13 +17,14 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import EVERY, Decision, Evidence
 
 State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""State of a change. A candidate is not confirmed yet. A suspect was seen only on the last nights. A counted change is
-a change of an exact count. A verdict makes a change confirmed or refuted. An unfounded change is a refuted suspect."""
+"""State of a change. `candidate`: not confirmed yet. `suspect`: a time was longer on the last night than before.
+`counted`: a change of an exact count. `confirmed`, `refuted`: by a verdict. `unfounded`: a suspect refuted by a
+verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedChange(Change):
-    """A change of level with its state, and with what else changed between its nights."""
+    """A change of level, its state, and what else changed between the nights before and after it."""
 
     name: str
     """Name of the Cell."""
@@ -38,7 +39,7 @@ class JudgedChange(Change):
 
     @property
     def can_be_paired(self) -> bool:
-        """True if pairs of runs can confirm the change. They can confirm only a time of a single Cell."""
+        """True if pairs of runs can confirm the change. It must be a change of a time of a single Cell."""
         is_time = tracked_metrics.kind(self.metric) == "timed"
         return is_time and self.cell != EVERY and self.between.request is not None
 
@@ -67,13 +68,13 @@ class PlaceChange:
     """Differences between the places, as `key old -> new`."""
     cells: int
     step_ratio: float | None
-    """Step time at the new place divided by the step time at the old place: the median over the Cells that have both.
+    """Step time at the new place divided by the step time at the old place: the median over the Cells with both times.
     None if no Cell has both."""
 
 
 @dataclass(frozen=True)
 class StoppedCell:
-    """A Cell that ended ok in an earlier nightly run, but not in the last one that ran it."""
+    """A Cell that ended ok on an earlier night, but not on the last night that ran it."""
 
     cell: str
     name: str
@@ -93,9 +94,9 @@ class MissingSeries:
     metrics: list[str]
     night: str
     last: str
-    """Last night that had these metrics."""
+    """Last night on which these metrics were measured."""
     status: str
-    """Status of the Cell on the last night of the place; `ok` if only these metrics are missing."""
+    """Status of the Cell on the last night of the place. It is `ok` if only these metrics of the Cell are missing."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,17 @@ class Detection:
     candidates: list[JudgedChange]
     suspects: list[JudgedChange]
     machine: list[Change]
-    """Changes of the machine: all series of a place share them, even those of Cells whose code never changes."""
+    """Changes of the machine: all series of a place show them, even those of Cells whose code never changes."""
     residue: list[PlaceChange]
     unanchored: list[Unanchored]
     loose: list[Unjudged]
     stopped: list[StoppedCell]
     gone: list[MissingSeries]
     few_passes: dict[str, int]
-    """Smallest number of passes (runs) of a Cell, by night. Only nights with too few passes are included."""
+    """Fewest passes (runs of the suite) of a Cell on a night, by night. Only nights with too few passes are included."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
-    """Reason why a file or a line could not be used, by `file` or `file:line`."""
+    """`file` or `file:line` -> reason why the file or line could not be used."""
     strict: bool
     """True if an unconfirmed change makes the exit code INCONCLUSIVE."""
 

@@ -38,8 +38,9 @@ def missing_series(
 ) -> Iterator[MissingSeries]:
     """Yield metrics of a Cell that a place measured on an earlier night, but not on the last night of the place.
 
-    Metrics of a Cell that were last measured on the same night are yielded together. known: the series, each without
-    the nights before its last reset. stopped: cell_ids of the Cells to leave out, which `stopped_cells` yields.
+    Metrics that a run may lack are left out. Metrics of a Cell with the same last night are yielded together. known:
+    the series of the history, as `series.series` returns them. stopped: cell_ids of Cells to leave out, because
+    `stopped_cells` reports them.
     """
     last = {place: night for night in history.nights for place in night.places}
     missing: dict[tuple[str, str, str], list[str]] = {}

@@ -35,10 +35,10 @@ PASSES = 3
 disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
-"""Text that stands for every Cell or every metric."""
+"""Text that stands for all Cells or all metrics."""
 NEAR = 2
-"""Number of nightly runs by which the time of a change is uncertain. A decision also applies to a change that is up to
-this many nights away."""
+"""Uncertainty of the time of a change, in nights. A decision also applies to a change that is up to this many nights
+away."""
 
 Fields = dict[str, Any]
 """Fields of a Cell as JSON, written by this or another version of the harness."""
@@ -62,7 +62,7 @@ class AttemptRow(TypedDict):
 
 
 class RunHeader(TypedDict):
-    """Facts that all rows of a run share. The facts show how the run differs from the run of the night before."""
+    """Facts about a run that all its rows share. They show how the run differs from the run of the night before."""
 
     run: str
     started: NotRequired[str]
@@ -80,7 +80,7 @@ class _Stored(FrozenModel):
 
 
 class Evidence(_Stored):
-    """The change that a verdict is about, as `detect` found it."""
+    """The change that a verdict is about, as `detect` found it at that time."""
 
     old_night: str
     place: str
@@ -108,7 +108,7 @@ class Decision(_Stored):
     def applies(self, cell: str, metric: str) -> bool:
         """Return whether the decision is about the series of this Cell and metric.
 
-        A decision about `latency_s` is also about every metric `latency_s/...`.
+        A decision about the metric `latency_s` is also about every metric `latency_s/...`.
         """
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
@@ -119,7 +119,7 @@ class Decision(_Stored):
 
 @dataclass
 class Night:
-    """Results of all runs of one date: of the nightly runs, and of any other runs that were added under it."""
+    """Results of one date: of the nightly runs, and of any other run that was added under this date."""
 
     night: str
     """Date of the night, YYYY-MM-DD."""
@@ -146,7 +146,7 @@ class History:
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]
-    """Reason why a file or a line could not be used, by `file` or `file:line`. The rest of the history is used."""
+    """`file` or `file:line` -> reason why the file or line could not be used. The rest of the history is used."""
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -154,7 +154,7 @@ class History:
         return {night.night: number for number, night in enumerate(self.nights)}
 
     def distance(self, night: str, other: str) -> float:
-        """Return the number of nights between two dates; infinity if this history has no results of one of the dates."""
+        """Return the number of nights between two dates. If the history lacks one of the dates, return infinity."""
         known = night in self.index and other in self.index
         return abs(self.index[night] - self.index[other]) if known else math.inf
 
@@ -179,7 +179,10 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read and return the results of one night. If the file does not have this schema, put the reason into `broken`."""
+    """Read and return the results of one night. Put the reason for each invalid part into `broken`.
+
+    If the first line is invalid or has another schema, return None.
+    """
     lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
@@ -211,13 +214,15 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
 
 
 def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
-    """Read and return the fields of the Cells, by cell_id. Invalid lines are named in `broken`."""
+    """Read and return the fields of the Cells, by cell_id. For each invalid line, put the reason into `broken`."""
     return dict(_lines(folder / CELLS, broken, _cell))
 
 
 def write_night(folder: Path, night: Night) -> None:
-    """Write the file of one night: the headers, then the rows sorted by Cell and run, so that a diff shows the new
-    rows."""
+    """Write the file of one night: the headers, then the rows.
+
+    The rows are sorted by Cell and run, so that a diff shows only the new rows.
+    """
     lines: list[Mapping[str, object]] = [
         {"schema": SCHEMA, "night": night.night},
         *(night.runs[run] for run in sorted(night.runs)),
@@ -233,7 +238,7 @@ def write_cells(folder: Path, cells: Mapping[str, Fields]) -> None:
 
 
 def append_decision(folder: Path, name: str, decision: Decision) -> None:
-    """Add a decision to a file by rewriting the file. Broken lines in the file stay as they are."""
+    """Append a decision to the file `name` in `folder`. Broken lines in the file stay as they are."""
     path = folder / name
     with locked(folder):
         try:
@@ -333,7 +338,7 @@ def _cell(line: Any) -> tuple[str, Fields] | None:
 
 
 def _decision(line: Any) -> Decision | None:
-    """Return the decision in a line. If the line is incomplete or has a newer schema, it has no effect: return None."""
+    """Return the decision in a line. If the line is incomplete or has a newer schema, return None."""
     try:
         return Decision.model_validate(line)
     except ValidationError:

@@ -14,7 +14,7 @@ from harness.regression.history import decisions
 from harness.regression.history.night_files import History
 
 _Nights = list[tuple[str, list[dict[str, float]]]]
-"""One entry per night: the date, and for each pass (run of the suite) the values by metric."""
+"""One entry per night: the date, and a dict of values by metric for each pass (run of the suite)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HistorySeries:
     nights: list[str]
     """Dates of the nightly runs, ascending."""
     values: list[float]
-    """One value per night: the median of the night's passes. Counted bytes and parameters have the maximum instead."""
+    """One value per night: the median of the night's passes or, for counted bytes and parameters, the maximum."""
     passes: list[int]
     """Number of passes (runs of the suite) of each night."""
 
@@ -89,9 +89,10 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the value of each metric in `order` on one night.
+    """Return one value per metric for one night, in the order of `order`.
 
-    passes: the values of each pass (run of the suite), by metric. The keys of each dict are `order`, in this order.
+    passes: a dict of values by metric for each pass (run of the suite). The keys of each dict are `order`, in this
+    order.
     """
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]

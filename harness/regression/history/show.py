@@ -12,11 +12,12 @@ from harness.regression.history.series import series
 
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
-    """Print series and return the exit code.
+    """Print the series of a history and return the exit code.
 
-    cell: an expression in the syntax of `--only`. metric: a name, or the part of names before the first `/`. Returns
-    NOTHING_COMPARED if there is nothing to show. Returns INFRASTRUCTURE if a file cannot be read. Raises UsageError if
-    `cell` selects nothing, or if no metric has the name `metric`.
+    cell: an expression in the syntax of `--only`. metric: a name of a metric, or the part of names before the first
+    `/`. each_night: print one line per night. Returns NOTHING_COMPARED if there is nothing to show. Returns
+    INFRASTRUCTURE if a file cannot be read. Raises UsageError if `cell` selects nothing, or if no metric has the name
+    `metric`.
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):

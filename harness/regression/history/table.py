@@ -137,7 +137,7 @@ def _machine(change: Change) -> str:
 
 
 def _missing(gone: Sequence[MissingSeries]) -> Iterator[str]:
-    """Yield a title for each kind of missing data, followed by the Cells that lack it."""
+    """Yield the missing metrics as lines: a title for each kind of gap, followed by the Cells that have this gap."""
     groups: dict[str, list[str]] = {}
     for one in gone:
         what = f"{', '.join(one.metrics)} of" if one.status == "ok" else f"{one.status} of"

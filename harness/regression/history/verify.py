@@ -1,4 +1,4 @@
-"""`history settle`: confirm or refute suspected changes by pairs of runs, and store the verdicts."""
+"""`history settle`: confirm or refute changes of times by pairs of runs, and store the verdicts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from harness.regression.pairs.gate import PairsResult
 def verify(
     folder: Path, cell: str | None, most: int, author: str | None, out: Path | None, suite: Path | None = None
 ) -> Exit:
-    """Run pairs for suspected changes, print one line per change, and return the exit code.
+    """For each unconfirmed change, compare old and new code by pairs of runs. Print the verdicts; return the exit code.
 
-    most: largest number of changes to try. suite: the file of the nightly suite, if the suite is not part of the
-    harness. Only the first comparison has a canary, i.e. also compares a revision with itself. Raises UsageError if
-    `cell` selects nothing or if there is no author.
+    cell: an expression that selects Cells. most: largest number of changes to try. author: if None, git's user. out:
+    folder for the runs. suite: the file of the nightly suite, if the suite is not part of the harness. Only the first
+    comparison has a canary, i.e. also compares a revision with itself. Raises UsageError if `cell` selects nothing or
+    if there is no author.
     """
     author = decisions.find_author(author)  # first, since no verdict could be stored without an author
     history = night_files.read(folder)
@@ -106,7 +107,7 @@ def _verdict(
 
 
 def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
-    """List the differences between the place of a night and the places of the runs.
+    """List the differences between the place (machine and software) of a night and the places of the pairs of runs.
 
     Whether other Cells ran at the same time is not compared.
     """

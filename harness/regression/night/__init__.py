@@ -1,4 +1,4 @@
-"""The command `peft-harness night` (a nightly run): checks and measurements on one GPU, within a budget of time.
+"""The command `peft-harness night` (a nightly run): checks and measurements on one GPU, within a limited time.
 
-Its parts are commands of peft-harness. Each part runs in a process of its own.
+Each part of a nightly run is one command of peft-harness, in its own process.
 """

@@ -13,18 +13,18 @@ from harness.regression.night import part_run
 from harness.regression.night.parts import Device, NightPart
 
 LAST_S = {"cuda": 5.0 + part_run.GRACE_S + 7.0, "cpu": 5.0}
-"""Seconds of the budget that are kept for the end of the nightly run, by device. They suffice to write the footer and
-the page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
+"""Seconds of the budget that are reserved for the end of the nightly run, by device. They suffice to write the footer
+and the page. On a GPU, which may be lent only until a fixed time, they also suffice for a part to end after SIGTERM."""
 _FACTOR = {"cuda": 4.0, "cpu": 12.0}
-"""Largest duration of a part divided by its estimate, by device. A part that takes longer counts as hanging. The
-factors are large, since the estimates are rough and a rehearsal (a nightly run on a CPU) often shares its cores."""
+"""Factor by which a part may exceed its estimate before it counts as hanging, by device. The factors are large, since
+the estimates are rough and a rehearsal (a nightly run on a CPU) often shares its cores."""
 DEFAULT_S = {"cuda": 600.0, "cpu": 720.0}
 """Budget in seconds of a nightly run without `--budget`, by device. On a CPU, it suffices for all parts if they take
-their estimated times. If a user sets a larger budget for a CPU, each part may take longer in proportion."""
+their estimated times. With a larger budget on a CPU, each part may take longer in proportion."""
 AROUND_S = 5.0
 """Seconds added to the estimate of a part, for its start and for the output of results at its end."""
 LEAST_S = 120.0
-"""Seconds that a part may take before it counts as hanging, however short its estimate is."""
+"""Seconds that any part may take before it counts as hanging, even if its estimate is short."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,16 @@ class Limit:
 
     seconds: float
     by: Literal["budget", "share", "estimate"]
-    """Reason for the limit. `budget`: the whole budget is used up. `share`: the rest is kept for later parts.
-    `estimate`: the part has taken many times its estimate, so it seems to hang."""
+    """Reason for the limit. `budget`: the budget ends then. `share`: the rest of the budget is kept for later parts.
+    `estimate`: by then, the part has taken many times its estimate, so it seems to hang."""
 
 
 def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: Device, budget_s: float) -> Limit:
     """Return the time limit of a part that starts now.
 
-    later: the parts that follow. The limit leaves enough time for those of them whose `is_reserved` is true. But it is at
-    least the estimate of `part`, if so much time is left.
-    left_s: seconds of the budget that are left.
-    budget_s: the whole budget in seconds.
+    later: the parts that follow. The limit leaves enough time for those with `is_reserved`. But if the budget allows
+    it, the limit is at least the estimate of `part`. A part that takes many times its estimate is ended in any case.
+    left_s: seconds of the budget that are left. budget_s: the whole budget in seconds.
     """
     reserved_s = sum(one.estimate_s + AROUND_S for one in later if one.is_reserved)
     share_s = max(part.estimate_s, left_s - reserved_s - (AROUND_S if reserved_s else 0.0))
@@ -54,8 +53,10 @@ def limit(part: NightPart, later: Sequence[NightPart], left_s: float, device: De
 
 
 def needed_s(estimates_s: Sequence[float], device: Device) -> float:
-    """Return the seconds that a nightly run with these parts needs, with the overhead of each part and of the nightly
-    run's end."""
+    """Return the seconds that a nightly run with these parts needs.
+
+    This includes the overhead of each part and of the end of the nightly run.
+    """
     return sum(estimate_s + AROUND_S for estimate_s in estimates_s) + LAST_S[device]
 
 

@@ -1,4 +1,7 @@
-"""Read the JSON that the parts (commands) of a nightly run print, as a summary, a table and failures. Imports no torch."""
+"""Convert the JSON that the parts (commands) of a nightly run print to a summary, a table and failures.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _MOST_FAILURES = 60
 NO_CELL = "no Cell ran"
 _FAILED = (Status.ERROR, Status.OOM, Status.TIMEOUT)
 _REFUTING_STATUSES = (Status.OOM, Status.TIMEOUT)
-"""Statuses that count as a result, not as a failure, in a run for a headline claim: they refute the claim."""
+"""Statuses that refute a headline claim of a paper. In a run for such a claim, they are a result, not a failure."""
 _OURS = ("ours", "how")
 """Keys of a claim in the JSON. `ours`: our value. `how`: how it was computed, on which machine and from which run."""
 
@@ -49,8 +52,7 @@ class PartReading:
 def read(part: NightPart, folder: Path, line: str) -> PartReading:
     """Read what a part (one command) of a nightly run has written to `folder`.
 
-    line: the part's command as a person types it. It becomes the command that reproduces a failure, unless the failure
-    has a shorter one.
+    line: the part's command as a person types it. It reproduces each failure that has no shorter command.
     """
     try:
         if part.kind == "run":
@@ -148,7 +150,7 @@ def _bench(document: Mapping[str, Any], line: str) -> PartReading:
 
 
 def _padded(fields: tuple[str, ...]) -> list[str]:
-    """Return 11 fields. If there are fewer, insert dashes before the last field, which is the parity or the reason."""
+    """Return the fields with dashes inserted before the last one (the parity or the reason), so that there are 11."""
     return [*fields[:-1], *["-"] * (11 - len(fields)), fields[-1]]
 
 
@@ -171,9 +173,9 @@ def _card(document: Mapping[str, Any], line: str) -> PartReading:
 
 
 def _run(folder: Path, line: str, suite: str, outcomes: Collection[Status]) -> PartReading:
-    """Read the run that a part made.
+    """Read the run folder that a part made.
 
-    suite: name or file of its suite. outcomes: statuses of Cells that count as results, not as failures.
+    suite: name or file of the part's suite. outcomes: statuses of Cells that count as results, not as failures.
     """
     if not (folder / "run.json").is_file():
         return PartReading(is_missing=True)

@@ -1,4 +1,4 @@
-"""HTML page of a nightly run (`peft-harness night`): verdict, next steps, its commands (parts), failures and numbers."""
+"""HTML page of a nightly run: verdict, next steps, its parts (commands of peft-harness), failures and numbers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _LONG = 40
 _LONGEST = 180
 """Largest number of characters of a failure at the top of the page. Longer texts are shortened."""
 _MOST_SHOWN = 3
-"""Number of failures of a part that are shown at once."""
+"""Number of failures of a part that are visible before the reader opens the rest."""
 _MOST_NAMED = 5
-"""Largest number of parts that the top of the page names for one status, and of parts with failures that it shows."""
+"""The top of the page names at most this many parts for each status, and shows failures of at most this many parts."""
 _PAGES = {"check.html": "checks", "claims.html": "claims", "report.html": "report", "log.txt": "log"}
 
 
@@ -85,7 +85,7 @@ def _reason(night: NightRun, waiting: Sequence[PlannedPart]) -> str:
 
 
 def _wrong(results: Sequence[PartResult]) -> list[dict[str, str]]:
-    """Return the first parts with failures, each with what is wrong in one line."""
+    """Return the first parts with failures, each with its first failure in one line."""
     failed = [one for one in results if one.failures][:_MOST_NAMED]
     texts = [dict.fromkeys([one.because, one.failures[0].what]) for one in failed]
     return [
@@ -122,7 +122,7 @@ def _ended(one: PartResult) -> dict[str, Any]:
 def _row(
     part: PartResult | PlannedPart, status: str, result: str, took_s: Sequence[float | None], limit_s: float | None
 ) -> dict[str, Any]:
-    """Return the row of a part for the table of parts. took_s: its wall time and its processor time, in seconds."""
+    """Return the row of a part in the table of parts. took_s: wall time and processor time of the part, in seconds."""
     mark = badge(status, _TONES[status])
     return {
         "name": part.name, "title": part.title, "anchor": f"part-{part.name}", "record": "", "href": "",

@@ -22,9 +22,10 @@ from harness.process.supervisor import Subprocess, signal_name
 from harness.process.worker_pool import marked
 
 _NOT_INHERITED = ("TRITON_INTERPRET", "CUDA_LAUNCH_BLOCKING")
-"""Environment variables that a part does not inherit, since they make times of a GPU meaningless. It may set them."""
+"""Environment variables that a part does not inherit, since they make times of a GPU meaningless. `NightPart.variables`
+may set them."""
 GRACE_S = 20.0
-"""Seconds in which a command whose time is over can save and print what it has measured."""
+"""Seconds that a command gets to save and print its measurements after its time is over."""
 STDOUT = "stdout.json"
 """Name of the file that gets the stdout of a part."""
 _MARK = "PEFT_HARNESS_NIGHT"
@@ -34,13 +35,13 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 @dataclass(frozen=True)
 class CommandEnd:
-    """End of a command: its exit code or signal."""
+    """How a command ended: its exit code or signal, its times, and its last output."""
 
     code: int | None
     """Exit code of the command, negative for a signal; None if it had to be killed."""
     seconds: float
     cut: bool
-    """True if the command was ended because its time was over, or because of an interruption."""
+    """True if the command was ended because its time was over, or because the nightly run was interrupted."""
     tail: str
     """Last lines that the command wrote to stderr."""
     cpu_s: float
@@ -52,7 +53,7 @@ class CommandEnd:
 
     @property
     def died(self) -> str:
-        """Sentence that says how the command was killed, or which signal it died of. Empty if it exited by itself."""
+        """Clause that says how the command was killed, or which signal it died of. Empty if it exited by itself."""
         if self.code is None:
             return "killed: it did not end after its time was over"
         return f"died of {name}" if (name := signal_name(self.code)) else ""
@@ -61,10 +62,11 @@ class CommandEnd:
 def run(
     words: Sequence[str], variables: Mapping[str, str], folder: Path, limit_s: float, command: Sequence[str] = COMMAND
 ) -> CommandEnd:
-    """Run peft-harness with these arguments. Its stdout is the file `STDOUT` in `folder`, and its stderr is `log.txt`.
+    """Run peft-harness with the arguments `words`. Its stdout goes to `STDOUT`, its stderr to `log.txt` in `folder`.
 
-    After `limit_s` seconds, or if a signal requests the end of this process, the command gets SIGTERM and then `GRACE_S`
-    seconds to end. If this process is killed, the command is killed. Raises OSError if the command cannot be started.
+    After `limit_s` seconds, or if a signal requests the end of this process, the command gets SIGTERM and then
+    `GRACE_S` seconds to end. If this process is killed, the command is killed. Raises OSError if the command cannot be
+    started.
     """
     token = uuid.uuid4().hex
     script = [sys.executable, "-I", "-S", lifeline.__file__]
@@ -89,7 +91,7 @@ def run(
 
 
 def _wait(child: Subprocess, limit_s: float) -> tuple[int | None, bool]:
-    """Wait for a command. Return its exit code, or None if it still runs, and whether a signal ended the wait."""
+    """Wait for a command. Return its exit code (None if it still runs), and whether a signal ended the wait."""
     try:
         return child.wait(max(0.0, limit_s)), False
     except KeyboardInterrupt:

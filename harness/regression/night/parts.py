@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["check", "bench", "card", "run", "claims", "pairs", "baseline"]
-"""Kind of a part. It decides how the output of the part is read."""
+"""Kind of a part. It determines how the output of the part is read."""
 Device = Literal["cpu", "cuda"]
 OUT = "{out}"
 """Placeholder in the arguments of a part: the part's own folder."""
 HEADLINE = "headline-"
-"""Start of the names of the parts that run headline claims. The part `claims` judges their runs."""
+"""Start of the names of the parts that run headline claims of papers. The part `claims` judges their runs."""
 RUNS = "{runs}"
-"""Placeholder in the arguments of a part: `--run FOLDER` for each run that the nightly run has finished."""
+"""Placeholder in the arguments of a part: `--run FOLDER` for each finished run in this nightly run."""
 MATRIX = "{matrix}"
 """Placeholder in the arguments of a part: the run folder of the part `matrix`."""
 CARD = "{card}"
-"""Placeholder in the arguments of a part: the name of the GPU's baseline. On a CPU, it has the value of `MATRIX`."""
+"""Placeholder in the arguments of a part: the name of the GPU's baseline. On a CPU, it stands for the same folder as
+`MATRIX`."""
 REAL, REAL_SUITE, REAL_SOURCES = "matrix-real", "sentinels", ("minilm-l6", "movie-reviews")
-"""Name of the part that trains a pretrained model; name of its suite; names of this model and its data in
-suites/sources.yaml."""
+"""- REAL: name of the part that trains a pretrained model.
+- REAL_SUITE: name of the part's suite.
+- REAL_SOURCES: names of the model and its data in suites/sources.yaml."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class NightPart:
     """The question that the part answers."""
     kind: Kind
     words: tuple[str, ...]
-    """Arguments of peft-harness. They may have the placeholders of this module."""
+    """Arguments of peft-harness. They may contain the placeholders of this module, e.g. `OUT`."""
     estimate_s: float
-    """Estimated seconds of the part. The estimates for a GPU have not been checked on one yet."""
+    """Estimated seconds of the part. The estimates for a GPU have not been checked on a GPU yet."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of the command."""
     is_reserved: bool = False
@@ -71,9 +73,10 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
     "double_dequantize": ("bitsandbytes",),
     "paged_adamw": ("bitsandbytes",),
 }
-"""Implementations with which the fused kernel of an operation is compared, by operation. `reference` is plain torch."""
+"""Operation -> implementations with which its fused kernel is compared. `reference` is plain torch."""
 _FIRST = 4
-"""Number of operations that are timed before the papers' claims. For training steps, the number is `_FIRST_STEPS`."""
+"""Number of operations that a nightly run on a GPU times before the papers' claims are run. `_FIRST_STEPS`: the
+same number for training steps of whole Methods."""
 _STEPS: dict[str, tuple[str, ...]] = {
     "lora": ("hf-peft",),
     "lora on nf4": ("hf-peft",),
@@ -93,7 +96,8 @@ _HEADLINES = (
         ("latency-gpt2-32x512", "latency-gpt2-16x256", "latency-gpt2-1x128"), 90,
     ),
 )  # fmt: skip
-"""Each part of the headline claims: name, question, entries of the suite headline-gpu, estimated seconds on a GPU."""
+"""One entry per part for headline claims: name, question, entries of the suite headline-gpu, estimated seconds on a
+GPU."""
 
 
 def on_gpu() -> list[NightPart]:
@@ -132,8 +136,7 @@ def on_gpu() -> list[NightPart]:
 
 
 def on_cpu() -> list[NightPart]:
-    """Return the parts of a rehearsal: a nightly run on a CPU, at reduced shapes. Triton's interpreter runs the
-    kernels.
+    """Return the parts of a rehearsal, i.e. of a nightly run on a CPU, with small shapes and Triton's interpreter.
 
     One part runs the Cells of several headline claims, because each command imports torch again.
     """
@@ -180,7 +183,7 @@ _BASELINE = NightPart(
 
 
 def sources(name: str, names: Iterable[str]) -> list[str]:
-    """Return the parts among `names` whose runs are judged by the part `name`. Empty for most parts."""
+    """Return the parts in `names` whose runs the part `name` judges, e.g. the headline runs for `claims`."""
     made = {"claims": lambda one: one.startswith(HEADLINE), "baseline": lambda one: one == "matrix"}.get(name)
     return list(filter(made, names)) if made else []
 

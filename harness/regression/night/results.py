@@ -14,8 +14,9 @@ from harness.records.record import Environment, Seconds
 
 SCHEMA = 1
 Status = Literal["ok", "finding", "failed", "cut", "not-run"]
-"""`ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command ended early. `cut`: its
-time was over or the nightly run was interrupted, and what it had measured is kept. `not-run`: it was not started."""
+"""Status of a part. `ok`: measured. `finding`: measured, and something is wrong or slower. `failed`: the command
+crashed, hung or left no results. `cut`: its time was over or the nightly run was interrupted, and its measurements so
+far are kept. `not-run`: not started, or nothing was compared."""
 
 
 class PlannedPart(FrozenModel):
@@ -26,8 +27,7 @@ class PlannedPart(FrozenModel):
     command: str
     estimate_s: Seconds
     limit_s: Seconds = 0.0
-    """Time limit in seconds, assuming that each earlier part takes its estimated time. 0 if the part does not fit into
-    the budget."""
+    """Time limit in seconds if each earlier part takes its estimated time. 0 if the part does not fit into the budget."""
 
 
 class NightManifest(FrozenModel):
@@ -43,7 +43,7 @@ class NightManifest(FrozenModel):
     parts: list[PlannedPart]
     environment: Environment
     notes: list[str] = Field(default=[])
-    """Programs that fail on this machine, but that the nightly run does not need, e.g. nvidia-smi."""
+    """Programs that fail on this machine although the nightly run can do without them, e.g. nvidia-smi."""
     argv: list[str]
     started: str
     """Start in UTC, ISO 8601."""
@@ -55,10 +55,11 @@ class PartFailure(FrozenModel):
     where: str
     """Name of the check, benchmark or Cell that failed."""
     what: str
-    """The failure in one line. For a kernel that raised an exception, its name, its arguments and its compile options."""
+    """The failure in one line. If a kernel raised an exception: the kernel's name, its arguments and its compile
+    options."""
     traceback: str = ""
     reproduce: str = ""
-    """A command that shows the failure again."""
+    """Command that shows the failure again."""
 
 
 class PartTable(FrozenModel):
@@ -78,9 +79,9 @@ class PartResult(FrozenModel):
     title: str
     status: Status
     because: str = ""
-    """Reason for the status. Empty if it is ok."""
+    """Reason for a status other than ok, and the processes that the part left behind, if any."""
     command: str
-    """The command as a line for a shell."""
+    """The command of the part as a line for a shell."""
     estimate_s: Seconds
     seconds: Seconds | None = None
     """Wall time in seconds; None if the part was not started."""
@@ -100,7 +101,7 @@ class PartResult(FrozenModel):
 
 
 class NightFooter(FrozenModel):
-    """Content of footer.json: the result of a nightly run. It is written last: a run without it was not finished."""
+    """Content of footer.json: the result of a nightly run. It is written last, so an unfinished run has none."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     night: str
@@ -112,6 +113,6 @@ class NightFooter(FrozenModel):
     counts: dict[str, int]
     """Number of parts with each status."""
     left_out: dict[str, str] = Field(default={})
-    """Reason why a part was cut or not run, by name of the part: lack of time, or an interruption."""
+    """Name of a part -> reason why it was cut or not run: lack of time, or an interruption."""
     sha256: dict[str, str]
     """SHA-256 of night.json and of the file of each part, by file name."""

@@ -41,7 +41,7 @@ _ENDED = {
     "share": "its share of the budget, {}, was over, and the rest is kept for later parts",
     "estimate": "it took too long, and was ended after {}",
 }
-"""Clause that says why a part was ended at its time limit, by `Limit.by`."""
+"""`Limit.by` -> clause that says why a part was ended."""
 _INTERRUPTED = "interrupted"
 
 
@@ -56,31 +56,32 @@ class NightRequest:
     only: tuple[str, ...] = ()
     """Names, or prefixes of names, of the parts to run. Empty for all parts."""
     real: Path | None = None
-    """File of a suite for the part `matrix-real`. By default the suite is `sentinels`."""
+    """File of a suite for the part `matrix-real`. If None, the suite is `sentinels`."""
     command: Sequence[str] = part_run.COMMAND
     """Command line of peft-harness, to which the arguments of a part are appended."""
 
 
 @dataclass
 class NightRun:
-    """Plan and results of a nightly run, which still runs or has ended."""
+    """Plan and results of a nightly run that is running or has ended."""
 
     manifest: NightManifest
     folder: Path
     results: list[PartResult] = field(default_factory=list)
     interrupted: bool = False
     missing: str = ""
-    """Reason why there is no GPU, if one was wanted. Otherwise empty."""
+    """Reason why there is no GPU although one was wanted. Otherwise empty."""
     real: Path | None = None
     """File of the suite for the part `matrix-real`. None for `sentinels`."""
 
     @property
     def exit(self) -> Exit:
-        """The exit code: the first number in this list whose condition holds.
+        """The exit code: the first in this list whose condition holds.
 
-        1: a part has a finding, e.g. a failed check or a regression. 4: the nightly run was interrupted, a part failed,
-        or a GPU was wanted and there is none. 5: nothing was measured. 0: otherwise, also if the time did not suffice
-        for all parts.
+        - 1: a part has a finding, e.g. a failed check or a regression.
+        - 4: the nightly run was interrupted, a part failed, or a GPU was wanted and there is none.
+        - 5: nothing was measured.
+        - 0: otherwise, even if there was too little time for all parts.
         """
         statuses = Counter(one.status for one in self.results)
         if statuses["finding"]:
@@ -97,7 +98,7 @@ class NightRun:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Reason why a part was cut or not run, by name of the part: lack of time, or an interruption."""
+        """Name of a part -> reason why it was cut or not run: lack of time, or an interruption."""
         return {one.name: one.because for one in self.results if one.left_out}
 
     @property
@@ -107,14 +108,14 @@ class NightRun:
 
     @property
     def verdict(self) -> str:
-        """Verdict in one sentence: the number of parts with each status, and whether the card has no baseline."""
+        """Verdict in one sentence: the number of parts with each status, and whether the GPU has no baseline."""
         counts = Counter(one.status for one in self.results)
         shown = ", ".join(f"{count} {status}" for status, count in counts.items())
         return "; ".join(filter(None, [shown, self.without_baseline]))
 
     @property
     def without_baseline(self) -> str:
-        """Clause of the verdict that says that the card has no baseline; empty if it has one or needs none."""
+        """Clause of the verdict that says that the GPU has no baseline; empty if it has one or needs none."""
         asked = any(one.name == "baseline" for one in self.results)
         return "this card has no baseline yet" if asked and self.lacks_baseline else ""
 
@@ -128,7 +129,7 @@ class NightRun:
 
 
 def baseline_name(card: str) -> str:
-    """Return the name of a card's baseline. card: name of the GPU; empty if it is unknown."""
+    """Return the name of the baseline of a GPU. card: name of the GPU; empty if it is unknown."""
     return f"night-{Path(card_tables.file_name(card or 'unknown GPU')).stem}"
 
 
@@ -272,7 +273,7 @@ def _run_part(run: NightRun, part: NightPart, limit: Limit, left_s: float, comma
 def _judged(
     part: NightPart, ended: part_run.CommandEnd, reading: documents.PartReading, limit: Limit
 ) -> tuple[Literal["ok", "finding", "failed", "cut", "not-run"], str]:
-    """Return the status of a part and the reason."""
+    """Return (status of a part, reason for the status)."""
     cut = _ENDED[limit.by].format(duration(limit.seconds)) if ended.cut else ""
     cut = _INTERRUPTED if ended.interrupted else cut
     if reading.wrong:  # also in what a part has measured before it was cut
@@ -304,8 +305,9 @@ def _last_line(text: str) -> str:
 def _filled(top: Path, baseline: str, part: NightPart, made: Sequence[Path] | None = None) -> list[str]:
     """Return the arguments of a part with its placeholders replaced.
 
-    top: folder of the nightly run. baseline: name of the card's baseline; empty for a CPU, whose run is compared with
-    itself. made: folders of runs for the placeholder `RUNS`; by default, all finished runs of the nightly run.
+    top: folder of the nightly run. baseline: name of the GPU's baseline. It is empty for a CPU, where the run `matrix`
+    is compared with itself. made: folders of runs for the placeholder `RUNS`; by default, all finished runs of the
+    nightly run.
     """
     made = sorted(path.parent for path in top.glob("parts/*/run/footer.json")) if made is None else sorted(made)
     runs = [word for path in made for word in ("--run", str(path))]
@@ -318,7 +320,7 @@ def _filled(top: Path, baseline: str, part: NightPart, made: Sequence[Path] | No
 
 
 def _lacking(run: NightRun, part: NightPart) -> str:
-    """Return what a part lacks, so that it cannot run. If it lacks nothing, return an empty string."""
+    """Return what a part needs and does not have. If it can run, return an empty string."""
     if part.kind == "pairs":
         return "" if find_spec("scipy") else "scipy, which judges pairs, is not installed"
     if part.kind == "claims" and not any(run.folder.glob(f"parts/{parts.HEADLINE}*/run/footer.json")):
@@ -327,14 +329,14 @@ def _lacking(run: NightRun, part: NightPart) -> str:
 
 
 def _no_baseline(run: NightRun) -> str:
-    """Return why the matrix cannot be compared with a baseline. If it can, return an empty string."""
+    """Return the reason why the matrix cannot be compared with a baseline. If it can, return an empty string."""
     if not (run.folder / "parts" / "matrix" / "run" / "footer.json").is_file():
         return "the part `matrix` has left no finished run"
     return f"there is no baseline `{run.baseline}` yet" if run.lacks_baseline else ""
 
 
 def _no_model(part: NightPart) -> str:
-    """Return the reason why a part with the suite `sentinels` cannot run: the assets that this machine lacks.
+    """Return which assets of the suite `sentinels` this machine lacks, so that the part cannot run.
 
     A nightly run downloads nothing. If no asset is missing, or the part has another suite, return an empty string.
     """
@@ -365,7 +367,7 @@ def _not_run(run: NightRun, part: NightPart, because: str, *, left_out: bool = F
 def _add(run: NightRun, result: PartResult) -> None:
     """Add the result of a part to `run`, print it, and write it to disk. If the part was started, rewrite the page.
 
-    So there is a page even if the nightly run is killed later.
+    So the page exists even if the nightly run is killed later.
     """
     run.results.append(result)
     store.write(run.folder / "parts" / f"{result.name}.json", result)

@@ -1,4 +1,4 @@
-"""Summary of a nightly run (`peft-harness night`) for a terminal, and the commands to run next. Imports no torch."""
+"""Summary of a nightly run for a terminal, and the commands to run next. Imports no torch."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def next_steps(night: NightRun) -> list[str]:
 
 
 def _left_out(night: NightRun) -> list[str]:
-    """Return the commands that run the parts which this nightly run has cut or skipped.
+    """Return the commands that run the parts which this nightly run has cut or not started.
 
-    A part that judges the runs of other parts is repeated with these parts. If only the judging part itself was left
-    out, its command judges the existing runs.
+    If a part judges the runs of other parts, it is repeated with them. If only the judging part was left out, its
+    command judges the existing runs.
     """
     found = {one.name: one for one in night.results}
     left, alone = set(night.left_out), []
@@ -91,5 +91,8 @@ def _left_out(night: NightRun) -> list[str]:
 
 
 def _needed_s(one: PartResult) -> float:
-    """Return the seconds to plan for a repeated part: its estimate, or at least twice its time if it was cut."""
+    """Return the seconds to plan for a repeated part.
+
+    They are its estimate or, if the part was cut, at least twice the time that it ran.
+    """
     return max(one.estimate_s, 2 * (one.seconds or 0.0) if one.status == "cut" else 0.0)

@@ -1,1 +1,1 @@
-"""Renderers of a comparison: for the terminal, Markdown, JUnit, GitHub annotations and JSON."""
+"""Output formats of a comparison: terminal, Markdown, JUnit, GitHub annotations and JSON."""

@@ -13,7 +13,7 @@ SCHEMA = 1
 
 
 def document(result: BaselineVerdict, baseline: Baseline, run: Run) -> dict[str, Any]:
-    """Return the JSON document of `gate RUN --baseline NAME --json`. Its units are bytes, seconds, and shares of 1."""
+    """Return the JSON document of `gate RUN --baseline NAME --json`, in bytes, seconds and shares from 0 to 1."""
     chosen_B = result.margins.memory_B
     return {
         "schema": SCHEMA, "run": run.manifest.run, "baseline": baseline.document(),

@@ -1,4 +1,4 @@
-"""Further outputs of a regression gate: a JUnit file, Markdown for a CI job's summary, annotations for GitHub."""
+"""Further outputs of a regression gate: a JUnit file, a Markdown summary for a CI job, and annotations for GitHub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.regression.outputs import github, junit, markdown
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs that a user requests. A file that is not requested is None."""
+    """The outputs that a user requests. A file that was not requested is None."""
 
     junit: Path | None = None
     markdown: Path | None = None

@@ -10,7 +10,8 @@ from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
-"""Largest number of passing or unjudged rows of each kind that are shown. Further such rows are only counted."""
+"""Largest number of rows of each kind that are shown although they pass or are not judged. Further such rows are only
+counted."""
 _KERNEL_S = 1e-3
 """Times below this many seconds are shown in µs."""
 ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
@@ -23,7 +24,7 @@ def fields(row: ComparisonRow) -> tuple[str, ...]:
 
 
 def needs_attention(row: ComparisonRow) -> bool:
-    """Return whether a row is always shown: it is judged and does not pass."""
+    """Return whether a row is always shown, because it is judged and does not pass."""
     return row.judged and row.word is not VerdictKind.PASS
 
 
@@ -35,10 +36,10 @@ def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: RowKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return the rows of a kind to show, the number of rows left out, and the number of equal rows.
+    """Return (rows of a kind to show, number of other rows left out, number of equal rows left out).
 
-    The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: leave out no row,
-    not even equal rows.
+    The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: return every row
+    of the kind, even equal ones.
     """
     of_kind = [row for row in rows if row.kind is kind]
     different = by_severity(row for row in of_kind if all_rows or not row.same)
@@ -62,7 +63,7 @@ def value(v: Value, unit: Unit) -> str:
 
 
 def sentence(row: ComparisonRow, separator: str = ": ") -> str:
-    """Format a row as a sentence with both values and the reason. If both values look equal, add their difference.
+    """Format a row as a sentence with both values and the reason. If both values look the same, add their difference.
 
     separator: text between the quantity and its values.
     """
@@ -77,8 +78,8 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 def delta(row: ComparisonRow) -> str:
     """Format the difference new - base.
 
-    Bytes, counts and times also have the difference in per cent. Bytes and counts are exact. Shares are in percentage
-    points.
+    For bytes, counts and times, the change in per cent is added. Bytes and counts are not rounded. An accuracy is in
+    percentage points.
     """
     d = row.delta
     if d is None or row.base == row.new:
@@ -95,7 +96,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the interval of a row: for a time in per cent, otherwise in percentage points."""
+    """Format the confidence interval of a row's change: for a time in per cent, else in percentage points."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)
@@ -103,12 +104,12 @@ def interval(row: ComparisonRow) -> str:
 
 
 def verdict(row: ComparisonRow) -> str:
-    """Format the verdict of a row with its reason; for a row that is not judged, only the reason."""
+    """Format the verdict of a row with its reason. If the row is not judged, format only the reason."""
     if not row.judged:
         return row.reason
     return f"{row.word.value}: {row.reason}" if row.reason else row.word.value
 
 
 def _time(s: float) -> str:
-    """Format seconds in ms, or in µs if they are short."""
+    """Format seconds in ms, or in µs below `_KERNEL_S`."""
     return f"{milliseconds(s)} ms" if s >= _KERNEL_S or not s else f"{milliseconds(1000 * s)} µs"

@@ -20,8 +20,8 @@ _TAGS = {
 def render(result: GateResult) -> bytes:
     """Return a JUnit file: one test suite per kind of finding, and one for unreadable or changed files.
 
-    A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. If a kind is
-    not judged, all its rows together are one skipped test.
+    A Cell that was not run, or whose only Record is unreadable, is an error. An undecided row is a skipped test. If a
+    kind is not judged, all its rows together are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in RowKind:

@@ -1,6 +1,6 @@
 """Format the result of a regression gate as Markdown for a CI job's summary: the verdict, then rows by importance.
 
-Rows beyond the size limit of GitHub are left out.
+Rows beyond GitHub's size limit are left out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def render(result: GateResult, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
 def _lines(result: GateResult) -> Iterator[tuple[str, str]]:
     """Yield pairs: the title of a table, and one line of this table.
 
-    Rows that need attention come first, for all kinds. Then come the other rows that differ between the runs. Lines
-    about files come last, with an empty title.
+    Rows that need attention come first, for all kinds. Then come the other rows with different values. Lines about
+    files come last, with an empty title.
     """
     rows = formatting.by_severity(row for row in result.rows if not row.same)
     for attention in (True, False):
@@ -62,6 +62,6 @@ def _line(fields: Iterable[str]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Escape a text so that Markdown shows it unchanged and on one line; cut it if it is too long."""
+    """Escape a text so that Markdown shows it unchanged on one line. Cut off a text that is too long."""
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return escape_markdown(short)

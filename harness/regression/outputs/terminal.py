@@ -12,10 +12,10 @@ from harness.report.tones import icon
 
 _NOT_JUDGED = (RowKind.TIME, RowKind.NEW)
 _ORDER = (*_NOT_JUDGED, *(kind for kind in RowKind if kind not in _NOT_JUDGED))
-"""Order of the kinds of findings. Judged kinds come last, since a terminal shows the end of a text."""
+"""Order of the kinds of findings. Judged kinds come last, because the end of the text stays visible in a terminal."""
 _GROUPED = (RowKind.ENVIRONMENT, RowKind.ASSETS)
 _WORDS = ("what", "verdict")
-"""Columns that are aligned to the left, like the first column."""
+"""Columns that are aligned to the left, as the first column is."""
 
 
 def lines(result: GateResult, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:

@@ -1,4 +1,4 @@
-"""File with the canaries of this machine. A line holds one canary: a comparison of a revision with itself."""
+"""File with the canaries of this machine, one per line. A canary is a comparison of a revision with itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from harness.records import store
 FILE = Path("results") / "canaries.jsonl"
 SCHEMA = 1
 LAST = 200
-"""Largest number of canaries (comparisons of a revision with itself) that are used per place. If a place has more, only
-the newest are used."""
+"""Largest number of canaries that are used per place (machine and software). If a place has more, the newest are used."""
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -23,10 +22,10 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
-    """Add a canary, i.e. a comparison of a revision with itself, to a file.
+    """Add a canary to a file.
 
-    Canaries with the same place are counted together. place: the environment id of the canary's Records. log_ratios:
-    the log ratio of the times of each pair.
+    place: environment id of the canary's Records; canaries with the same place are counted together. log_ratios: the
+    log ratio of the times of each pair.
     """
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
     _append(path, f"{json.dumps(facts)}\n")
@@ -44,9 +43,9 @@ def _append(path: Path, line: str) -> None:
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the number of canaries at a place, how many raised an alarm, and a text about each unreadable line.
+    """Return the number of canaries at a place, how many of them gave a false alarm, and a text per unreadable line.
 
-    Only the newest canaries are used. trim: the share of pairs that is trimmed at either end.
+    Only the newest canaries are used. trim: the fraction of the lowest and of the highest log ratios to drop.
     """
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

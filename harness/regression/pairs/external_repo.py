@@ -1,8 +1,8 @@
 """Find the packages in the repository of a plug-in, and the Cells that run these packages.
 
-If two revisions of a plug-in are compared, these sides differ only in the Python code of the plug-in's package. The
-harness builds and installs nothing for a revision. Both revisions import the other packages and the compiled code that
-Python finds on its path.
+Two revisions of a plug-in are compared only in the Python code of the plug-in's package. The harness builds and
+installs nothing for a revision. Both revisions import the other packages and the compiled code that Python finds on its
+path.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class ExternalRepo:
     """Path of the folder with the packages, relative to `top`."""
 
     def code(self, tree: Path) -> Path:
-        """Return the folder to put on Python's path for a checkout at `tree`: `inside`, or `inside`/src if it exists."""
+        """Return the folder of a checkout at `tree` to put on Python's path: `inside`, or `inside`/src if it exists."""
         folder = tree / self.inside
         return folder / "src" if (folder / "src").is_dir() else folder
 
 
 def find(folder: Path) -> ExternalRepo:
-    """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
+    """Return the repository of a folder. Raises UsageError if the folder is not in a git checkout."""
     done = git.run(folder, "rev-parse", "--show-toplevel")
     if done.returncode:
         what = f"{folder} is in no git checkout" if folder.is_dir() else f"{folder} is no folder"
@@ -60,7 +60,7 @@ def find(folder: Path) -> ExternalRepo:
 
 
 def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
-    """Return the packages of plug-ins that Python imports from `code`.
+    """Return the packages of plug-ins that Python imports from `code`, the folder of a side (old or new).
 
     label: name of the side in messages. variables: environment variables of the processes that will run the side.
     Raises HarnessError if there is no such package, since both sides would then run the installed package.
@@ -81,7 +81,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
 
 
 def _imported(label: str, code: Path, variables: Mapping[str, str]) -> dict[str, list[str]]:
-    """Map each package of a plug-in, except `harness`, to the folders that Python imports the package from.
+    """Return package -> folders from which Python imports it, for each package of a plug-in except `harness`.
 
     label: name of the side in messages. variables: environment variables, with `code` first on Python's path.
     """

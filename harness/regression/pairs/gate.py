@@ -1,4 +1,4 @@
-"""`gate --pairs OLD NEW`: run the pairs, judge them, print the table and write the document."""
+"""`gate --pairs OLD NEW`: run the pairs, judge them, print the table and write the JSON document."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ class PairsResult:
     runner: PairsRunner
     """Runner of the pairs, which holds their Records."""
     cores: list[int]
-    """Numbers of the CPU cores that both sides use. If the list is empty, the sides may use any core."""
+    """Indices of the CPU cores that both sides use. If the list is empty, the sides may use any core."""
     canary: list[float] | None
     """Log ratio of each pair of this gate's canary, which compares the old side with itself. None without a canary."""
     interrupted: str
-    """Interruption of the pairs, in words; empty if there was none."""
+    """How the pairs were interrupted, e.g. `ended by Ctrl-C`; empty if they were not."""
     judged: JudgedPairs
 
     @property
     def exit(self) -> Exit:
         """The exit code.
 
-        Interrupted pairs have the code FAIL if the pairs so far have a finding. Otherwise they have INFRASTRUCTURE.
+        Without an interruption, it is the exit code of `judged`. After an interruption, it is FAIL if the measured
+        pairs have a finding, otherwise INFRASTRUCTURE.
         """
         code = self.judged.exit
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
@@ -87,8 +88,7 @@ class PairsResult:
 def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
     """Compare two revisions or implementations by pairs of runs, print a table or JSON, and return the result.
 
-    Raises UsageError if the sides or Cells cannot be compared. Raises HarnessError if no process of a side leaves a
-    Record.
+    Raises UsageError if the sides or Cells cannot be compared. Raises HarnessError if a revision cannot be checked out.
     """
     request.outputs.refuse()
     result = _measure(request, design or Design())
@@ -172,7 +172,7 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
 
 
 def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | None, str]:
-    """Compare the old side with itself on one Cell. Store the log ratios, and return (log ratios, "").
+    """Compare the old side with itself on one Cell. Store the log ratios of the pairs, and return (log ratios, "").
 
     If this fails, return (None, reason).
     """
@@ -189,9 +189,9 @@ def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | N
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
-    """Return a plan with only the Cells that have a training step to time. Leave out Cells that only try a learning rate.
+    """Return a plan with the Cells whose training step can be timed. Leave out Cells that only try a learning rate.
 
-    only: an expression that selects Cells; None for all.
+    only: an expression that selects Cells; None for all. suite: name of the suite, for the error message.
     """
     tries = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     cells = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in tries)
@@ -205,8 +205,8 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
 def _cores(request: PairsRequest) -> int | None:
     """Return the number of cores to use. The default is one on a CPU, and None (no limit) on a GPU.
 
-    A process on a GPU needs its threads. Threads on a CPU wait for each other, and for other work on their cores: with
-    two threads, the times of equal processes spread at least twice as widely as with one.
+    A process on a GPU needs all its threads. Threads on a CPU wait for each other, and for other work on their cores:
+    with two threads, the times of equal processes spread at least twice as widely as with one.
     """
     if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None

@@ -1,4 +1,4 @@
-"""A request to compare two sides by pairs of runs, and the shell commands for it."""
+"""A request to compare two sides (revisions or implementations) by pairs of runs, and the shell commands for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PairsRequest:
     only: str | None = None
     """Expression that selects Cells of the suite."""
     out: Path | None = None
-    """Folder for the run folders and the document; None stands for a new folder in results/runs."""
+    """Folder for the run folders and the JSON document. If None, a new folder in results/runs."""
     repo: Path | None = None
     """Checkout of a plug-in, to which the revisions `old` and `new` belong. If None, `old` and `new` are revisions of
     the harness, or implementations."""
@@ -31,18 +31,17 @@ class PairsRequest:
     """Environment variables of the new side's processes, each NAME=VALUE."""
     device: str = "auto"
     cores: int | None = None
-    """Number of CPU cores for each side. None stands for one core if the Cells run on a CPU, and for all cores if they
-    run on a GPU."""
+    """Number of CPU cores for each side. If None, one core on a CPU, and all cores on a GPU."""
     seed: int | None = None
-    """Seed for the order of the runs; None stands for a random seed."""
+    """Seed for the order of the runs. If None, a random seed."""
     metric: str = ""
     """Name of the only time to judge, as `history show` prints it. If empty, all times of a Cell are judged."""
     canary: bool = True
-    """True to also compare the old side with itself on one Cell, as a canary."""
+    """True to compare the old side also with itself on one Cell, as a canary."""
     canaries: Path = canary_file.FILE
-    """File that stores the results of canaries, i.e. of comparisons of a revision with itself."""
+    """File that stores the canaries (comparisons of a revision with itself)."""
     fresh: bool = True
-    """True to run further pairs of each Cell that the first pairs leave undecided."""
+    """True to run further pairs of each Cell whose first pairs do not decide."""
     strict: bool = False
     outputs: Outputs = field(default_factory=Outputs)
 
@@ -54,7 +53,7 @@ class PairsRequest:
         return shlex.join(words + (["--cores", str(self.cores)] if self.cores is not None else []))
 
     def rerun_command(self) -> str:
-        """Return the shell command that runs the same Cells once more by `peft-harness run`."""
+        """Return the shell command that runs the same Cells with `peft-harness run`."""
         return shlex.join(["peft-harness", "run", self.suite, *self._selection()])
 
     def _selection(self) -> list[str]:

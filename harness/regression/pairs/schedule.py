@@ -31,7 +31,7 @@ class Measured:
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
     """Pairs of Records (old, new) from the second stage, in which only undecided Cells run."""
     no_record: str = ""
-    """Reason why a process left no Record; empty if all did."""
+    """Reason why a process left no Record; empty if every process left one."""
 
     @property
     def records(self) -> list[tuple[Record, Record]]:
@@ -53,7 +53,7 @@ class Measured:
         return self.no_record
 
     def verdicts(self, design: Design, only: str = "", *, runs_fresh: bool = True) -> dict[str, PairVerdict]:
-        """Return a verdict for each time that all Records have, by metric.
+        """Return metric -> verdict for each time that all Records have; {} if the Cell's first stage is incomplete.
 
         only: the only metric to judge; empty for all. runs_fresh: False if no second stage follows for undecided Cells.
         """
@@ -67,7 +67,7 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Runner of the pairs of runs of all Cells. It keeps their Records."""
+    """Runner of the pairs of processes of all Cells. It keeps their Records."""
 
     sides: tuple[Side, Side]
     """Old and new side of the comparison."""
@@ -85,10 +85,10 @@ class PairsRunner:
     fresh: bool = True
     """True to run a second stage with further pairs of the Cells that the first stage leaves undecided."""
     found: list[Measured] = field(default_factory=list)
-    """Records of each Cell so far. They remain after an interruption."""
+    """Records that each Cell has so far. They are kept after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the pairs of the first stage for all Cells, then those of the second stage for undecided Cells.
+        """Run the pairs of the first stage for all Cells, then the pairs of the second stage for undecided Cells.
 
         If a process does not end ok, its Cell gets no further pairs, because it can no longer be timed.
         """
@@ -100,7 +100,7 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Compare the old side with itself by pairs of runs of one Cell. Return (log ratios of their times, "").
+        """Compare the old side with itself by pairs of processes of one Cell. Return (log ratios of their times, "").
 
         If this fails, return (None, reason).
         """

@@ -25,27 +25,27 @@ from harness.regression.pairs import external_repo
 from harness.suites.expand import Plan
 
 _PATIENCE_S = 15.0
-"""Number of seconds in which a terminated run can kill its worker and write its footer."""
+"""Seconds that a terminated run gets to kill its worker and write its footer."""
 HERE = "."
-"""Name that stands for the checkout as it is, with its uncommitted changes."""
+"""Name that stands for the checkout as it is, including uncommitted changes."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison."""
+    """One side (old or new) of a comparison: the code that its processes run, and their environment variables."""
 
     label: str
-    """Name of the side in sentences."""
+    """Name of the side in messages."""
     code: Path | None = None
-    """Folder that comes first on Python's path, with another revision of `harness` or of a plug-in's package. None
-    stands for the installed code."""
+    """Folder that comes first on Python's path, with another revision of `harness` or of a plug-in's package. If None,
+    the side runs the installed code."""
     metadata: Path | None = None
-    """Folder with the entry points that the revision declares. The installed entry points may name modules that the
-    revision lacks. None if the revision declares none."""
+    """Folder with the entry points that a checked-out revision declares; None if it declares none. The installed entry
+    points may name modules that the revision lacks."""
     implementation: str | None = None
-    """Implementation of the Cells to run, if the sides are implementations."""
+    """Implementation of the Cells to run. None if the sides are revisions."""
     packages: frozenset[str] | None = None
-    """Packages that implement the Cells to run, if the sides are revisions of a plug-in."""
+    """Packages that implement the Cells to run, if the sides are revisions of a plug-in. Otherwise None."""
     variables: tuple[str, ...] = ()
     """Environment variables of the side's processes, each NAME=VALUE."""
 
@@ -67,12 +67,12 @@ class CellPair:
 
 @contextlib.contextmanager
 def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
-    """Yield the two sides. Checked-out revisions are removed when the context ends.
+    """Yield the two sides of a comparison. When the context ends, checked-out revisions are removed.
 
     old, new: two implementations of the suite's Cells, or two revisions. repo: a folder in the checkout of a plug-in.
     With `repo`, `old` and `new` are revisions of the plug-in, and the installed harness runs them. Raises UsageError if
-    a name is unknown, if an implementation is compared with a revision, or if the folder is in no checkout. Raises
-    HarnessError if a revision has no package of a plug-in.
+    a name is unknown, if an implementation is compared with a revision, or if `repo` is not in a git checkout. Raises
+    HarnessError if a revision of a plug-in lacks its package.
     """
     if repo is not None:
         external = external_repo.find(repo)
@@ -104,7 +104,7 @@ def _revisions(
 ) -> Iterator[tuple[Side, Side]]:
     """Check out two revisions, and yield them as sides.
 
-    code: function that maps the folder of a checkout to the folder to put on Python's path. known: names of
+    code: function that returns, for the folder of a checkout, the folder to put on Python's path. known: names of
     implementations for hints.
     """
     trees: dict[str, Path] = {HERE: top}
@@ -120,9 +120,9 @@ def _revisions(
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
     """Return the pairs of Cells to compare.
 
-    If the sides are implementations, each Cell of the old implementation is paired with the Cell of the new
-    implementation that is otherwise equal. If the sides are revisions, each Cell is paired with itself. names: names of
-    the Cells, by cell_id. Raises UsageError if there is no pair.
+    If the sides are implementations, each Cell of the old one is paired with the Cell of the new one that is equal in
+    all other fields. If the sides are revisions, each Cell is paired with itself; for revisions of a plug-in, only the
+    Cells that it implements. names: names of the Cells, by cell_id. Raises UsageError if there is no pair.
     """
     old, new = (side.implementation for side in sides)
     if (packages := sides[0].packages) is not None:
@@ -176,8 +176,8 @@ def _variables(side: Side) -> dict[str, str]:
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
     """Run a command, and return its exit code and stderr.
 
-    If this process is terminated, the command gets time to end cleanly. If this process is killed, the command is
-    killed too, by a script of the installed harness, because an old revision may lack such a script.
+    If this process is terminated, the command gets time to end cleanly. If this process is killed, a script of the
+    installed harness kills the command. (An old revision may lack this script.)
     """
     script = [sys.executable, "-I", "-S", lifeline.__file__]
     with Subprocess(
@@ -242,7 +242,7 @@ def _metadata(tree: Path) -> Path | None:
 def _installed(distribution: str) -> str:
     """Return the installed version of a distribution, or "0" if it is not installed.
 
-    A pyproject.toml whose version is `dynamic` does not contain the version.
+    This version is used if the version in pyproject.toml is `dynamic`.
     """
     try:
         return importlib.metadata.version(distribution)
@@ -251,7 +251,7 @@ def _installed(distribution: str) -> str:
 
 
 def _write_metadata(tree: Path) -> None:
-    """Write the entry points that a checked-out revision declares to a metadata folder beside the revision.
+    """Write the entry points that a checked-out revision declares to a metadata folder next to the checkout.
 
     If pyproject.toml declares none, write nothing.
     """

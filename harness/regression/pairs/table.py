@@ -14,7 +14,7 @@ _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adju
 def lines(judged: JudgedPairs) -> list[str]:
     """Return the verdict on pairs of runs as lines of text.
 
-    Column `finds` has the smallest slow-down that the planned pairs find with a power of 80 %.
+    The column `finds` has the smallest slow-down that the planned pairs find with a power of 80 %.
     """
     rows = [_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,)]
     found = [*align_columns([_HEAD, *rows], right=range(2, len(_HEAD)), indent=""), ""]

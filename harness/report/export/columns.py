@@ -41,7 +41,7 @@ TABLES = ("cells", "samples", "items", "checks")
 TEXT, INTEGER, FLOAT, BOOLEAN, TIME = "string", "Int64", "Float64", "boolean", "datetime64[us, UTC]"
 _DTYPES = {bool: BOOLEAN, int: INTEGER, float: FLOAT}
 _UNITS = {"B": "B", "J": "J", "W": "W", "Hz": "Hz", "C": "°C", "s": "s"}
-"""Units of fields, by the last part of the field's name."""
+"""Units of fields, by the last part of the field's name, e.g. `peak_memory_B`."""
 GPU_EDGES = ("start", "end")
 GPU_PHASE = ("reserved_B", "driver_B", "alloc_retries", "ooms")
 GPU_STATE = tuple(GpuState.model_fields)
@@ -55,8 +55,8 @@ class Column:
     """A column of an export table."""
 
     name: str
-    """Name of the column. A name that ends in `.*` stands for several columns: `config.*` for one column per key of a
-    Method's config."""
+    """Name of the column. A name that ends in `.*` stands for several columns, e.g. `config.*` for one column per key
+    of a Method's config."""
     dtype: str
     """Name of the column's dtype in pandas."""
     unit: str
@@ -98,7 +98,7 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`. Metrics that are not named here come before the column `no_speed`."""
+    """Return the columns of the table `cells`. Metrics that this code does not name come before `no_speed`."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:
@@ -212,16 +212,17 @@ _ITEMS = (
 
 
 def declared(table: str) -> tuple[Column, ...]:
-    """Return the declared columns of a table; a declared name may end in `.*`."""
+    """Return the declared columns of a table. A name that ends in `.*` stands for several columns."""
     if table == "cells":
         return _cells()
     return {"samples": _SAMPLES, "items": _ITEMS, "checks": _CHECKS}[table]
 
 
 def columns(table: str, found: list[str]) -> list[Column]:
-    """Return the columns of a table, in order. Every `.*` is expanded to the names `found` in the rows of the table.
+    """Return the columns of a table, in order. Replace each `.*` by the matching names in `found`.
 
-    Raises KeyError for an undeclared name: it would have neither unit nor meaning.
+    found: names in the rows of the table. Raises KeyError for an undeclared name: it would have neither unit nor
+    meaning.
     """
     known = {column.name: column for column in declared(table)}
     many: dict[str, list[Column]] = {name: [] for name in known if name.endswith(".*")}

@@ -28,7 +28,7 @@ class Numbers:
     cells: DataFrame
     """One row per attempt at a Cell. The column `latest` marks the last attempt at each Cell."""
     samples: DataFrame
-    """One row per raw sample of the training or of a latency."""
+    """One row per raw sample of the training, of a latency or of a model server."""
     items: DataFrame
     """One row per scored test item."""
     checks: DataFrame
@@ -36,8 +36,7 @@ class Numbers:
     columns: DataFrame
     """One row per column of each table: its dtype, unit (`s`, `B`, `1`) and meaning."""
     left_out: tuple[str, ...] = ()
-    """One sentence for each unreadable file, for each file that was changed after the run, and for each Cell without a
-    Record."""
+    """One sentence for each file that is not used, e.g. since it was changed, and for each Cell without a Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
@@ -47,7 +46,7 @@ class Numbers:
 def load(run: str | Path, *more: str | Path) -> Numbers:
     """Load the numbers of one or several runs. A run is given as a folder, an id, the start of an id, or `latest`.
 
-    If a file is torn or was changed after the run, it is left out with a warning, and `left_out` names it. Raises
+    A file that is torn or was changed after its run is left out with a warning, and `left_out` names it. Raises
     UsageError if a run does not exist. Raises StoreError if a run.json is unreadable.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
@@ -132,7 +131,7 @@ def _array(values: list[Value], dtype: str) -> Any:
 
 
 def _kind(given: Iterable[Value]) -> str:
-    """Return the narrowest dtype that holds all values of one config key exactly; text for values of mixed types."""
+    """Return the narrowest dtype that holds all values of one config key exactly; text for mixed types."""
     types = {type(value) for value in given if value is not None}
     if types == {bool}:
         return BOOLEAN

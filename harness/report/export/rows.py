@@ -17,12 +17,12 @@ ExportRow = dict[str, Value]
 
 
 def key(record: Record) -> ExportRow:
-    """Return the key columns, which all rows of one attempt share."""
+    """Return the key columns, which are equal in all rows of one attempt."""
     return {"run": record.run, "cell_id": record.cell_id, "attempt": record.attempt}
 
 
 def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
-    """Return the row of one attempt for the table `cells`."""
+    """Return the row of one attempt for the table `cells`. latest: True for the last attempt at the Cell."""
     it = record.cell
     keys = it.config.get(ADAPTER_CONFIG)
     rank = keys.get("r") if isinstance(keys, dict) else it.config.get("rank")
@@ -56,7 +56,7 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
 
 
 def _fields(prefix: str, part: object, names: Iterable[str]) -> ExportRow:
-    """Return the named fields of a part of the Record as columns. If the part is missing, all values are None."""
+    """Return the fields `names` of a part of the Record as columns. If the part is missing, all values are None."""
     return {f"{prefix}{name}": getattr(part, name, None) for name in names}
 
 
@@ -157,8 +157,8 @@ def _measured(record: Record) -> ExportRow:
 def _phases(record: Record) -> ExportRow:
     """Return the time, the peak memory and the energy of every phase.
 
-    The energy is left out if it includes the energy of other Cells. If a phase is repeated, its times and its energies
-    are summed, and its highest peak is used.
+    The energy is left out if it includes the energy of other Cells. For a repeated phase, times and energies are
+    summed, and the highest peak is used.
     """
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)

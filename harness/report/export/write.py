@@ -21,10 +21,10 @@ Format = Literal["parquet", "csv"]
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     """Write the tables of runs into a folder, print the names of the files, and return the exit code.
 
-    out: the folder; None stands for `export-<form>` in the folder of the first run. Returns FAIL if a file was changed
-    after its run. Returns NOTHING_COMPARED if there is nothing to export. Returns INFRASTRUCTURE if a Record is
-    unreadable or missing. Raises UsageError if the folder is not empty, if a run does not exist, or if no installed
-    library can write the format. Raises StoreError if a file cannot be written.
+    names: the runs, as folders or ids. out: the folder; None stands for `export-<form>` in the folder of the first run.
+    Returns FAIL if a file was changed after its run. Returns NOTHING_COMPARED if there is nothing to export. Returns
+    INFRASTRUCTURE if a Record is unreadable or missing. Raises UsageError if the folder is not empty, if a run does not
+    exist, or if no installed library can write the format. Raises StoreError if a file cannot be written.
     """
     if form == "parquet":
         _require_pyarrow()

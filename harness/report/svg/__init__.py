@@ -1,1 +1,1 @@
-"""SVG charts: scales, marks to draw, and places where names do not overlap."""
+"""SVG charts: axes, elements to draw, and places where names do not overlap."""

@@ -1,4 +1,7 @@
-"""Two kinds of chart: points and lines over two axes, and bars of parts. A legend names the series of both."""
+"""Two kinds of chart: points and lines over two axes, and bars that are divided into parts.
+
+A legend names the series.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from harness.report.svg.scales import Axis
 WIDTH, HEIGHT = 560.0, 340.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 550.0, 20.0, 298.0
 HUES = 12
-"""Number of colour classes c0, c1, ... in the style sheet."""
+"""Number of colour classes (c0, c1, ...) in the style sheet."""
 REST, OUTLINED = -1, -2
 """Values of `Series.hue` for a grey series, and for a series that is only an outline."""
 _DASHES = 4
@@ -24,9 +27,13 @@ _SHAPES = (
 )
 _RING, _BLOCK = "m-8 0a8 8 0 1 0 16 0a8 8 0 1 0-16 0z", "m-6-5h12v10h-12z"
 _LETTER = 6.2
-"""Width of a letter in SVG units: a high estimate, since the font is unknown."""
+"""Assumed width of a letter in SVG units. It is a high estimate, since the font is unknown."""
 _ROW, _NAMES, _WIDE_LETTER = 20.0, 250.0, 8.8
-"""Height of a bar with its gap; largest width of its name, which has room for the larger letters of a phone."""
+"""- _ROW: height of a bar with its gap.
+- _NAMES: largest width of a bar's name.
+- _WIDE_LETTER: width of a letter in a bar's name on a phone.
+
+Sizes are in SVG units."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class Point:
     x: float
     y: float
     interval: tuple[float, ...] = ()
-    """Lower and upper end of the interval of y. Empty without an interval."""
+    """Lower and upper end of the interval of y; empty if there is no interval."""
     tip: str = ""
-    """Text of the tooltip. Empty for a point of a line without symbols."""
+    """Text of the tooltip; empty for a point that has no symbol."""
     href: str = ""
     """Link to the row of a table that has the numbers of the point."""
     busy: bool = False
@@ -53,10 +60,10 @@ class Series:
 
     name: str
     hue: int
-    """Number of the colour. All series of one method have the same colour."""
+    """Number of the colour, or REST or OUTLINED. All series of one method have the same colour."""
     points: Sequence[Point] = ()
     variant: int = 0
-    """Number of the series among those of the same hue. It chooses the dash of the line and the symbol."""
+    """Number of the series among the series of the same hue. It determines the dash of the line and the symbol."""
     shown: bool = True
     """False for a series that is hidden until the reader picks it."""
     kind: str = "line"
@@ -74,14 +81,14 @@ class Series:
 
     @property
     def shape(self) -> str:
-        """Path of the symbol. Series with equal colours have different symbols, as far as there are enough."""
+        """SVG path of the symbol. Series of the same colour get different symbols, as far as there are enough."""
         return _SHAPES[(self.hue + self.hue // HUES + self.variant) % len(_SHAPES)]
 
 
 def xy(x: Axis, y: Axis, series: Sequence[Series], *, front: bool = False, bands: bool = False) -> Drawing:
     """Draw series over two axes: lines, intervals and symbols, and the names of series where there is room.
 
-    front: also draw the Pareto front of the points. bands: draw the intervals of a line as a band, not as bars.
+    front: also draw the Pareto front of the points. bands: draw the intervals along a line as a band, not as bars.
     """
     c = Canvas(WIDTH, HEIGHT)
     points = [p for s in series if s.kind != "level" for p in s.points]
@@ -132,7 +139,7 @@ def _axes(c: Canvas, x: Axis, y: Axis) -> None:
 
 
 def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """Write the name of each shown series beside its last point, unless it would cover a point or another name."""
+    """Write the name of each shown series beside its last point, if it does not cover a point or another name there."""
     both = enumerate(zip(series, places, strict=True))
     named = [(k, s, place) for k, (s, place) in both if s.shown and place and s.kind != "level"]
     taken = [(px - 6, py - 6, px + 6, py + 6) for _, _, place in named for px, py in place]
@@ -158,7 +165,7 @@ def _name(c: Canvas, series: Sequence[Series], places: Sequence[Sequence[tuple[f
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points on the Pareto front, sorted by x.
+    """Return the indices of the points on the Pareto front (low x, high y), sorted by x.
 
     A point is on the front if no other point has both a lower or equal x and a higher or equal y. Of equal points, only
     the first is returned.
@@ -173,7 +180,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 def bars(
     x: Axis, rows: Mapping[str, Sequence[float]], series: Sequence[Series], write: Callable[[float], str]
 ) -> Drawing:
-    """Draw a bar for each row, divided into parts. rows: by name of a bar, the lengths of its parts, one per series."""
+    """Draw one bar per row, divided into parts. rows: name of the bar -> lengths of its parts, one per series.
+
+    write: function that formats the length of a bar.
+    """
     bottom = 6 + _ROW * len(rows)
     left = 12 + min(_NAMES, max(_WIDE_LETTER * len(name) for name in rows))
     c = Canvas(WIDTH, bottom + 40)
@@ -203,7 +213,7 @@ def fitted(text: str, width: float, letter: float = _LETTER) -> str:
 
 
 def sample(s: Series) -> Drawing:
-    """Draw the sample of a series for a legend: its line and its symbol, or a block for a part of bars."""
+    """Draw a series as it appears in the legend: its line and its symbol, or a block for a part of bars."""
     c = Canvas(30, 12)
     if s.kind == "fill":
         c.path([(15, 6)], f"fill {s.look}", _BLOCK)

@@ -7,30 +7,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 WIDE = 10.0
-"""An axis is logarithmic if its values are positive and the highest is more than WIDE times the lowest."""
+"""By default, an axis is logarithmic if its values are positive and the highest is more than WIDE times the lowest."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic axis. It maps values from `low` to `high` to coordinates from `start` to `end`."""
+    """A linear or logarithmic axis, which maps values to coordinates."""
 
     name: str
     """Name of the quantity, with its unit."""
     write: Callable[[float], str]
     """Function that formats the value of a tick."""
     log: bool | None = None
-    """True for a logarithmic axis. If None, the method `over` decides by the range of the values."""
+    """True for a logarithmic axis. If None, the method `over` decides from the values."""
     each: bool = False
-    """True for ticks at the values themselves, as far as their labels have room, instead of at round numbers."""
+    """True to put ticks at the values themselves instead of at round numbers, where their labels have room."""
     whole: bool = False
     """True for a linear axis of counts. Its ticks are whole numbers between the lowest and the highest value."""
     values: tuple[float, ...] = ()
     """Values that were given to `over`, lowest first."""
     span: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
-    """Lowest and highest value, and their coordinates."""
+    """(lowest value, highest value, coordinate of the lowest, coordinate of the highest)."""
 
     def over(self, values: Sequence[float], start: float, end: float, pad: float = 0.06) -> Axis:
-        """Return this axis with a range that shows all `values`, with some padding. The name says if it is logarithmic."""
+        """Return a copy of this axis with a range that shows all `values`, with some space at both ends.
+
+        If the axis is logarithmic, its name says so. start, end: coordinates of the ends.
+        """
         low, high = min(values), max(values)
         log = 0 < low < high / WIDE if self.log is None else self.log
         low, high = (math.log10(v) if log else v for v in (low, high))

@@ -66,10 +66,7 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
 
 
 def end_orphans(folder: Path) -> None:
-    """End Cells of the run in `folder` that still run although their runner was killed.
-
-    They may have been started by any executor.
-    """
+    """End Cells of the run in `folder` that still run although their runner was killed, whatever executor started them."""
     for kind in kinds().values():
         if kind.end_orphans:
             kind.end_orphans(folder)

@@ -72,8 +72,8 @@ class ExecutorKind:
     name: str
     """The value of `--executor`."""
     make: Callable[[int | None, Sequence[str]], Executor]
-    """Makes an executor from two arguments: the number of Cells at a time (None: its default), and the values of
-    `option`."""
+    """Makes an executor from two arguments: the number of Cells at a time (None for the executor's default), and the
+    values of `option`."""
     help: str = ""
     """A sentence for `--help` about the environment variables that the executor reads."""
     option: ExecutorOption | None = None

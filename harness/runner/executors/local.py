@@ -62,7 +62,7 @@ class Local:
         return "cuda" if found else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run all jobs of `queue`, and yield each Record; see Executor.run."""
+        """Run all jobs of `queue`, and yield the Record of each attempt when it ends."""
         running: list[Attempt] = []
         waiting: Job | None = None
         probe: Probe | None = None

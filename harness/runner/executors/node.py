@@ -24,7 +24,7 @@ _BEGUN = "begun on "
 
 
 class RunTakenOverError(HarnessError):
-    """Ends the Cells on this machine, because another process has ended or resumed the run."""
+    """Raised to end the Cells on this machine, because another process has ended or resumed the run."""
 
 
 class MissingPathError(StoreError):
@@ -35,7 +35,7 @@ class MissingPathError(StoreError):
 
 
 class _Listener:
-    """A listener that reports nothing. If the file `permit` is deleted, it raises RunTakenOverError to end the Cells."""
+    """A listener that reports nothing. Once the file `permit` is deleted, it raises RunTakenOverError to end the Cells."""
 
     def __init__(self, permit: Path | None) -> None:
         self._permit = permit
@@ -54,10 +54,10 @@ class _Listener:
 def run_jobs(
     specs: Sequence[str], timeout: float, command: Sequence[str] | None = None, permit: str | None = None
 ) -> None:
-    """Run attempts on this machine, until all are done or the file `permit` is deleted.
+    """Run attempts on this machine, until all are done.
 
     specs: one Job per attempt, as JSON. Every attempt leaves its Record in the run's folder. Raises MissingPathError if
-    this folder or an asset is missing.
+    this folder or an asset is missing. Raises RunTakenOverError once the file `permit` is deleted.
     """
     jobs = [Job.model_validate_json(spec) for spec in specs]
     folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
@@ -88,7 +88,7 @@ def _paths(job: Job) -> Iterator[str]:
 
 
 def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Write the machine and the time into the log of each job, for `final_record`, and then yield the job."""
+    """Yield each job, after writing the machine's name and the time into the job's log. `final_record` reads them there."""
     for job in jobs:
         with contextlib.suppress(OSError):  # the worker reports errors of the folder
             folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")

@@ -27,7 +27,7 @@ JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
 _NO_RECORD = "no Record"
 _STORE_B = 80 * 2**20
-"""Size of Ray's object store in bytes. It is the smallest size that Ray accepts, because no Cell uses the store."""
+"""Size of Ray's object store in bytes: the smallest size that Ray accepts. No Cell uses the store."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Ray:
         return self._device
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run all jobs of `queue`, and yield each Record; see Executor.run."""
+        """Run all jobs of `queue`, and yield the Record of each attempt when it ends."""
         ray = self._ray
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
@@ -167,8 +167,8 @@ class Ray:
     def _ending(self, reference: Any) -> Ending:
         """Return how a task ended. The result is used only if the worker has not written a Record.
 
-        Raises the error that the task raised. But a MissingPathError is returned as an Ending as long as other nodes
-        may see the path.
+        Raises the error that the task raised. But for a MissingPathError, the result has the status LOST as long as
+        another node may see the path.
         """
         errors = self._ray.exceptions
         try:

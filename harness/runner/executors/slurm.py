@@ -104,7 +104,7 @@ class Slurm:
         return "cuda" if requested == "cuda" or (requested == "auto" and has_gpu) else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Submit all jobs of `queue`, and yield each Record; see Executor.run."""
+        """Submit all jobs of `queue`, and yield the Record of each attempt when it ends."""
         exchange = context.folder.path.resolve() / _EXCHANGE
         exchange.mkdir(exist_ok=True)
         jobs = list(queue)

@@ -1,1 +1,1 @@
-"""Optimizers: AdamW with 8-bit moments, and a wrapper that pages the states of another optimizer."""
+"""Optimizers: AdamW with 8-bit moments, and a wrapper that pages another optimizer's states to the host."""

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments (arXiv:2110.02861) as an optimizer."""
+"""AdamW with 8-bit moments (arXiv:2110.02861) as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from harness.kernels.torch.adamw8bit_step import MIN_8BIT_SIZE, adamw8bit_step_,
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements.
+    """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements. Smaller tensors have 32-bit moments.
 
     The state of a parameter holds `step` and the tensors that `init_state` returns.
 
-    params: tensors or groups. As in torch's AdamW, a group may set every option.
+    params: tensors or parameter groups. As in torch's AdamW, a group may set every option.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Return the loss that `closure` returns, or None without a closure.
         """
@@ -57,14 +57,15 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict`. Codes stay uint8, and 32-bit moments stay in 32 bits."""
+        """Load a `state_dict`. 8-bit codes stay uint8, and 32-bit moments stay in 32 bits."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give state tensors their saved dtypes again, because torch casts them to the parameter's dtype when it loads
-    them.
+    """Give the state tensors of a loaded optimizer the dtypes that they have in `state_dict`.
+
+    When torch loads a state, it casts each tensor to the dtype of the parameter.
     """
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]

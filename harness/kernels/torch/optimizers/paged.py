@@ -2,9 +2,9 @@
 
 In QLoRA (Dettmers et al., arXiv:2305.14314, section 3) the driver moves memory pages when memory is short. Here the
 copies are planned. A page consists of the large states of one parameter. Pages that fit a budget stay on the device.
-The other pages are copied to the device in turn. While one parameter is updated, the page of the next parameter is
-already copied in. After the update, the page is copied out again. On the CPU the same copies happen between buffers,
-one after the other, so that they can be tested.
+Each other page is copied to the device before its parameter is updated, and back to the host afterwards. While one
+parameter is updated, the page of the next is already copied in. On a CPU, the same copies run between buffers, one
+after the other, so that they can be tested.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 MIN_PAGED_ELEMENTS = 100_000
-"""Smallest number of elements of a state that is paged. bitsandbytes has the same rule."""
+"""Smallest number of elements of a state that is paged. bitsandbytes uses the same number."""
 MOST_SLOTS = 3
 _ALIGNMENT = 16
-"""In a slot, each state begins at a multiple of this number of bytes."""
+"""Alignment of the states in a slot: each state begins at a multiple of this number of bytes."""
 
 
 def is_paged(state: Any) -> bool:
-    """Return whether a state is paged. This is so for a tensor of at least `MIN_PAGED_ELEMENTS` elements."""
+    """Return whether a state is paged: whether it is a tensor of at least `MIN_PAGED_ELEMENTS` elements."""
     return isinstance(state, Tensor) and state.numel() >= MIN_PAGED_ELEMENTS
 
 
@@ -42,7 +42,7 @@ class Lane:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after(self, event: torch.cuda.Event | None) -> AbstractContextManager[Any]:
-        """Return a context. Copies that are queued in this context wait for `event`."""
+        """Return a context in which queued copies wait for `event`."""
         if self.stream is None:
             return nullcontext()
         if event is not None:
@@ -65,7 +65,7 @@ def _now(device: torch.device) -> torch.cuda.Event | None:
 
 
 class Slot:
-    """A buffer on the device for one page at a time."""
+    """A buffer on the device that holds one page at a time."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
@@ -73,7 +73,7 @@ class Slot:
         """Event that occurs when the previous page has been copied to the host."""
 
     def views(self, page: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors that lie in the buffer, with the names, shapes and dtypes of the page's states."""
+        """Return tensors in the buffer for the states of `page`, with the names, shapes and dtypes of these states."""
         views, at = {}, 0
         for name, state in page.items():
             views[name] = self.buffer[at : at + state.nbytes].view(state.dtype).view(state.shape)
@@ -91,26 +91,25 @@ def bytes_of(page: dict[str, Tensor]) -> int:
 
 
 def to_host(state: Tensor) -> Tensor:
-    """Return a contiguous copy on the host. If the state is on a GPU, the copy is in pinned memory."""
+    """Return a contiguous copy of a state on the host, in pinned memory if the state is on a GPU."""
     page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
     return page.copy_(state)
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of another optimizer. The results of the steps stay the same.
+    """Wrapper that pages the large states of another optimizer, without changing the results of its steps.
 
     inner: the other optimizer. The wrapper shares the groups and the state of `inner`. The step hooks of `inner` run
     once per parameter. `inner` must not store values in its groups, and must not combine parameters, as LBFGS does. All
     parameters must be on one device.
 
-    budget: number of bytes that paged states may take on the device. Once all states exist, pages and slots take at
-    most the budget, or the size of the largest page if that is larger. A state takes further memory while it is made or
-    loaded. States that `inner` already has stay on the device until this wrapper takes them over. If the budget is
-    below two pages, there is only one slot, and copies do not overlap with updates. Raises ValueError for a negative
-    budget.
+    budget: number of bytes that paged states may take on the device. If the largest page exceeds the budget, they take
+    as much as that page. A state takes further memory while it is made or loaded. The constructor pages the states that
+    `inner` already has. If the budget is below twice the largest page, there is only one slot, and copies do not
+    overlap with updates. Raises ValueError for a negative budget.
 
-    After each step that made states, the wrapper decides again which pages stay on the device. Earlier parameters have
-    priority.
+    After each step that made new states, the wrapper decides again which pages stay on the device. Earlier parameters
+    have priority.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
@@ -139,11 +138,11 @@ class Paged(torch.optim.Optimizer):
         return sum(self._resident.values()) + sum(slot.buffer.nbytes for slot in self._slots)
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter with paged states to the place of these states: `device` or `host`."""
+        """Return a dict: parameter with paged states -> place of these states, `device` or `host`."""
         return dict.fromkeys(self._resident, "device") | dict.fromkeys(self._pages, "host")
 
     def step(self, closure: Any = None) -> Any:
-        """Step every parameter that has a gradient, one after the other.
+        """Update every parameter that has a gradient, one after the other.
 
         Return the loss that `closure` returns, or None without a closure.
         """
@@ -160,7 +159,7 @@ class Paged(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of this or of the inner optimizer.
+        """Load a `state_dict` of this wrapper or of the inner optimizer.
 
         States that do not fit into the budget go to the host.
         """
@@ -203,7 +202,7 @@ class Paged(torch.optim.Optimizer):
     def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
         """Yield, for each parameter in order, the slot that holds the parameter's page.
 
-        The caller may ask for the next slot only when the previous page is already being copied back.
+        Before the caller asks for the next slot, it must start the copy of the current page back to the host.
         """
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
         for k, p in enumerate(parameters):
@@ -234,7 +233,7 @@ class Paged(torch.optim.Optimizer):
         slot.free = lane.mark()
 
     def _evict(self, p: Tensor) -> None:
-        """Move the large states of p to the host. None of them may be in a slot."""
+        """Move the large states of p to the host. They must not be in a slot."""
         large = _large(self.state[p])
         self._resident.pop(p, None)
         self.peak = max(self.peak, self.resident + bytes_of(large))

@@ -1,7 +1,4 @@
-"""Decorators with which autocast casts the arguments of an Operation.
-
-Autocast is off within the Operation and its backward pass.
-"""
+"""Decorators for Operations under autocast: cast the arguments, then compute with autocast off."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ _T = TypeVar("_T", bound=Callable[..., Any])
 
 
 def cast_by_autocast(operation: _T) -> _T:
-    """Return an Operation, wrapped so that autocast casts its arguments as it casts those of torch's `linear`.
+    """Wrap an Operation so that autocast casts its arguments, as it casts those of torch's `linear`.
 
-    Under autocast, floating tensors of the arguments and of lists in them are cast to autocast's dtype. float64 stays, as
-    in torch. The Operation then runs without autocast, so that all its tensors have one dtype. Gradients have the dtypes
-    of the arguments that the caller gave.
+    Under autocast, floating tensors among the arguments, or in lists among them, are cast to autocast's dtype. float64
+    stays, as in torch. The Operation then runs without autocast, so that all its tensors have one dtype. Gradients have
+    the dtypes of the original arguments.
     """
 
     @wraps(operation)
@@ -45,9 +42,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the backward of a Function, wrapped so that it runs without autocast.
+    """Wrap the `backward` of an autograd function so that it runs without autocast.
 
-    The wrapped backward may then write into memory of a fixed dtype.
+    The wrapped function may then write into memory of a fixed dtype.
     """
 
     @wraps(backward)
@@ -62,5 +59,5 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a backward, wrapped as by `outside_autocast`. A second derivative then raises RuntimeError."""
+    """Wrap a `backward` as `outside_autocast` does, and let a second derivative raise RuntimeError."""
     return outside_autocast(once_differentiable(backward))

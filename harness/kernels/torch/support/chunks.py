@@ -11,28 +11,31 @@ import torch
 _FEW, _MANY = 1 << 19, 3 << 13
 """Number of values per piece of a small tensor (`_FEW`) and of a large tensor (`_MANY`).
 
-A small tensor has few pieces, and torch splits each of them among its threads. A large tensor has many pieces. Each has
-fewer than 32768 values, so that torch does not split it. A split operation waits for the slowest thread. With a hundred
-such waits per call, another busy process on the machine makes the call ten times slower.
+A small tensor has few pieces, and torch splits each piece among its threads. A large tensor has many pieces, of fewer
+than 32768 values each, so that torch does not split them. A split operation waits for the slowest thread. With a
+hundred such waits per call, another busy process on the machine makes the call ten times slower.
 """
 _LARGE = 1 << 21
-"""Smallest number of values for which our own threads are faster than torch's, including the time to start them."""
+"""Smallest number of values for which our own threads are faster than torch's, even with the time to start them."""
 _THREADS = 4
-"""Largest number of threads.
+"""Largest number of our own threads.
 
-Each thread holds Python's lock for a third of the time, so further threads would wait for it.
+Each thread holds Python's lock for a third of the time, so further threads would wait for the lock.
 """
 
 
 def size(values: int, device: torch.device) -> int:
-    """Return the number of values per piece of a tensor that has `values` values. On a GPU one piece has all values."""
+    """Return the number of values per piece of a tensor with `values` values. On a GPU, one piece has all values."""
     if device.type != "cpu":
         return max(values, 1)
     return _MANY if values >= _LARGE else _FEW
 
 
 def for_each(work: Callable[..., None], pieces: Sequence[tuple[Any, ...]], values: int) -> None:
-    """Call work(*piece) for each piece, in order or in several threads. values: number of values in all pieces."""
+    """Call work(*piece) for each piece: in order, or in several threads if `values` is large.
+
+    values: number of values in all pieces.
+    """
     threads = min(torch.get_num_threads(), _THREADS, len(pieces)) if values >= _LARGE else 1
     if threads < 2:
         _run_all(work, pieces, torch.is_inference_mode_enabled())

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""Probabilities closer to 0 or 1 than this need 32 random bits per element. For all others, 16 bits are enough."""
+"""Limit for 16 random bits per element. A probability closer to 0 or 1 than this needs 32 bits."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Return (mask, keep): a random mask of zeros and ones in the shape of x, and 1 - p.
 
-    The caller divides the remaining features by `keep`. If p is 1, `keep` is 1. On a CPU, the probability of a zero is p
-    rounded to a multiple of 2^-16, or of 2^-32 if p is near 0 or 1. torch would draw a double per element on a CPU,
-    which is most of the cost of dropout. Here one draw of 64 bits decides four elements, or two if p is near 0 or 1.
+    p: probability of a zero. The caller divides the kept features by `keep`, which is 1 if p is 1. On a CPU, p is
+    rounded to a multiple of 2^-16, or of 2^-32 if p is near 0 or 1. One draw of 64 random bits decides four elements,
+    or two if p is near 0 or 1. torch would draw a double per element, which is most of the cost of dropout.
     """
     if p == 1:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), 1.0

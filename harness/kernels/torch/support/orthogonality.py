@@ -1,4 +1,4 @@
-"""AdaLoRA's orthogonality term, with one batched product for all matrices of one shape."""
+"""AdaLoRA's orthogonality term, with one batched product for all matrices of the same shape."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A weight in NF4, and buffers for decoded weights.
 
-Each thread has one buffer per dtype. The next decoded weight overwrites the previous one.
+Each thread has one buffer per dtype. A decoded weight overwrites the previous one in the buffer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from harness.kernels.torch import nf4
 
 
 class Buffers:
-    """Memory for decoded weights. It is reused, because fresh memory for every product is slow."""
+    """Memory for decoded weights, one buffer per dtype. It is reused, because fresh memory per product is slow."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return a tensor of `count` elements in memory that the next call overwrites."""
+        """Return a tensor of `count` elements on the CPU. The next call for this dtype overwrites its memory."""
         if dtype not in self.by_dtype or self.by_dtype[dtype].numel() < count:
             self.by_dtype.pop(dtype, None)  # free the smaller buffer before the larger one is allocated
             with torch.inference_mode(False):  # else only inference mode could write to it
@@ -41,28 +41,28 @@ _own = _OfThread()
 
 
 def forget() -> None:
-    """Free this thread's buffers. The next decoding allocates new ones."""
+    """Free this thread's buffers. New ones are allocated when the next weight is decoded."""
     _own.buffers = Buffers()
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix (E, D) in NF4, or a stack of matrices."""
+    """A weight in NF4: a matrix (E, D) or a stack of matrices."""
 
     packed: Tensor
-    """The packed codes: uint8 (ceil(E D / 2),)."""
+    """The packed codes, two per byte: uint8."""
     absmax: Tensor
-    """One float32 number per block, or one 8-bit code per block if absmax2 and offset are given."""
+    """One number per block of `block` weights: float32 or, if absmax2 and offset are given, an 8-bit code."""
     block: int
     shape: tuple[int, ...]
     absmax2: Tensor | None = None
     """One float32 number per `block2` codes of `absmax`."""
     offset: Tensor | None = None
-    """One float32 number, added to the decoded codes of `absmax`."""
+    """One float32 number, which is added to the decoded numbers of `absmax`."""
     block2: int = 256
 
     def constants(self) -> Tensor:
-        """Return the float32 absmax of every block, decoded first if it is stored in 8 bits."""
+        """Return the float32 absmax of every block. If absmax is stored in 8 bits, it is decoded first."""
         if self.absmax2 is None or self.offset is None:
             return self.absmax
         return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)
@@ -74,13 +74,13 @@ class PackedWeight:
         return cpp.multiply(x, self.packed.detach(), constants, self.block, (E, D), bias)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix (E, D) in fresh memory, decoded to this dtype."""
+        """Return the weight in its shape, decoded to this dtype, in fresh memory."""
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix (E, D), decoded to this dtype, in memory that this thread's next call overwrites.
+        """Return the weight, decoded to this dtype, in memory that this thread's next call overwrites.
 
-        Use the result immediately. The buffer is as large as the largest matrix so far. On a GPU the memory is fresh
+        Use the result immediately. The buffer is as large as the largest weight so far. On a GPU the memory is fresh
         instead, because torch's allocator caches memory and knows about streams.
         """
         on_cpu = self.packed.device.type == "cpu"
@@ -96,15 +96,18 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PackedStack:
-    """The weights of all experts in NF4. They were quantised as one tensor, so a block may hold weights of two experts."""
+    """The weights of all experts of a layer in NF4.
+
+    They were quantised as one tensor, so a block may hold weights of two experts.
+    """
 
     weight: PackedWeight
-    """The stack, of shape (K, E, D), or (K, D, E) if `transposed`."""
+    """The packed stack, of shape (K, E, D), or (K, D, E) if `transposed`."""
     transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers K of experts, E of output features and D of input features."""
+        """The shape (K, E, D): numbers of experts, output features and input features."""
         K, E, D = self.weight.shape
         return (K, D, E) if self.transposed else (K, E, D)
 
@@ -112,13 +115,13 @@ class PackedStack:
         return self.weight.shape[0]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return all matrices (K, E, D) in fresh memory, decoded to this dtype."""
+        """Return the matrices of all experts, (K, E, D), decoded to this dtype, in fresh memory."""
         return self._turned(self.weight.decoded(dtype))
 
     def matrices(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
-        """Return a function that decodes the matrix (E, D) of one expert to this dtype.
+        """Return a function that maps an expert's number to the expert's matrix (E, D), decoded to this dtype.
 
-        The next call overwrites the result on a CPU, unless autograd records the call.
+        On a CPU, the function's next call overwrites the result, unless autograd records the call.
         """
         block, (_, *shape) = self.weight.block, self.weight.shape
         constants, packed, count = self.weight.constants(), self.weight.packed.reshape(-1), prod(shape)

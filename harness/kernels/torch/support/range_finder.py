@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 LEAST_GRAM_RATIO = 2.0**-12
-"""Smallest ratio of the smallest to the largest singular value at which the Gram matrix of a float32 matrix is used.
+"""Limit of the ratio smallest requested / largest singular value of a float32 matrix.
 
-The Gram matrix is in float64. Above this ratio, squaring singular values in float64 loses less than the precision of
-float32. Below it, LAPACK computes the SVD.
+Above this ratio, the SVD is computed from the Gram matrix in float64: squaring singular values then loses less than the
+precision of float32. Below it, LAPACK computes the SVD.
 """
 
 
@@ -22,7 +22,7 @@ def orthonormal(Y: Tensor) -> Tensor:
     """Return an orthonormal basis (E, R) of the range of Y (E, R). E must be at least R.
 
     For float32, the basis comes from the Cholesky factor of Y^T Y in float64. On a CPU this is an order of magnitude
-    faster than Householder reflections. float64 and nearly dependent columns use Householder reflections.
+    faster than Householder reflections, which are used for float64 and for nearly dependent columns.
     """
     if Y.dtype != torch.float64:
         wide = Y.double()
@@ -38,8 +38,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
     """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. For
-    a vector with singular value s, it reduces the error by the factor (s' / s)^2, where s' is the largest singular
+    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. In
+    each, the error of a vector with singular value s falls by the factor (s' / s)^2, where s' is the largest singular
     value outside the basis.
     """
     Q = orthonormal(W @ sketch)
@@ -49,9 +49,9 @@ def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
 
 
 def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximate U (E, R), S (R,) and V (D, R) of W (E, D), in float32 or float64. Signs are arbitrary.
+    """Return approximate U (E, R), S (R,) and V (D, R) of the SVD of W (E, D). Signs are arbitrary.
 
-    sketch: normal noise (min(E, D), R).
+    W: float32 or float64. sketch: normal noise (min(E, D), R).
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = randomised_svd(W.T, sketch, niter)
@@ -62,12 +62,12 @@ def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tenso
 
 
 def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (E, R), S (R,) and V (D, R) for the R largest singular values, exactly. Signs are arbitrary.
+    """Return U (E, R), S (R,) and V (D, R) for the R largest singular values of W (E, D), exactly. Signs are arbitrary.
 
-    W: float32 or float64. For float32, the vectors of the shorter side are eigenvectors of the smaller Gram matrix.
-    This matrix is in float64, which holds products of float32 numbers exactly. The vectors of the other side are W's
-    products with these eigenvectors, divided by S. LAPACK computes the SVD if W is float64, or if the range of S is too
-    large. Raises ValueError if W is not finite.
+    W: float32 or float64. For float32, the singular vectors on the shorter side are eigenvectors of the smaller Gram
+    matrix. This matrix is in float64, which holds products of float32 numbers exactly. The vectors on the other side
+    are W's products with these eigenvectors, divided by S. LAPACK computes the SVD if W is float64, or if the range of
+    S is too large. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)
@@ -84,9 +84,9 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return U (E, R) and V (D, R) of `leading_svd`, contiguous.
 
-    U is None unless `left` is true, and V is None unless `right` is true. The vectors of the shorter side of W (V if
-    E >= D, otherwise U) are computed without a division by S, so they are correct even if W is singular. Raises
-    ValueError as `leading_svd` does.
+    U is None if `left` is false, and V is None if `right` is false. The vectors on the shorter side of W (V if E >= D,
+    otherwise U) are computed without a division by S, so they are correct even if W is singular. Raises ValueError as
+    `leading_svd` does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:
@@ -98,7 +98,7 @@ def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tens
 
 
 def _check_finite(W: Tensor) -> None:
-    """Raise ValueError unless W is finite. LAPACK would call W ill-conditioned, or silently return NaN."""
+    """Raise ValueError unless W is finite. LAPACK would report W as ill-conditioned, or silently return NaN."""
     if not W.isfinite().all():
         raise ValueError(
             "a matrix with NaN or infinity has no singular vectors; hint: check the weight or the gradient it comes from"

@@ -1,4 +1,4 @@
-"""LoRA layers with the same input, such as q, k and v. The layer that is called first computes the outputs of all."""
+"""LoRA layers with the same input, such as q, k and v. A call of one layer can compute the outputs of all."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""Groups of names. The layers of a group have the same input if they have the same parent module.
+"""Groups of layer names. The layers of a group have the same input if they have the same parent module.
 
-Layers are grouped by name and not by observed calls, because the first step must round like later steps.
+Layers are grouped by name. If observed calls decided, the first step would be rounded differently from later steps.
 """
 MAX_UNUSED_OUTPUTS = 8
-"""Number of unused outputs of a layer from which the layer is no longer computed with the other layers of its group.
+"""Number of unused outputs of a layer from which on calls of the group's other layers no longer compute its output.
 
-Each used output lowers the count by one, but not below zero. Outputs stay unused in cross-attention, where the layers
-have different inputs. An output that is computed alone may be rounded differently.
+Each used output lowers the number by one, but not below zero. In cross-attention, outputs stay unused, because the
+layers have different inputs. An output that is computed alone may be rounded differently.
 """
 
 
@@ -46,7 +46,7 @@ class SharedInputLayer(nn.Module):
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors from which the output for x can be computed, or None if only `forward_alone` can do it."""
+        """Return the factors for computing the output for x with other layers, or None if this is impossible."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,12 +60,12 @@ class InputGroup:
 
     A saved output is used if the same thread calls the layer with the same tensor. Neither this tensor nor the layer's
     own tensors may have been modified, no optimizer may have stepped, and no backward pass may have freed the saved
-    tensors. In any other case, the call computes the outputs again. As in autograd, writes through `.data` are not
-    detected. Outputs are saved until the next call that computes, or until the input is freed. All outputs belong to one
-    node of the graph. Only one backward pass can therefore go through them, unless it retains the graph.
+    tensors of autograd. In any other case, the call computes the outputs again. As in autograd, writes through `.data`
+    are not detected. Outputs are saved until the next call that computes, or until the input is freed. All outputs
+    belong to one node of the graph. Only one backward pass can therefore go through them, unless it retains the graph.
 
-    Under saved-tensor hooks each layer is computed alone, because of checkpointing. The recomputation in checkpointing
-    must save exactly the same tensors as the first pass, and may stop early.
+    Under saved-tensor hooks each layer is computed alone, because checkpointing uses such hooks. The recomputation in
+    checkpointing must save exactly the same tensors as the first pass, and may stop early.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class InputGroup:
         self._last = threading.local()
 
     def __reduce__(self) -> Any:
-        """Return what pickle and copy need to make an empty group. Copied layers join it by themselves."""
+        """Return what pickle and copy need to make an empty group. Copied layers join the empty group by themselves."""
         return InputGroup, ()
 
     def join(self, layer: SharedInputLayer) -> None:
@@ -155,10 +155,10 @@ def link(layers: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _optimizer_steps() -> list[int]:
-    """Return a list with one number: the optimizer steps in this process since the first call of this function.
+    """Return a list with one number: the optimizer steps of this process since this function was first called.
 
-    Saved outputs are not used after a step, because some optimizers (fused ones, and bitsandbytes) write into tensors
-    without raising the version of the tensors.
+    Saved outputs are not used after a step. Some optimizers (fused ones, and bitsandbytes) write into tensors without
+    raising the tensors' version, so the version alone does not reveal the change.
     """
     steps = [0]
 
@@ -178,7 +178,7 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
-    """Return the state of a layer: its scaling, whether its base is plain, and its tensors.
+    """Return the state of a layer: its scaling, whether its base has no hooks, and its tensors.
 
     Each tensor comes with its version, address and requires_grad. If a tensor has no version, return None.
     """
@@ -193,7 +193,7 @@ def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
 
 
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
-    """Return whether two states have the same tensors, and none of them was modified.
+    """Return whether two states of a layer are the same, so that no tensor was replaced or modified.
 
     Tensors are compared as objects, because Python reuses ids.
     """
@@ -215,7 +215,7 @@ def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
 
 
 def _trains(factors: LoraFactors, x: Tensor) -> bool:
-    """Return whether the output of these factors requires a gradient. All outputs of one call must agree in this."""
+    """Return whether the layer's output requires a gradient. All outputs of one call must agree in this."""
     dense = factors.W if isinstance(factors.W, Tensor) else None
     return any(t is not None and t.requires_grad for t in (x, dense, factors.bias, factors.A, factors.B))
 

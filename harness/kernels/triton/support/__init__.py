@@ -1,1 +1,1 @@
-"""Kernels and device functions on which the Triton Operations are built. None of them is an Operation."""
+"""Kernels and device functions that the Triton Operations use. None of them is an Operation."""

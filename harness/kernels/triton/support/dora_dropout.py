@@ -1,6 +1,6 @@
-"""Kernels for DoRA under dropout, which does not drop the term x W^T.
+"""Kernels for DoRA under dropout, which does not affect the term x W^T.
 
-The product of W with the plain x and the product of W with the masked x share one accumulator.
+One accumulator sums the product of W with x and the product of W with the masked x.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of out = left @ right + gain_minus_one * product + t + bias, where t is scale S @ T.
+    """Compute one tile of out = left @ right + gain_minus_one * product + t + bias, where t is scale S @ T.
 
-    Also store a tile of product = (left * mask) @ right + t. gain_minus_one: DoRA's gain
-    minus 1, one number per column.
+    Also store a tile of product = (left * mask) @ right + t. gain_minus_one: DoRA's gain minus 1, one number per
+    column.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
@@ -94,7 +94,7 @@ def dropped_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, q), both (T, E): y = x W^T + bias + gain_minus_one q + t, and q = (x mask) W^T + t.
 
-    Here t is scaling S B^T. Shapes: x and mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), all of one dtype.
+    The term t is scaling S B^T. Shapes: x and mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), all of one dtype.
     gain_minus_one: float32 (E,).
     """
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))

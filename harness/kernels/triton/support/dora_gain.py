@@ -1,4 +1,4 @@
-"""The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
+"""The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never stores B A.
 
 The kernel computes the norm n of a row from the sum W + s B A itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> +
 s^2 <B, B (A A^T)> also needs no B A, but it is less accurate. With N = ||W|| + ||s B A||, the expansion has the
@@ -25,7 +25,7 @@ def _gain(
     gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Compute gain and norm of one block of rows.
+    """Compute the gain and the norm of one block of rows.
 
     WHOLE_RANK: whether BLOCK_R covers all ranks, so that B is read only once.
     """
@@ -58,10 +58,10 @@ def _gain(
 
 
 def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return (gain, norm), both (E,). norm: the norms of the rows of W + scaling B A, in the dtype of m.
+    """Return (gain, norm), both (E,). norm: the norm of each row of W + scaling B A, in the dtype of m.
 
     gain: m / norm in float32, or 0 where the norm is 0. Shapes: W (E, D), A (R, D), B (E, R), with any strides; m (E,),
-    contiguous. The norm is rounded before the division, so that a layer that starts with this norm as m has a gain of
+    contiguous. The norm is rounded before the division. A new layer, which has this norm as m, then has a gain of
     exactly 1.
     """
     gain, norm = torch.empty(len(W), dtype=torch.float32, device=W.device), torch.empty_like(m)

@@ -1,9 +1,9 @@
 """The dynamic 8-bit map (arXiv:2110.02861, section 2) for kernels: its tables, and the nearest code in two look-ups.
 
 The sign, the exponent and the first seven bits of the fraction of a float32 in [-1, 1] select a bucket. A bucket
-contains at most one midpoint of neighbouring values. A table gives the number of midpoints below the bucket. One
-comparison with the next midpoint then decides the code. The result is exact. A binary search would take eight dependent
-look-ups.
+contains at most one midpoint between neighbouring values of the map. A table gives the number of midpoints below the
+bucket. One comparison with the next midpoint then decides the code. The result is exact. A binary search would take
+eight dependent look-ups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BUCKETS = tl.constexpr((23 << 7) + 1)  # buckets from _FIRST to that of 1
 
 
 def midpoints(signed: bool) -> Tensor:
-    """Return the 255 midpoints of the map's neighbouring values, and infinity after them: float32 (256,)."""
+    """Return the 255 midpoints between neighbouring values of the map, followed by infinity: float32 (256,)."""
     ascending = dynamic_map(torch.device("cpu"), signed)
     return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
 
@@ -46,7 +46,7 @@ def buckets(signed: bool) -> Tensor:
 
 @lru_cache(maxsize=32)
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values, the midpoints and the buckets of the signed or unsigned map on a device.
+    """Return the values, the midpoints and the numbers of `buckets` of the signed or unsigned map, on this device.
 
     The result is cached.
     """
@@ -55,7 +55,7 @@ def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
-    """Return the code (int32) of the value nearest to x. Ties go to the lower value.
+    """Return the code (int32) of the map's value nearest to x. Ties go to the lower value.
 
     x: float32 in [-1, 1], or in [0, 1] if not `signed`. A NaN gets the first or the last code.
     """
@@ -70,10 +70,7 @@ def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
 
 @triton.jit
 def largest_magnitude(x, axis: tl.constexpr):
-    """Return the largest |x| along an axis.
-
-    Numbers are compared as bits, so that a NaN is larger than infinity.
-    """
+    """Return the largest |x| along an axis. A NaN is larger than infinity, because numbers are compared as bits."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
 
@@ -91,8 +88,8 @@ def relative(x, absmax):
 def nearly_relative(x, absmax):
     """Return x / absmax within two units in the last place, or 0 in a block of zeros.
 
-    This takes a tenth of the work of `relative`. The reciprocal of a subnormal number overflows, so that a small absmax
-    and its x are first scaled up.
+    This takes a tenth of the work of `relative`. A small absmax and its x are first scaled up, because the reciprocal
+    of a subnormal number overflows.
     """
     boost = tl.where(absmax < 2.0**-60, 2.0**64, 1.0)
     reciprocal = tl.where(absmax == 0, 0.0, tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax * boost)))

@@ -1,4 +1,4 @@
-"""Choose, by shape, dtype and architecture, which tile of a matrix product each program computes."""
+"""Choose the size of the tile of a matrix product that each program computes, by shape, dtype and GPU architecture."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from harness.kernels.device import interpreted
 
 @dataclass(frozen=True)
 class GemmTile:
-    """The size of the part of a matrix product that one program computes, and compiler options."""
+    """The size of the part of a matrix product that one program computes, with compiler options (warps, stages)."""
 
     m: int
     """Number of rows of the output."""
     n: int
     """Number of columns of the output."""
     k: int
-    """Number of terms of the sum in one iteration."""
+    """Number of terms of each sum that one iteration adds."""
     warps: int
     stages: int
 
@@ -42,10 +42,10 @@ class GemmTile:
 LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
 LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
 EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
-"""Tile for float32, which is multiplied without matrix units."""
+"""Tile for float32, which is multiplied without matrix instructions."""
 FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
-"""Tile for the interpreter. It is large, because a program costs the interpreter more than the program's products."""
+"""Tile for Triton's interpreter. It is large, because starting a program takes longer than its computation."""
 
 
 def _variants(k: int, *sizes: tuple[int, int, int, int]) -> tuple[GemmTile, ...]:
@@ -63,18 +63,18 @@ CANDIDATES: dict[GemmTile, tuple[GemmTile, ...]] = {
 }
 """Default tile, which `gemm_tile` returns -> the tiles that `peft-harness bench --crossovers` tries instead.
 
-The candidates have the k of the default. They have 64 rows or more if the default does, and fewer otherwise, because
-the number of rows decides the matrix instruction on an H100. So every element of the output is the same sum in the same
-order, and a tuned tile changes no bit of a result. Tiles for float32, and tiles that `gemm_tile` returns for
-`crowded=True`, are never replaced.
+The candidates have the k of the default. If the default has at least 64 rows, so have they; otherwise they have fewer
+than 64. On an H100, the limit of 64 rows decides the matrix instruction. Every element of the output is therefore the
+same sum in the same order, and a tuned tile changes no bit of a result. Tiles for float32, and tiles that `gemm_tile`
+returns for `crowded=True`, are never replaced.
 """
 
 
 def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
     """Return the tile for an output (M, N). The tile is the same on every GPU of an architecture.
 
-    crowded: True if registers also hold a factor or a second output with a tile of the same size. Otherwise,
-    `tuned_tiles.tuned` may replace the returned tile by one of its `CANDIDATES`.
+    crowded: True if registers also hold a factor or a second output with a tile of the same size. If `crowded` is
+    False, `tuned_tiles.tuned` may replace the returned tile by one of its `CANDIDATES`.
     """
     if interpreted():
         return _INTERPRETED
@@ -101,6 +101,6 @@ def rank_block(R: int) -> int:
 def _multiplies_from_shared_memory(device: torch.device) -> bool:
     """Return whether matrix instructions read operands from shared memory, as on H100 and B200.
 
-    On other GPUs operands take registers, and the tile LARGEST takes too many of them.
+    On other GPUs, operands take registers, and the tile LARGEST takes too many registers.
     """
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,7 +1,7 @@
 """Kernels that compute several LoRA adapters in one launch.
 
-A table holds the addresses of the adapters. Each sequence has an adapter's id, which is the adapter's place in the
-table. For an adapter with the factors A and B and the scaling s, x is the input and dy is the gradient of the output.
+A table holds the addresses of the adapters. Each sequence has the id of an adapter, which is the adapter's place in the
+table. An adapter has the factors A and B and the scaling s. x is the layer's input, and dy the gradient of its output.
 `shrink` sums over features and computes S = s x A^T or S = s dy B. `expand` adds S B^T or S A to the product with W,
 which cuBLAS computes. `outer` sums over tokens and computes S^T x or S^T dy. The host neither waits nor sorts. Each sum
 has a fixed order and uses no atomics.
@@ -44,8 +44,8 @@ def shrink(
 ):  # fmt: skip
     """Compute one tile of S: some ranks, for some tokens of a sequence.
 
-    The sum of S over its first axis is scaling x A^T (if `which` is 0), or scaling dy B (if it is 1, and x holds dy).
-    Its shape is (pieces, all tokens, width). Each index of the first axis holds the partial sum over `span` features.
+    The shape of S is (pieces, all tokens, width). Each piece is the partial sum over `span` features. The sum of the
+    pieces is scaling x A^T (if `which` is 0), or scaling dy B (if it is 1, and x holds dy).
     """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -77,7 +77,7 @@ def shrink(
 
 @triton.jit
 def _low(S, line, here, r, plane, width, pieces, rows: tl.constexpr, ranks: tl.constexpr):
-    """Return the sum over the first axis of S for these tokens and ranks, float32 (rows, ranks). See `shrink` for S.
+    """Return the sum of the pieces of S (see `shrink`) for these tokens and ranks, float32 (rows, ranks).
 
     line: the tokens' rows in S.
     """
@@ -94,7 +94,7 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S A (if `which` is 0) or S B^T (if it is 1) to one tile of `out`. S is first summed over its first axis.
+    """Add S A (if `which` is 0) or S B^T (if it is 1) to one tile of `out`. The pieces of S are summed first.
 
     A tile consists of some tokens of a sequence and some features.
     """
@@ -126,8 +126,8 @@ def outer(
 ):  # fmt: skip
     """Compute one tile of the gradient of one adapter's A or B, summed over all sequences of the adapter.
 
-    If `which` is 0, the gradient is that of A: S^T x, (rank, features). If `which` is 1, it is that of B: (S^T dy)^T,
-    (features, rank), and the argument x holds dy.
+    If `which` is 0, the gradient is that of A: S^T x, shape (rank, features). If `which` is 1, it is that of B: (S^T
+    dy)^T, shape (features, rank), and the argument x holds dy.
     """
     adapter = tl.program_id(0).to(tl.int64)
     _, rank = _weights(table, adapter, which, x.dtype.element_ty, aligned)
@@ -156,8 +156,8 @@ def outer(
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
     """Return the size of the tile that a program computes: its `rows`, `ranks` and `columns`.
 
-    This is the largest tile that does not spill registers. It is smaller in float32. tokens: number of tokens per
-    sequence.
+    The tile is the largest that does not spill registers, and smaller in float32 than in 16 bits. tokens: number of
+    tokens per sequence.
     """
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}

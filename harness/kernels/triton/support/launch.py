@@ -1,4 +1,4 @@
-"""Launches of kernels: run them, or describe them for ahead-of-time compilation of the same instance of the kernel.
+"""Launches of kernels: run a launch, or describe it for ahead-of-time compilation of the same kernel instance.
 
 Every launch goes through `launch`. Triton itself launches on the current device, which need not be the device of the
 tensors.
@@ -26,7 +26,7 @@ _POINTERS = {
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> Any:
     """Launch the kernel on the device of the first tensor among the arguments. Return the compiled kernel.
 
-    Triton's interpreter compiles nothing, and the result is then None. An exception gets a note that describes the
+    Triton's interpreter compiles nothing, so the result is then None. An exception gets a note that describes the
     launch.
     """
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
@@ -46,7 +46,8 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any
 def _mend_interpreter() -> None:
     """Let the interpreter of Triton 3.6 use a tensor with one element as an integer, e.g. as the end of a loop.
 
-    It calls `int` with an array, which NumPy 2.4 and later refuse if the array has a dimension. Triton 3.7 mends this.
+    This interpreter calls `int` with an array, and NumPy 2.4 and later raise an error if the array has a dimension.
+    Triton 3.7 fixes this.
     """
     if not triton.__version__.startswith("3.6."):
         return
@@ -62,7 +63,7 @@ def _mend_interpreter() -> None:
 
 
 def _short(value: Any) -> str:
-    """Describe an argument of a kernel: a tensor by dtype and shape, and any other value as it is."""
+    """Describe an argument of a kernel: a tensor by its dtype and shape, any other value by its text."""
     if not isinstance(value, Tensor):
         return str(value)
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -91,8 +92,8 @@ class KernelLaunch:
     def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
         """Return a description of the kernel instance that this launch would compile.
 
-        Like Triton, this treats None and the integer 1 as constants, and marks multiples of 16. kind: by default `gemm`
-        for a kernel with 16-bit tensors, else `other`, because no matrix unit multiplies float32.
+        None and the integer 1 become constants, and multiples of 16 are marked, as in a launch by Triton. kind: by
+        default `gemm` for a kernel with 16-bit tensors, else `other`, because no matrix unit multiplies float32.
         """
         halves = any(isinstance(one, Tensor) and one.element_size() == 2 for one in self.arguments.values())
         fixed = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
@@ -118,12 +119,12 @@ def _type(value: Any) -> str:
 
 
 def meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return a tensor without memory, which serves to describe a launch."""
+    """Return a tensor without memory, for describing a launch."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def strides(names: str, matrix: Tensor | None) -> dict[str, int]:
-    """Return the two strides of a matrix as arguments with these names. For None, both are zero.
+    """Return a dict: each name in `names` -> a stride of the matrix. For None, both strides are zero.
 
     names: two names in one string, separated by a space.
     """

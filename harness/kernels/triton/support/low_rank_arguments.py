@@ -1,4 +1,4 @@
-"""Check the arguments of adapted layers, so that no kernel reads out of bounds. Reshape them to matrices."""
+"""Check the arguments of adapted layers, so that no kernel reads out of bounds, and reshape them to matrices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def checked(
 ) -> None:
     """Raise ValueError unless the arguments of a layer have matching shapes and one dtype.
 
-    Shapes: x and mask (..., D), weight (E, D), A (R, D), B (E, R). weight may be the shape of a packed weight instead
-    of a tensor. vectors: each of shape (E,), except that `d` has shape (R,). A vector may be None. Also raises
-    ValueError if the weight or the bias requires a gradient, because these kernels compute no gradient of them.
+    Shapes: x and mask (..., D), weight (E, D), A (R, D), B (E, R). weight: a tensor, or the shape of a packed weight.
+    vectors: each None or of shape (E,), except that `d` has shape (R,). Also raises ValueError if the weight or the
+    bias requires a gradient, because these kernels compute no gradient of them.
     """
     (E, D), R = weight.shape if isinstance(weight, Tensor) else weight, len(A)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {

@@ -1,6 +1,6 @@
-"""A matrix product with a low-rank term in its accumulator.
+"""A matrix product that also adds a low-rank term.
 
-The result is left @ right + S @ T, with factors and a bias, rounded once.
+The result is left @ right + S @ T, with factors and a bias, in one float32 accumulator that is rounded once.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def _low_rank_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of `low_rank_gemm`. An optional argument that is None has no effect.
+    """Compute one tile of the result of `low_rank_gemm`. An optional argument that is None has no effect.
 
-    The low-rank term comes first, so that the long loop over K adds to it.
+    The low-rank term is computed first, so that the long loop over K adds to it.
     """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
@@ -69,7 +69,7 @@ def _low_rank_gemm(
 
 
 KERNEL = _low_rank_gemm
-"""The kernel of `low_rank_gemm`. `peft-harness bench --crossovers` tunes its tiles."""
+"""The kernel behind `low_rank_gemm`. `peft-harness bench --crossovers` tunes its tiles."""
 
 
 def low_rank_gemm(
@@ -107,9 +107,9 @@ def low_rank_gemm(
 
 
 def product_launch(tile: GemmTile, operands: Operands, *, scale: float, **optional: Tensor | None) -> KernelLaunch:
-    """Return the launch of `low_rank_gemm` with this tile.
+    """Return the launch of the kernel of `low_rank_gemm` with this tile.
 
-    optional: those arguments of `low_rank_gemm` that may be None, by name. An argument that is left out is None.
+    optional: the arguments of `low_rank_gemm` that may be None, by name. A missing argument is None.
     """
     others: dict[str, Any] = dict.fromkeys(_OPTIONAL) | optional
     block_r = rank_block(len(operands[-1]))
@@ -121,8 +121,8 @@ def low_rank_launch(
 ) -> KernelLaunch:
     """Return the launch of a kernel for a product with a low-rank term.
 
-    block_r: number of ranks per iteration. others: further arguments of the kernel. mask: the tensor whose strides the
-    kernel gets as mask_m and mask_n. `others` also holds this tensor, under the name of the kernel's argument.
+    block_r: number of ranks per iteration. mask: the tensor whose strides the kernel gets as mask_m and mask_n. others:
+    further arguments of the kernel. They include `mask` itself, under the name of the kernel's argument.
     """
     out, left, right, S, T = operands
     (M, K), (R, N) = left.shape, T.shape
@@ -141,8 +141,8 @@ def low_rank_launch(
 def _specimens() -> list[Specimen]:
     """Return instances of the kernel for ahead-of-time compilation, with the matrix products of a training step.
 
-    The layer has 4096 inputs, 14336 outputs and 8192 tokens. Instances with a tile of `CANDIDATES` have the arguments
-    with which `peft-harness bench --crossovers` measures this tile.
+    The layer has 4096 inputs, 14336 outputs and 8192 tokens. Instances with a tile of `CANDIDATES` get the same
+    arguments as in the measurement of this tile by `peft-harness bench --crossovers`.
     """
     M, D, E = 8192, 4096, 14336
 

@@ -23,8 +23,8 @@ def product(left, right, acc):
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
     """Return the rows (int64) and the columns of the output tile that this program computes.
 
-    The tiles are ordered so that consecutive programs find the same rows and columns in the L2 cache. WIDE: whether
-    columns are int64, too, which takes registers; see `is_wide`.
+    The tiles are ordered so that consecutive programs find the same rows and columns in the L2 cache. WIDE: True to
+    return the columns as int64, too, which takes registers; see `is_wide`.
     """
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -38,7 +38,7 @@ def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.co
 
 
 def is_wide(N: int, *strides: int) -> bool:
-    """Return whether the offset of the last of N columns exceeds int32 at one of these strides."""
+    """Return whether the offset of the last of N columns exceeds int32 with one of these strides."""
     return N * max(strides) >= 2**31
 
 
@@ -50,9 +50,8 @@ def accumulate(
 ):  # fmt: skip
     """Return acc + ((left * mask) * scale) @ right for the rows and columns of one tile.
 
-    left and mask (M, K) and right (K, N) are pointers, with the strides of both dimensions. scale is a pointer to K
-    float32 numbers. mask and scale may be None. EVEN_K: whether BLOCK_K divides K, so that loads need no bounds check
-    along K.
+    left and mask (M, K) and right (K, N) are pointers, each with two strides. scale: pointer to K float32 numbers. mask
+    and scale may be None. EVEN_K: whether BLOCK_K divides K, so that loads need no bounds check along K.
     """
     k = tl.arange(0, BLOCK_K)
     left += rows[:, None] * left_m + k[None, :] * left_k

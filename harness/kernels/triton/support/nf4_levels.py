@@ -1,4 +1,4 @@
-"""NF4's 16 levels for kernels: as a tree of selections, as a table in memory, and as midpoints."""
+"""NF4's 16 levels for kernels: as a tree of selections, as a table in memory, and as midpoints between levels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIDPOINT = tl.constexpr(tuple(((_VALUES[:-1] + _VALUES[1:]) / 2).tolist()))
 
 @cache
 def table(device: torch.device) -> Tensor:
-    """Return the levels, ascending, float32 (16,), on a device. The result is cached: do not write to it."""
+    """Return the levels, ascending, float32 (16,), on this device. The result is cached: do not write to it."""
     return _VALUES.to(device)
 
 
@@ -28,7 +28,7 @@ def table(device: torch.device) -> Tensor:
 def level_by_selection(code):
     """Return the level of each 4-bit `code` by selecting among constants.
 
-    In a loop, this avoids the loads from a table, which Triton would pipeline.
+    In a loop, Triton would pipeline the loads from a table. A selection needs no loads.
     """
     bit0, bit1, bit2, bit3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a0, a1 = tl.where(bit0, _LEVEL[1], _LEVEL[0]), tl.where(bit0, _LEVEL[3], _LEVEL[2])
@@ -42,7 +42,7 @@ def level_by_selection(code):
 
 @triton.jit
 def nearest_code(scaled):
-    """Return the code (int32) of the level nearest to each of `scaled`, which is in [-1, 1].
+    """Return the code (int32) of the level nearest to each number of `scaled`, which is in [-1, 1].
 
     Ties go to the lower level. A NaN gets the code 15.
     """

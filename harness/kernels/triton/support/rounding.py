@@ -1,6 +1,6 @@
 """Load and store 16-bit numbers in kernels that compute in float32.
 
-Numbers are rounded once, to nearest, with ties to even.
+Each number is rounded once, to nearest, with ties to even.
 """
 
 from __future__ import annotations

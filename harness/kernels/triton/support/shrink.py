@@ -26,7 +26,7 @@ def _shrink(
     """Compute one tile of `out`. The arguments are documented in `shrink` and `shrink_and_sum`.
 
     `out`, `unscaled` and `times` have shape (M, R). `sums` has one row for each block of rows, and R columns. All four
-    are contiguous. None means that an argument is not used.
+    are contiguous. An optional argument that is None has no effect.
     """
     block = tl.program_id(0)
     rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -86,12 +86,14 @@ def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Ten
 
 
 _K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
-"""Number of features per iteration in 16 bits, by the number of ranks in a block. With more features, a launch with a
-mask would spill registers."""
+"""Number of ranks in a block -> number of features per iteration, in 16 bits.
+
+With more features, a launch with a mask would spill registers.
+"""
 
 
 def _rows(M: int) -> int:
-    """Return the number of rows per program. It is smaller for fewer tokens, so that there are enough programs."""
+    """Return the number of rows per program. For few tokens it is smaller, so that there are enough programs."""
     if interpreted():
         return 128
     return 64 if M >= 8192 else 32 if M >= 2048 else 16

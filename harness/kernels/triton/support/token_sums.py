@@ -28,7 +28,7 @@ def _outer_sum(
 ):  # fmt: skip
     """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
 
-    If `weights` (N, R) is given, write row sums instead: multiply the product by `against` element by element, sum each
+    If `weights` (N, R) is given, write row sums instead: multiply the product by `weights` element by element, sum each
     row over one block of columns, and write the N sums to out[part, block].
     """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -63,7 +63,7 @@ def _outer_sum(
 def _product_sum(
     out, a, b, M, N, per_part, a_m, a_n, b_m, b_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum a * b over one part of the tokens, and write the N sums to out[part]."""
+    """Sum a * b over one part of the M tokens, for each of N columns, and write the N sums to out[part]."""
     part = tl.program_id(1).to(tl.int64)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, M)
@@ -107,7 +107,7 @@ def product_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
-    """Divide M tokens into parts. Return the number of parts, and the number of tokens per part, a multiple of `block`.
+    """Divide M tokens into parts. Return (number of parts, tokens per part). The second is a multiple of `block`.
 
     programs: number of programs per part.
     """

@@ -1,9 +1,9 @@
 """Tiles of matrix products that were measured to be faster on a card than the default tile.
 
 `peft-harness bench --crossovers` measures these tiles and writes them into the card's table. A call only reads the
-table, once per process: it never searches. Each tile is one of the `CANDIDATES` of the default, which all sum in the
-same order. A candidate is never chosen if a bit of its result differed when it was measured. So a call rounds in the
-same way with a table and without.
+table, once per process: it never searches. Each tile is one of the `CANDIDATES` for the default tile, which all add the
+terms of a sum in the same order. A candidate whose result differed in any bit is never chosen. A call therefore gives
+the same bits with a table and without.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ _MEASURED = {
     "kernel": "with another version of the kernel",
     "capability": "on another GPU architecture",
 }
-"""Key of a `stamp` -> words for a warning about tiles that are ignored because their stamp has another value there."""
+"""Key of a `stamp` -> words for the warning that tiles are ignored because their stamp differs in this key."""
 _SIZES = ("m", "n", "k", "warps", "stages")
 
 
 def bucket(size: int) -> int:
-    """Round a number of rows or columns up to a power of two, at least 16. Outputs of one bucket share a tile."""
+    """Return a number of rows or columns, rounded up to a power of two of at least 16.
+
+    Outputs whose numbers of rows and columns are equal after rounding share a tile.
+    """
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -46,7 +49,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, device: torch.device) -> GemmTile:
-    """Return the tile that the card's table has for an output (M, N) in place of `default`, or `default` itself.
+    """Return the tile for an output (M, N): the one that the card's table has instead of `default`, else `default`.
 
     Raises ValueError for a table with a mistake.
     """
@@ -55,15 +58,19 @@ def tuned(default: GemmTile, kernel: Any, M: int, N: int, dtype: torch.dtype, de
 
 
 def stamp(kernel: Any, device: torch.device) -> dict[str, Any]:
-    """Return what the tiles of a table depend on: the version of Triton, the code of the kernel, and the architecture."""
+    """Return the stamp of a table's tiles: the Triton version, a hash of the kernel's code, and the architecture.
+
+    Tiles are valid only for the stamp with which they were measured.
+    """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return {"triton": triton.__version__, "kernel": _code_hash(kernel), "capability": list(capability)}
 
 
 def tiles(section: Entry) -> dict[_Key, GemmTile]:
-    """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile named in the key.
+    """Return the tiles in a table's section `tiles`: key -> the tile that replaces the default tile in the key.
 
-    Raises ValueError for a row that is not as expected, for two rows of one bucket, and for an unknown key.
+    Raises ValueError for a wrong or missing value, for two rows with the same key, and for an unknown name in the
+    section.
     """
     rows = section["rows"].items()
     found = [_row(row) for row in rows]
@@ -123,14 +130,17 @@ def _tile(given: Entry) -> GemmTile:
 def _code_hash(kernel: Any) -> str:
     """Return a hash of the code of a kernel, of the Triton functions that it calls, and of `CANDIDATES`.
 
-    Comments, docstrings and line numbers do not change it.
+    Comments, docstrings and line numbers do not change the hash.
     """
     sources = sorted(_source(function) for function in {kernel, *_called(kernel)})
     return hashlib.sha256("\n".join([*sources, repr(CANDIDATES)]).encode()).hexdigest()[:16]
 
 
 def _called(kernel: Any) -> Iterator[Any]:
-    """Yield the Triton functions that a kernel calls directly or through other functions, compiled or interpreted."""
+    """Yield the Triton functions that a kernel calls, directly or through other functions.
+
+    The kernel may be compiled or interpreted.
+    """
     for name in kernel.fn.__code__.co_names:
         function = kernel.fn.__globals__.get(name)
         if isinstance(getattr(function, "fn", None), FunctionType):
@@ -139,7 +149,7 @@ def _called(kernel: Any) -> Iterator[Any]:
 
 
 def _source(function: Any) -> str:
-    """Return the code of a Triton function without comments and its docstring."""
+    """Return the code of a Triton function without its comments and docstring."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body
     assert isinstance(tree, ast.FunctionDef)  # noqa: S101
     if ast.get_docstring(tree) is not None:

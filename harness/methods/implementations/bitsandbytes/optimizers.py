@@ -40,7 +40,7 @@ def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tup
 
 @implements("lion8bit_step", **_OPERATION)
 def lion8bit_step(p: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of Lion8bit from a given state; return the new p, m and m_absmax. See `adamw8bit_step`."""
+    """Take one step of Lion8bit from the state m and m_absmax in `options`; return the new p, m and m_absmax."""
     from bitsandbytes.optim import Lion8bit
 
     return _step8bit(Lion8bit, p, g, 1, _ONE_MOMENT, **options)
@@ -78,7 +78,7 @@ def _step8bit(
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of PagedAdamW for each list in `grads`. Return the new parameters."""
+    """Take one step of PagedAdamW for each list in `grads`. Return the new parameters. options: those of PagedAdamW."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)

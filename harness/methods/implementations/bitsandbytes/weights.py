@@ -55,7 +55,8 @@ def _pack(
 def packed_layer(dense: nn.Linear, compute_dtype: torch.dtype, double: bool, block: int | None = None) -> Any:
     """Return a Linear4bit with the weight of `dense` in NF4.
 
-    block: number of weights per block. None means bitsandbytes' default, 64.
+    double: True to quantise the absmax of the blocks, too. block: number of weights per block. None means bitsandbytes'
+    default, 64.
     """
     import bitsandbytes
     import torch

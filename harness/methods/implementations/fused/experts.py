@@ -39,10 +39,10 @@ class FusedLoraExperts(LoraExperts):
 
 
 class FusedQloraExperts(FusedLoraExperts, QloraExperts):
-    """Stacked experts of transformers in NF4 with LoRA. On a CPU, each expert is decoded when its rows are multiplied."""
+    """Stacked experts of transformers in NF4 with LoRA. On a CPU, an expert's weights are decoded just before their use."""
 
     def stored(self, name: str) -> PackedWeight:
-        """Return the packed stacked parameter `name`."""
+        """Return the stacked parameter `name`, packed in 4 bits."""
         packed: Any = self.packed[name]
         return packed_weight(packed)
 

@@ -14,7 +14,7 @@ _ALONE = (
     "adalora_importance", "adamw8bit_step", "dora_linear", "dynamic_quantize", "galore_step", "lora_experts", "lora_linear",
     "lora_mlp", "lora_qkv", "multi_lora_linear", "nf4_linear", "nf4_lora_linear", "vera_linear",
 )  # fmt: skip
-"""Operations whose function and module have the Operation's name."""
+"""Operations whose module and function have the Operation's name, e.g. `lora_linear.lora_linear`."""
 _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {
     "galore8bit_step": "galore_step.galore8bit_step",
     "nf4_quantize": "nf4.quantize",
@@ -45,7 +45,7 @@ def _operation(name: str, path: str) -> Implementation:
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
     """Take one step of torch's AdamW for each list in `grads`. Return the new parameters.
 
-    Between steps, optimizer states with 100,000 elements or more are in host memory.
+    Between steps, optimizer states with 100,000 elements or more are in host memory. options: those of torch's AdamW.
     """
     return tuple(p.detach() for p in _paged_steps(params, grads, **options)[1])
 

@@ -1,7 +1,7 @@
 """`hf-peft`: the methods of HuggingFace peft, attached in place by `get_peft_model` with its default options.
 
-A user of peft gets the same adapters: on a model in bfloat16 or float16 the adapter is float32, and each layer casts
-its input up and its output down. `inject_adapter_in_model`, which diffusers uses, would leave the adapter in 16 bits.
+A user of peft gets the same adapters: on a model in bfloat16 or float16 the adapter is float32, and each layer casts its
+input to float32 and its output back. `inject_adapter_in_model`, which diffusers uses, would leave the adapter in 16 bits.
 """
 
 from __future__ import annotations

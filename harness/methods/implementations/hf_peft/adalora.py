@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's AdaLoRA to linear layers and Conv1D.
 
-    Raises Unsupported for regularization=squared-sum, for betas of 0 or 1, and for a schedule whose first step is its last
-    pruning.
+    Raises Unsupported for regularization=squared-sum, for betas of 0 or 1, and if step 1 is the last pruning
+    (total_steps - tfinal = 1).
     """
     from peft import AdaLoraConfig
 
@@ -72,8 +72,8 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 class PeftAdaLora(PeftAdapted):
     """A model with peft's AdaLoRA layers.
 
-    peft's allocator holds the importance averages. `masks` maps each layer's path to a boolean mask (R, 1), peft's rank
-    pattern: True for the singular values that the last pruning kept.
+    peft's allocator holds the importance averages. `masks` maps each layer's path to a boolean mask (R, 1), True for the
+    singular values that the last pruning kept. peft calls this mask the rank pattern.
     """
 
     def __init__(self, model: nn.Module, adalora_model: Any) -> None:
@@ -107,7 +107,7 @@ class PeftAdaLora(PeftAdapted):
     def after_step(self, step: int) -> None:
         """Call peft's allocator, and copy its new rank pattern to the masks.
 
-        The allocator first gets the current masks, because they may have been loaded.
+        The allocator first gets the current masks, because they may come from a checkpoint.
         """
         import torch
 

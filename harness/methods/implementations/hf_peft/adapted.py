@@ -19,7 +19,7 @@ NamedTensors = Callable[[Any], dict[str, Any]]
 
 
 def has_conv1d(found: Mapping[str, nn.Module]) -> bool:
-    """Return whether any layer is a Conv1D. If so, peft's config needs fan_in_fan_out; otherwise peft warns and sets it."""
+    """Return whether any layer is a Conv1D. If so, peft's config must set fan_in_fan_out, or peft warns and sets it."""
     from reference.shared.layers import kind_of
 
     return any(kind_of(layer) == "Conv1D" for layer in found.values())
@@ -91,7 +91,7 @@ def attach_after_wider_adapter(model: nn.Module, peft_config: Any, generator: Ge
 
 
 def wrappers(layer: Any) -> list[Any]:
-    """Return the layers of peft at one path, from the inside out: several for stacked experts, otherwise one."""
+    """Return peft's layers at one path: several nested ones for stacked experts, the innermost first; otherwise one."""
     inside = layer.base_layer
     return [*(wrappers(inside) if hasattr(inside, "base_layer") else ()), layer]
 

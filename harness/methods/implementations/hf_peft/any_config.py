@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
-"""Beginnings of the values of LoRA's `init_lora_weights` with which peft overwrites the base weight."""
+"""If LoRA's `init_lora_weights` begins with one of these, peft overwrites the base weight."""
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
-"""Methods that start near the base model, but not exactly at it."""
+"""Values of `peft_type`. With these, the output before training is near the base model's output, but not equal to it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods that start at the base model even if the config names an initialisation. In other methods, a named
-initialisation may be random, such as `gaussian` of C3A."""
+"""Values of `peft_type`. With these, the output before training equals the base model's, whichever initialisation the
+config names. With other types, a named initialisation may change the output, e.g. `gaussian` of C3A."""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
-"""Methods for which peft's `update_and_allocate` must be called between optimizer steps."""
+"""Values of `peft_type` that need a call of peft's `update_and_allocate` between optimizer steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
@@ -82,7 +82,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens: if it cannot use virtual tokens, peft raises its error only in the forward pass."""
+    """Run the model on two tokens. If the model cannot use virtual tokens, peft raises an error only in this pass."""
     import torch
 
     with torch.no_grad():
@@ -106,12 +106,12 @@ def _with_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, A
 
 
 class AnyPeft(PeftAdapted):
-    """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
+    """A model with any of peft's methods. Tensors keep peft's names, because a shared tensor belongs to several layers."""
 
     starts_as_base: bool
     """True if the output before training equals the output of the base model."""
     rewrites_base: bool
-    """True if `attach` changes the base weight."""
+    """True if peft changes the base weight when it attaches the adapter."""
     notes: list[str]
     """Warnings of peft about keys of the config that it ignores. The Record shows them."""
 

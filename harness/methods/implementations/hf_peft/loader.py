@@ -1,4 +1,4 @@
-"""Loading of adapter files by HF peft, as its documentation shows it: `PeftModel.from_pretrained`, then `load_adapter`."""
+"""Load adapter files by HF peft in the way that peft documents: `PeftModel.from_pretrained`, then `load_adapter`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PeftLoader(Loader):
     def load(self, folder: Path, name: str) -> None:
         """Load the first adapter by `PeftModel.from_pretrained`, and further ones by `load_adapter`.
 
-        Raises Unsupported for several adapters if one of them has `bias`.
+        Raises Unsupported for several adapters if the config of one of them says that it trains biases.
         """
         from peft import PeftConfig, PeftModel
 
@@ -65,7 +65,10 @@ class PeftLoader(Loader):
         return logits(self.model, prompts)
 
     def combine(self, names: Sequence[str], weights: Sequence[float], new_name: str, way: str) -> None:
-        """Combine by `add_weighted_adapter`. Raises Unsupported for the way `linear`, which sums A and B instead of B A."""
+        """Combine by `add_weighted_adapter`.
+
+        Raises Unsupported if peft refuses, and for several adapters with way="linear", which sums A and B instead of B A.
+        """
         if way == "linear" and len(names) > 1:
             raise Unsupported("combine: `linear` of peft adds the factors A and B, not the updates")
         rank = sum(max([config.r, *config.rank_pattern.values()]) for config in map(self.model.peft_config.get, names))
@@ -77,7 +80,7 @@ class PeftLoader(Loader):
             raise Unsupported(f"combine: {error}") from error
 
     def merge(self, names: Sequence[str]) -> None:
-        """Merge by `merge_adapter`. The modules_to_save of the first adapter stay in use.
+        """Merge by `merge_adapter`. The first adapter becomes the active one, so that its modules_to_save are used.
 
         Raises Unsupported for several adapters if one of them has modules_to_save.
         """
@@ -98,7 +101,7 @@ class PeftLoader(Loader):
         self.merged = False
 
     def hotswap(self, folder: Path, name: str) -> None:
-        """Replace an adapter by `hotswap_adapter`."""
+        """Replace an adapter by `hotswap_adapter`. Raises Unsupported if peft refuses the new adapter."""
         from peft.utils.hotswap import hotswap_adapter
 
         if not self.merged:  # peft compares the new config with that of the active adapter
@@ -110,7 +113,7 @@ class PeftLoader(Loader):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Disable all adapters within the context, by `disable_adapter`. Raises Unsupported for trained biases."""
+        """Disable all adapters within the context, by `disable_adapter`. Raises Unsupported if one has trained biases."""
         if any(config.bias != "none" for config in self.model.peft_config.values()):
             raise Unsupported("disabled: peft documents that disabling leaves the biases that it trained")
         with self.model.disable_adapter():
@@ -125,7 +128,7 @@ class PeftLoader(Loader):
                 module.set_scale(name, factor)
 
     def train(self, mode: bool) -> None:
-        """Switch the model to training mode, or back to evaluation mode."""
+        """Set the model to training mode if `mode` is True, else to evaluation mode."""
         self.model.train(mode)
 
     def copy(self) -> PeftLoader:

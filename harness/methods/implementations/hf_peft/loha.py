@@ -25,7 +25,7 @@ def loha(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
 
 
 def _factors(layer: Any) -> dict[str, Tensor]:
-    """Map the paper's letters to the parameters of peft's layer. Its w1_a and w2_a are the paper's B1 and B2."""
+    """Map the paper's letters to the parameters of peft's layer. peft's w1_a and w2_a are the paper's B1 and B2."""
     return {
         "A1": layer.hada_w1_b[ADAPTER], "B1": layer.hada_w1_a[ADAPTER],
         "A2": layer.hada_w2_b[ADAPTER], "B2": layer.hada_w2_a[ADAPTER],

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def lokr(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
     """Attach peft's LoKr to linear layers.
 
-    Raises Unsupported for a quantised base, and for a factor that divides a layer's size and is above its square root.
+    Raises Unsupported for a quantised base, and for a factor that divides a layer's size and exceeds the size's square
+    root.
     """
     from peft import LoKrConfig
 
@@ -42,6 +43,6 @@ def lokr(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
 
 
 def _blocks(layer: Any) -> dict[str, Tensor]:
-    """Map letters of the paper to the parameters of peft's layer. Its w1 is C. Its w2 is W2, or has the factors B and A."""
+    """Map letters of the paper to the parameters of peft's layer: w1 is C, and w2 is W2 or has the factors B and A."""
     named = {"C": layer.lokr_w1, "B": layer.lokr_w2_a, "A": layer.lokr_w2_b, "W2": layer.lokr_w2}
     return {name: parts[ADAPTER] for name, parts in named.items() if ADAPTER in parts}

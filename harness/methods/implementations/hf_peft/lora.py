@@ -30,7 +30,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
     """Attach peft's LoRA to linear layers, Conv1D, embeddings, convolutions and stacked experts.
 
     Raises Unsupported for a convolution with conv=loralib, for init=orthogonal with a convolution or with experts, for
-    init=orthogonal in float64, and for lora_bias with another init than kaiming.
+    init=orthogonal in float64, for dropout with experts, and for lora_bias with another init than kaiming.
     """
     from reference.shared.layers import KINDS, floating_dtype, kind_of, stacked_weights, targets
 

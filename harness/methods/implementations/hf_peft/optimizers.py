@@ -23,10 +23,10 @@ def lorafa_step(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Take one step of peft's LoRA-FA from the given moments.
 
-    Return A, B, and the moments m and v of B for the first layer, then the same for the second layer, then `other` and
-    its moments. other, role, experts: see `_two_layers`. The adapter has the dtype of the arguments, as with
-    `autocast_adapter_dtype=False`. Raises Unsupported for what peft's optimizer does not offer: torch's AdamW, and the
-    gradient without correction.
+    Return A, B, and B's moments m and v for the first layer, the same four for the second layer, and `other` and its
+    moments. other: a further trained tensor of the first layer, such as its bias; `_two_layers` describes other, role
+    and experts. The adapter has the dtype of the arguments, as with `autocast_adapter_dtype=False`. Raises Unsupported
+    unless `correction` is `least-squares` and `adamw` is `transformers`.
     """
     from peft.optimizers import create_lorafa_optimizer
 
@@ -64,8 +64,8 @@ def riemannian_lora_step(
     """Take one step of peft's Riemannian LoRA from the given moments.
 
     Return A and B of the first layer, A and B of the second layer, and `other`, each followed by its moments m and v.
-    other, role, experts: see `_two_layers`. torch's AdamW or SGD takes the preconditioned gradients. The adapter has
-    the dtype of the arguments.
+    other: a further trained tensor of the first layer, such as its bias; `_two_layers` describes other, role and
+    experts. torch's AdamW or SGD takes the preconditioned gradients. The adapter has the dtype of the arguments.
     """
     import torch
     from peft.optimizers import create_riemannian_optimizer
@@ -108,9 +108,9 @@ def loraplus_groups(
 def loraplus_groups_by_keywords(
     tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor], frozen: Collection[str], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same as `loraplus_groups`, but set the weight decay by the optimizer's own keyword `weight_decay`.
+    """Return what `loraplus_groups` returns, but set the weight decay by the optimizer's own keyword `weight_decay`.
 
-    According to its documentation, peft's function passes on all keywords that it does not know.
+    According to peft's documentation, `create_loraplus_optimizer` passes all other keywords on to the optimizer.
     """
     return _loraplus(tensors, gradients, **options)
 
@@ -149,7 +149,7 @@ def _plain_name(name: str) -> str:
 
 
 def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel whose parameters have the values `tensors`, by the names that `_plain_name` returns."""
+    """Return a PeftModel with these parameters. tensors: name, as `_plain_name` returns it -> value of the parameter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -199,8 +199,8 @@ def _two_layers(
     """Return a PeftModel of two linear layers with these adapters, each with its own rank and scaling.
 
     other: a trainable tensor of the first layer besides A and B. role: what `other` is: the layer's `bias`, the bias of
-    B (`lora-bias`) or DoRA's `magnitude`. experts: number of weights in each layer; above 1 the layers are stacks.
-    Raises Unsupported for stacks with another role than `bias`.
+    B (`lora-bias`) or DoRA's `magnitude`. experts: number of experts; above 1, each layer has a stack of their weights.
+    Raises Unsupported for such stacks if `role` is not `bias`.
     """
     import torch
     from peft import LoraConfig, get_peft_model

@@ -3,8 +3,8 @@
 For these methods, peft returns a wrapper around the model, but the harness uses the model without a wrapper. So the
 model gets a class whose forward pass calls the wrapper and drops the logits of the virtual tokens. This forward pass
 corrects two errors of peft. First, peft drops the position ids, so that padding before a text would shift positions.
-Second, peft 0.21 generates incorrectly with transformers from 5.24 on. It reads the cache under its old name, and so
-repeats its virtual tokens before every new token.
+Second, peft 0.21 generates incorrectly with transformers from 5.24 on: peft reads the cache under the cache's old name,
+and so repeats the virtual tokens before every new token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def remove(model: Any) -> None:
 
 
 def _running(kind: Any, run: Callable[..., Any]) -> Any:
-    """Return a subclass of `kind` whose forward pass calls `run(model, forward of kind, ...)`."""
+    """Return a subclass of the model class `kind`. Its forward pass calls `run(model, kind.forward, ...)`."""
     own = kind.forward
 
     @functools.wraps(own)  # preserves the model's signature
@@ -110,8 +110,8 @@ def _prompted(
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
     """Run the model's forward pass `own` with corrected arguments, and return its output.
 
-    The position ids do not count padding between virtual tokens and text. peft passes the cache under an old name.
-    transformers warns of this name, and refuses it from 5.40 on. So the cache gets the name that the model expects.
+    The corrected position ids do not count padding between virtual tokens and text. The cache gets the argument name
+    that the model expects: peft passes it under an old name, of which transformers warns, and which it refuses from 5.40.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")

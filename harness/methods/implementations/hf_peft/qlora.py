@@ -41,7 +41,7 @@ def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted
 
 
 def _packed_tensors(layer: Any) -> dict[str, Tensor]:
-    """Map codes and absmax, and for double quantisation absmax2 and offset, to the tensors of bitsandbytes."""
+    """Map `codes` and `absmax` to the tensors of bitsandbytes. Double quantisation adds `absmax2` and `offset`."""
     weight = layer.base_layer.weight
     quantised = weight.quant_state
     tensors = {"codes": weight.data.flatten(), "absmax": quantised.absmax}

@@ -18,8 +18,9 @@ def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Replace the targets by loralib's Linear, Embedding or Conv2d.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, which is seeded here.
-    Raises Unsupported for rslora, conv=peft, dropout before a convolution, packed weights, and subclasses with another
-    forward pass.
+    Raises Unsupported for rslora, packed weights, and subclasses with another forward pass; for a convolution with
+    conv=peft, dropout or a kernel that is not square; and for another init than kaiming, unless the layer is linear or
+    a Conv1D.
     """
     from harness.methods.implementations.loralib.layers import attach
 

@@ -1,9 +1,10 @@
-"""DoRA, computed as one product that includes the low-rank term, and a gain per output.
+"""DoRA, computed as one product that includes the low-rank term, then multiplied by a gain per output.
 
 Let W0 and b be the base's weight and bias, s the scaling, g the gain, and d the input x after dropout. The reference
 computes W0 x + b + (g - 1) W0 d + g s B A d. This file computes W0 (x - d) + b + g (W0 d + s B A d). If W0 and s B A
-nearly cancel, they do so in the accumulator of one product. If g is 1 and B is 0, the output equals the base's output
-within rounding, but not to the last bit. A dropout near 1 makes d large, so digits are lost.
+nearly cancel, they cancel in the accumulator of one product, before rounding. If g is 1 and B is 0, the output equals
+the base's output within rounding, but not to the last bit. A dropout probability near 1 makes d large, so digits are
+lost.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from reference.shared.layers import LINEAR_OR_CONV1D, dense_weight, kind_of, tar
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer. Either `dora_linear` computes it, or one product gives W0 x + s B A x, and `gained` multiplies it by g.
+    """DoRA's layer, computed by `dora_linear`, or by one product W0 x + s B A x that `gained` multiplies by g.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
+        """Return W0 x + b + (g - 1) W0 d + g s B A d with g = m / ||W0 + s B A||, shape (..., E).
 
-        W0 and b are the base's weight and bias, s is the scaling, and m has the magnitudes.
+        W0 and b are the base's weight and bias, s is the scaling, m has the magnitudes, and d is x after dropout.
         """
         base: Any = self.base
         plain, packed = is_plain(base), is_plain(base, Nf4Linear) and x.dtype == base.compute_dtype
@@ -88,14 +89,14 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
     def factors(self, x: Tensor) -> LoraFactors | None:
         """Return the matrices from which `lora_linears` computes W0 x + s B A x.
 
-        Return None if `factors_over` does, e.g. if the base layer must be called.
+        Return None if `factors_over` returns None, e.g. because the base layer must be called.
         """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return the base's product with x, computed without the bias. Subtracting the bias afterwards would round."""
+    """Return W0 x, computed by the base layer without its bias. Subtracting the bias afterwards would add a rounding."""
     bias, base.bias = base.bias, None
     try:
         y: Tensor = base(x)
@@ -105,7 +106,7 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 
 
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `dora_linear` to `config.targets`.
+    """Replace each target by a layer that computes by `dora_linear`.
 
     Raises Unsupported for per=input, for embeddings and convolutions, and for detach_norm=false. A layer over a Conv1D
     computes as the reference does. A layer over a base that another library has quantised also uses the formula of the

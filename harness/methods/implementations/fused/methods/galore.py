@@ -1,12 +1,12 @@
-"""GaLore without temporaries of the weight's size and without a full SVD.
+"""GaLore without temporaries of the weight's size and, except in float64, without a full SVD.
 
 For a gradient in float32 or a narrower dtype, the singular vectors come from the eigenvectors of the smaller Gram
 matrix in float64. float64 holds the products of float32 numbers exactly. So the squared singular values are as precise
-as the values of an SVD in float32. A float64 gradient gets an SVD.
+as the values of an SVD in float32. For a float64 gradient, LAPACK computes a full SVD.
 
 The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes a basis by Cholesky
 factorisation in float64. If the columns are nearly linearly dependent, it uses Householder reflections, like the
-reference. Both bases span the same space.
+reference. The two ways give bases of the same space.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from reference.shared.layers import KINDS, kind_of, targets
 class FusedLowRankLayer(SharedInputLayer):
     """A low-rank layer, computed by `lora_linear`.
 
-    Without dropout, layers with the same input are computed together.
+    Without dropout, layers with the same input are computed together where `InputGroup` can do so.
     """
 
     A: nn.Parameter
@@ -32,7 +32,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return self.A
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + scaling B A x, shape (..., E)."""
+        """Return W0 x + scaling B A x, shape (..., E). Dropout applies to the second x only."""
         if self.training and self.dropout.p:
             mask, share = keep_mask(x, self.dropout.p)
             return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling / share, mask)
@@ -43,7 +43,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the matrices from which `lora_linears` computes the output. Return None if `factors_over` does."""
+        """Return the matrices from which `lora_linears` computes the output, or None if `factors_over` returns None."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
@@ -56,7 +56,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` or `routed_experts` to `config.targets`.
+    """Replace each target by a layer that computes by `lora_linear` or `routed_experts`.
 
     Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
     """

@@ -2,11 +2,11 @@
 
 For a weight in float32 or a narrower dtype, the exact SVD (niter = 0) comes from the eigenvectors of the smaller Gram
 matrix in float64. The squared singular values are then as precise as the values of an SVD in float32. LAPACK computes
-the SVD of a float64 weight, and of a weight whose singular values span more than a factor of 2^12.
+the SVD of a float64 weight, and of a weight whose requested singular values span more than a factor of 2^12.
 
 The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes bases by Cholesky factorisation
 in float64 if the columns are far from linearly dependent. Otherwise it uses Householder reflections, like the reference.
-Both bases span the same space.
+The two ways give bases of the same space.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
 
 
 def attach(model: nn.Module, config: pissa.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` over the residual.
+    """Replace each target by a layer that computes by `lora_linear` over the residual.
 
     Raises ValueError in the same cases as the reference.
     """

@@ -22,7 +22,7 @@ class FusedQloraLinear(qlora.QloraLinear):
         return packed_weight(self.packed).decoded(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + scaling (B A x + c) with the decoded W, shape (..., E)."""
+        """Return W x + scaling (B A x + c) with the decoded W and the bias c of B, shape (..., E)."""
         mask = None
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
@@ -31,7 +31,7 @@ class FusedQloraLinear(qlora.QloraLinear):
 
 
 def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `packed_lora_linear` or `routed_experts` to `config.targets`.
+    """Replace each target by a layer that computes by `packed_lora_linear` or `routed_experts`.
 
     The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported if
     a target is a module of experts that transformers cannot group.

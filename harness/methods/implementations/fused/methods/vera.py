@@ -1,4 +1,4 @@
-"""VeRA. Layers with the same input share the product of this input with A."""
+"""VeRA. By `SharedProjection`, layers with the same input may share the product of this input with A."""
 
 from __future__ import annotations
 
