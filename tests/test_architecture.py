@@ -37,7 +37,6 @@ MAY_CATCH_ALL = {
     "harness/cell/loop_checks/settings.py": 1,  # a trainer of another project
     "harness/process/forks.py": 1,
     "harness/kernels/compile/ahead.py": 2,
-    "harness/kernels/torch/support/compiled.py": 1,
     "harness/methods/servers/__init__.py": 1,  # loads plug-ins
 }
 

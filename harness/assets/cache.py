@@ -1,7 +1,8 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
 A Source is a declared model or data set. Folders: models/NAME-KEY/, data/NAME-KEY/, environments/NAME-KEY/, staging/,
-carriers/ (wheels and sdists that users put there), predictions/ (files of `harness.memory_model.answer_cache`).
+carriers/ (wheels and sdists that users put there), predictions/ (files of `harness.memory_model.answer_cache`),
+kernels/ (compiled C++).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from harness.assets.table import Source
+from harness.cache_folder import root
 from harness.errors import AssetError
 
 FORMAT = 1
@@ -27,20 +28,6 @@ FORMAT = 1
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk"
-
-
-def root() -> Path:
-    """Return the cache folder, without creating it.
-
-    The environment variable PEFT_HARNESS_CACHE sets it. The default is `peft-harness` in the user's cache folder.
-    """
-    if chosen := os.environ.get("PEFT_HARNESS_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "peft-harness"
-    # The XDG specification says that relative paths are ignored.
-    user = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (user if user.is_absolute() else Path.home() / ".cache") / "peft-harness"
 
 
 def carriers() -> Path:

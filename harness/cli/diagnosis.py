@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.assets import cache, fetch
+from harness.assets import fetch
 from harness.assets.environments.table import home_of
+from harness.cache_folder import root as cache_root
 from harness.cli import options
 from harness.console import align_columns
 from harness.errors import Exit, plural
@@ -150,7 +151,7 @@ def _data_of(task: Task) -> list[str]:
 
 def _disk() -> list[Diagnosis]:
     found = []
-    for name, place in (("cache", cache.root()), ("runs", store.RUNS.resolve())):
+    for name, place in (("cache", cache_root()), ("runs", store.RUNS.resolve())):
         there = next(p for p in (place, *place.parents) if p.exists())
         free = shutil.disk_usage(there).free
         detail = f"{free / _GIB:.1f} GiB free at {place}"

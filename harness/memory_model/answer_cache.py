@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.assets import cache as asset_cache
 from harness.assets import model_folder
+from harness.cache_folder import root as cache_root
 from harness.errors import AssetError, ImplementationError, StoreError
 from harness.methods.registry import OWN_DISTRIBUTION, Registry, discover
 from harness.records import environment
@@ -33,7 +33,7 @@ _VARIABLES = ("PEFT_HARNESS_COMPILE", "TRITON_INTERPRET")
 
 def folder() -> Path:
     """Return the folder of the entries, without creating it."""
-    return asset_cache.root() / "predictions"
+    return cache_root() / "predictions"
 
 
 def read(request: Request) -> Any | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch import adamw8bit_step
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.support import packed_weight
-from harness.kernels.torch.support.compiled import LARGE
 from harness.kernels.torch.support.packed_weight import PackedWeight
 from harness.memory_model import state_sizes
 from harness.memory_model.counting import SkipRandomDraws
@@ -262,18 +260,11 @@ def _few_chunks() -> AbstractContextManager[None]:
 
 
 def _decoded_at_once() -> AbstractContextManager[None]:
-    """Return a context in which one operation decodes a large 4-bit weight, as in compiled code.
-
-    Other code decodes in thousands of pieces, with the same peak.
-    """
+    """Return a context in which one operation decodes a 4-bit weight, without temporary tensors, as a kernel does."""
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        if prod(self.shape) < LARGE:
-            return by_pieces(self, dtype, out)
-        self.constants()
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
-    by_pieces = PackedWeight._decoded
     return _replaced(PackedWeight, "_decoded", decoded)  # for the whole class, because Methods create further objects
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import cache_folder
 from harness.assets import cache, carrier, fetch, rows, table
 from harness.errors import AssetError
 from harness.process.supervisor import python
@@ -274,11 +275,11 @@ def test_the_cache_lies_where_it_should(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("PEFT_HARNESS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.root() == tmp_path / "peft-harness"
+    assert cache_folder.root() == tmp_path / "peft-harness"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache.root() == Path.home() / ".cache" / "peft-harness"
+    assert cache_folder.root() == Path.home() / ".cache" / "peft-harness"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache.root() == Path.home() / "Library" / "Caches" / "peft-harness"
+    assert cache_folder.root() == Path.home() / "Library" / "Caches" / "peft-harness"
 
 
 def test_another_content_is_another_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import cache
+from harness import cache_folder
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.suites import loader
@@ -34,7 +34,11 @@ def fewer(name: str, asked: str, tmp_path_factory: pytest.TempPathFactory) -> st
             assert old in text
             text = text.replace(old, new)
         (folder / "fewer.yaml").write_text(text, encoding="utf-8")
-        return make_fork_sandbox(folder, cache.root()).command("run", "fewer.yaml", "--only", asked, "--out", "run").err
+        return (
+            make_fork_sandbox(folder, cache_folder.root())
+            .command("run", "fewer.yaml", "--only", asked, "--out", "run")
+            .err
+        )
 
     folder, printed = once(tmp_path_factory, name, make)
     assert (folder / "run").is_dir(), printed

@@ -173,9 +173,9 @@ def test_threads_do_not_decode_into_each_other_s_buffer() -> None:
 def test_the_buffer_is_reused_grows_and_survives_inference_mode() -> None:
     packed_weight._own.buffers.by_dtype.clear()
     with torch.inference_mode():
-        made(8, 64, 0)(torch.randn(2, 64))
+        made(8, 64, 0)(torch.randn(5, 64))
     first = packed_weight._own.buffers.by_dtype[torch.float32].data_ptr()
-    x = torch.randn(2, 64, requires_grad=True)
+    x = torch.randn(5, 64, requires_grad=True)
     made(8, 64, 1)(x).sum().backward()
     assert x.grad is not None
     assert packed_weight._own.buffers.by_dtype[torch.float32].data_ptr() == first

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from harness.assets import cache
 from harness.assets.environments.table import EnvironmentSpec
+from harness.cache_folder import root as cache_root
 from harness.errors import AssetError
 from harness.records.base_model import Bytes, FrozenModel
 
@@ -92,7 +93,7 @@ def site_packages(folder: Path) -> Path:
 
 def root() -> Path:
     """Return the folder of all environments, without creating it."""
-    return cache.root() / "environments"
+    return cache_root() / "environments"
 
 
 def base(spec: EnvironmentSpec) -> dict[str, str]:

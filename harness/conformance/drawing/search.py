@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure, Unsatisfiable
 
-from harness.assets import cache as asset_cache
+from harness.cache_folder import root as cache_root
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import sample
 from harness.conformance.findings import defects
@@ -108,4 +108,4 @@ def _failure_of(check: str) -> type[AssertionError]:
 
 
 def _folder(name: str) -> Path:
-    return asset_cache.root() / "hypothesis" / name
+    return cache_root() / "hypothesis" / name

@@ -3,10 +3,9 @@
 Each block of consecutive values shares one scale: absmax, the block's largest magnitude. A value is stored as a 4-bit
 code, the index of the level nearest to value / absmax. A packed byte holds the codes of two values.
 
-Triton encodes and decodes on a GPU, and torch on a CPU, in pieces that fit the cache. For encoding, torch divides the
-axis from -1 to 1 into cells with at most one midpoint between two levels. Each value is compared with the midpoint of
-its cell. For decoding, one table look-up per byte returns two values. On a CPU, compiled code (support/nf4_compiled.py)
-processes the whole blocks of a large tensor, and gives the same bits as torch.
+Triton encodes and decodes on a GPU, and C++ on a CPU. Where C++ cannot run, torch gives the same bits, in pieces that
+fit the cache. For encoding, torch divides the axis from -1 to 1 into cells with at most one midpoint between two levels.
+Each value is compared with the midpoint of its cell. For decoding, one table look-up per byte returns two values.
 """
 
 from __future__ import annotations
@@ -19,20 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from harness.kernels.cpp import nf4 as cpp
 from harness.kernels.device import TRITON_DTYPES, by_triton
 from harness.kernels.dynamic_map_format import dynamic_map
 from harness.kernels.nf4_format import ZERO, check_second_sizes, check_sizes, levels
-from harness.kernels.torch.support import nf4_compiled
 from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
 """Number of cells per unit of the axis, for encoding. Multiplication by a power of two is exact."""
-
-
-@cache
-def _numbers() -> tuple[float, ...]:
-    return tuple(levels().tolist())
 
 
 @cache
@@ -79,10 +73,11 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     flat = W.detach().reshape(-1)
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=W.device)
-    done = nf4_compiled.encode(flat, packed, absmax, block, _numbers())
-    rest, step = flat[done:], _step(block, flat.numel() - done, W.device)
-    parts = rest.split(step), packed[done // 2 :].split(step // 2), absmax[done // block :].split(step // block)
-    for_each(_encode, [(*piece, block) for piece in zip(*parts, strict=True)], rest.numel())
+    if cpp.encode(flat, packed, absmax, block):
+        return packed, absmax
+    step = _step(block, flat.numel(), W.device)
+    parts = flat.split(step), packed.split(step // 2), absmax.split(step // block)
+    for_each(_encode, [(*piece, block) for piece in zip(*parts, strict=True)], flat.numel())
     if flat.numel() % 2:
         packed[-1] = packed[-1] & 0xF0 | ZERO  # pad with the code of zero, also in a block with a NaN
     return packed, absmax
@@ -119,15 +114,20 @@ def dequantize(
         from harness.kernels.triton import nf4 as gpu
 
         return gpu.dequantize(packed, absmax, block, shape, dtype, out)
-    values = empty(shape, dtype, packed.device) if out is None else out.view(tuple(shape))
+    values = _result(shape, dtype, packed.device, out)
+    flat, scale = packed.detach().reshape(-1), absmax.detach().float().reshape(-1)
+    if cpp.decode(flat, (scale, None, None, 1), values, block):
+        return values
     count = prod(shape)
-    flat, scale, out = packed.detach().reshape(-1), absmax.detach().float().reshape(-1), values.view(-1)
-    done = nf4_compiled.decode(flat, scale, out, block, _numbers())
-    rest, step = out[done:], _step(block, count - done, packed.device)
-    parts = flat[done // 2 :].split(step // 2), scale[done // block :].split(step // block), rest.split(step)
+    step = _step(block, count, packed.device)
+    parts = flat.split(step // 2), scale.split(step // block), values.view(-1).split(step)
     table = _words(packed.device)
-    for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], rest.numel())
+    for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], count)
     return values
+
+
+def _result(shape: Sequence[int], dtype: torch.dtype, device: torch.device, out: Tensor | None) -> Tensor:
+    return empty(shape, dtype, device) if out is None else out.view(tuple(shape))
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
@@ -165,9 +165,18 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int
     does not fit `codes`, or if offset is not one number.
     """
     check_second_sizes(codes, absmax2, offset, block)
-    absmax = dynamic_map(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
-    _times_absmax(absmax, absmax2.detach().float().reshape(-1), block, absmax)
-    return absmax.add_(offset.float())
+    constants = _flat(codes, absmax2, offset, block)
+    absmax = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
+    if not cpp.decode_constants(constants, absmax):
+        torch.index_select(dynamic_map(codes.device), 0, codes.detach().reshape(-1).to(torch.int32), out=absmax)
+        _times_absmax(absmax, constants[1], block, absmax)
+        absmax += constants[2]
+    return absmax
+
+
+def _flat(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return the constants of double quantisation as the C++ kernels take them."""
+    return codes.detach().reshape(-1), absmax2.detach().float().reshape(-1), offset.detach().float(), block
 
 
 def dequantize_double(
@@ -191,7 +200,12 @@ def dequantize_double(
 
         code = dynamic_map(packed.device)
         return gpu.dequantize_double(packed, codes, absmax2, offset, code, block, block2, shape, dtype, out)
-    return dequantize(packed, double_dequantize(codes, absmax2, offset, block2), block, shape, dtype, out)
+    check_sizes(packed, codes, block, shape)
+    check_second_sizes(codes, absmax2, offset, block2)
+    values = _result(shape, dtype, packed.device, out)
+    if cpp.decode(packed.detach().reshape(-1), _flat(codes, absmax2, offset, block2), values, block):
+        return values
+    return dequantize(packed, double_dequantize(codes, absmax2, offset, block2), block, shape, dtype, values)
 
 
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:

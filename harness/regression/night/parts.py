@@ -158,8 +158,7 @@ def on_cpu() -> list[NightPart]:
         _run("matrix", "Do all methods train, on a tiny model?", "night-rehearsal",
              ("lora", "lora-nf4", "dora", "adalora", "vera", "galore"), two_at_a_time, 45),
     ]  # fmt: skip
-    # Compiling NF4's code takes seconds in each process, more than it saves at these shapes.
-    headline_65b, headline_others, matrix = (replace(one, variables={"PEFT_HARNESS_COMPILE": "0"}) for one in runs)
+    headline_65b, headline_others, matrix = runs
     return [
         *_kept(
             *parity, ceilings, _operation("nf4_dequantize", timed, 20), _step("adalora", (*timed, "--layers", "1"), 55)

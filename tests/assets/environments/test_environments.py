@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import pytest
 
-from harness.assets import cache
+from harness import cache_folder
 from harness.assets.environments import create, folder, integrity, packages, table
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
@@ -92,7 +92,7 @@ def said_by(environment: MadeEnvironment, code: str) -> str:
 
 def left() -> list[str]:
     """Return the files in the cache, without the lock of the staging folder."""
-    files = [path.relative_to(cache.root()) for path in cache.root().rglob("*") if not path.is_dir()]
+    files = [path.relative_to(cache_folder.root()) for path in cache_folder.root().rglob("*") if not path.is_dir()]
     return sorted({str(path) for path in files} - {"staging/lock"})
 
 

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from harness.kernels.cpp import nf4 as cpp
 from harness.kernels.torch import nf4
 
 
@@ -65,6 +66,12 @@ class PackedWeight:
         if self.absmax2 is None or self.offset is None:
             return self.absmax
         return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)
+
+    def times_few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return x W^T + bias (T, E) for a few rows x (T, D), or None if no kernel multiplies by packed weights."""
+        E, D = self.shape
+        constants = (self.absmax, self.absmax2, self.offset, self.block2)
+        return cpp.multiply(x, self.packed.detach(), constants, self.block, (E, D), bias)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in its shape, decoded to this dtype, in fresh memory."""
