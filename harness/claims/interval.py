@@ -41,11 +41,17 @@ class Interval:
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
     def from_printed(self, how: str) -> MeasureResult:
-        """Return this interval as the result of a measure that uses printed figures. how: the arithmetic as text."""
+        """Return a MeasureResult for an interval from printed figures: its value, and both bounds as `within`.
+
+        If the bounds are equal, `within` is None. how: the arithmetic as text.
+        """
         return MeasureResult(self.value, how, within=None if self.least == self.most else (self.least, self.most))
 
     def measured(self, how: str) -> MeasureResult:
-        """Return this interval as the result of a measure that uses measurements. how: the arithmetic as text."""
+        """Return a MeasureResult for an interval from measurements: its `least` as the value, and `most`.
+
+        If both are equal, `most` is None. how: the arithmetic as text.
+        """
         return MeasureResult(self.least, how, most=None if self.least == self.most else self.most)
 
 

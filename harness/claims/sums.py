@@ -22,7 +22,7 @@ def in_words(shapes: Iterable[Shape]) -> str:
 
 
 def summed(shapes: Iterable[Shape]) -> MeasureResult:
-    """Return the number of elements of tensors with these shapes, as the result of a measure."""
+    """Return a MeasureResult with the number of elements of tensors with these shapes."""
     every = list(shapes)
     return MeasureResult(total(every), in_words(every))
 

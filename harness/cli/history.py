@@ -80,20 +80,24 @@ def show(cell: str | None, metric: str | None, each_night: bool, folder: Path, a
 def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, as_json: bool) -> Exit:
     """Find changes of level.
 
-    Times: the value of a night is the median over its passes, divided by the night's anchor. The anchor is the median
-    over all series of value / usual value. An optimal segmentation splits the values of a series into levels. A change
-    of level is at least 2 % and lasts three nights, so that one bad night is not a change. The anchor itself is
-    compared with the sentinels: the latencies of the bare base models and the Cells of --sentinel.
+    A series has one value per night, for one metric of a Cell at one place. A place is a machine with its driver,
+    torch, Triton and number of threads.
+
+    Times: the value of a night is the median over its passes, divided by the night's anchor. The anchor shows how slow
+    the whole machine was. For each series of step times at the place, take the night's value / the usual value, i.e.
+    the median over all nights. The anchor is the median of these ratios. Latencies have an anchor of their own. An
+    optimal segmentation splits the values of a series into levels. A change of level is at least 2 % and lasts three
+    nights, so that one bad night is not a change. The anchor itself is compared with the sentinels, whose code does not
+    change: the latencies of the bare base models and the Cells of --sentinel.
 
     Accuracy: the same without an anchor, for changes of at least one percentage point. Parameters and counted bytes:
     any change, on its first night. Peak memory: a change by more than 16 MiB and more than 1 %.
 
-    A place is a machine with its driver, torch, Triton and number of threads. Each place has its own series.
-
     \b
     Exit codes:
       1  more parameters or counted bytes, or another change for the worse that
-         a committed line confirms (`history confirm`); `history reset` accepts it
+         a line in confirmations.jsonl confirms (`history confirm` and `history
+         settle` write it); `history reset` accepts the change
       3  with --strict: a change, worse or better, is neither confirmed nor refuted
       4  a Cell or a metric is no longer measured on the last night of its place
          (`history reset` accepts it), or a file of the history cannot be read

@@ -1,4 +1,4 @@
-"""Estimate the activations that a Llama saves for its backward pass, in closed form. No torch.
+"""Estimate the activations that a Llama saves for its backward pass, in closed form. Imports no torch.
 
 The estimate counts the bytes that autograd saves in transformers' Llama. Each block saves, per token:
 

@@ -1,4 +1,4 @@
-"""For each Method, base and optimizer, find the largest training that fits into a given memory. No torch.
+"""For each Method, base and optimizer, find the largest training that fits into a given memory. Imports no torch.
 
 A child process counts bytes (`harness.memory_model.counting`). The search itself is arithmetic. It maximises rank x
 batch for texts of a given length. Among equal products it takes the smallest rank.

@@ -102,7 +102,12 @@ class _Question:
     def _predicted(
         self, rows: list[tuple[FitRequest, Row]], searches: Sequence[StepRequest] = ()
     ) -> tuple[list[Row], list[StepAnswer]]:
-        """Return the rows with `fits`, `needed_B`, `free_B` and the peak of a step, and the answers to `searches`."""
+        """Return each row with its prediction, and the answer to each of `searches` (for the largest batch that fits).
+
+        A prediction is the keys `fits`, `needed_B`, `free_B`, `margin_B` and `because`. If `by_steps` is True, it comes
+        from one simulated training step, and `peak_B` is its peak; if the step gave no peak, `peak_B` is None. Otherwise
+        it comes from the closed form, and there are no searches. rows: pairs (request, row).
+        """
         if not self.by_steps:
             return [_judged(row, row["ledger"]["total_B"], self.room) for _, row in rows], []
         if rows or searches:

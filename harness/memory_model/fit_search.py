@@ -1,6 +1,6 @@
 """Find what fits from the peaks of training steps on fake tensors. The search starts from closed-form results.
 
-No torch.
+Imports no torch.
 
 Closed-form estimates leave out temporary tensors. A step on fake tensors includes all of them. The step runs the code
 of `fused`, or of the reference if `fused` does not implement the Method.

@@ -80,7 +80,8 @@ def _transience(errors: Sequence[str]) -> StepAnswer:
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
     """Return the steps to try, in order. The first uses the Cell's own Implementation.
 
-    Each key names the code that replaces the Cell's own code or its base. If nothing is replaced, the key is empty.
+    A key names what replaces a part of the Cell, e.g. `the reference on a stand-in for the base`: the reference replaces
+    the Cell's Implementation, and stand-ins replace the layers of a 4-bit base. If nothing is replaced, the key is "".
     """
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}

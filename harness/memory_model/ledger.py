@@ -1,4 +1,4 @@
-"""Parts of the memory of a training step, and names of the bases, optimizers and dtypes in predictions. No torch."""
+"""Parts of the memory of a training step, and names of the bases, optimizers and dtypes in predictions. Imports no torch."""
 
 from __future__ import annotations
 

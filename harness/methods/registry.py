@@ -193,7 +193,7 @@ class Registry:
     """Software of the process that loaded the entry points. None if this process loaded them."""
 
     def names(self, kind: str, target: str) -> list[str]:
-        """List the names of the Implementations of `target`, sorted. kind: the kind of `target`, see `targets`."""
+        """List the names of the Implementations of `target`, sorted. kind: the kind of `target`, e.g. `method`."""
         return sorted(i.name for i in self.implementations if (i.kind, i.target) == (kind, target))
 
     def find(self, kind: str, target: str, name: str) -> Implementation:

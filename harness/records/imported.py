@@ -1,4 +1,4 @@
-"""Facts about an adapter that another program trained. The Record of the Cell that evaluates it holds them. No torch."""
+"""Facts about an adapter that another program trained, for the Record of the Cell that evaluates it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find settings of a suite that the training loop of another library does not support. No torch."""
+"""Find settings of a suite that the training loop of another library does not support. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _of_trl(
     steps: int,
     encoders: Sequence[str],
 ) -> Iterator[tuple[str, str]]:
-    """Yield a pair (reason, hint) for each setting that `loop: trl` does not support. For arguments, see `problems`."""
+    """Yield a pair (reason, hint) for each setting that `loop: trl` does not support. Parameters: as in `problems`."""
     if not steps:
         yield "nothing is trained in 0 steps", "leave `loop` out"
     for name in encoders:

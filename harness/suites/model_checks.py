@@ -1,4 +1,4 @@
-"""Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. No torch.
+"""Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. Imports no torch.
 
 The check runs before anything is fetched, and again when all models have been fetched. The headers of the weight files
 list every layer with weights of its own, but not, e.g., tied layers. If a target is not found in the headers, a child

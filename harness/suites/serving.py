@@ -1,4 +1,4 @@
-"""Check the key `serve:` of an entry, which names the kinds of model servers for the trained adapters. No torch.
+"""Check the key `serve:` of an entry, which names the kinds of model servers for the trained adapters. Imports no torch.
 
 A server loads the base from a folder and the adapters from files in the format of peft. So the base must not be
 quantised, and the Method must be LoRA. For a model without weights (`shape:NAME`), random weights are saved in a folder

@@ -1,4 +1,4 @@
-"""The task `synthetic`: random tokens instead of texts, to measure the cost of a Cell without a score. No torch.
+"""The task `synthetic`: random tokens instead of texts, to measure the cost of a Cell without a score. Imports no torch.
 
 Every sequence has exactly `max_tokens` tokens. The loss of a causal model covers all tokens except the first. The loss
 of an encoder uses random labels. Nothing is scored, so the Records have no accuracy.

@@ -101,7 +101,7 @@ def suspect(
     `steps` cannot find this change, because a level needs three nights. The old level is the median of the values from
     the index `since` on, without the last two; it needs FEWEST values. A change is suspected if the last value exceeds
     the old level by at least `least`, and by at least SUSPICIOUS standard errors. The new level is assumed to begin at
-    the second last value. For the other arguments, see `steps`.
+    the second last value. `steps` describes the other parameters.
     """
     import numpy as np
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Share of A's time. If B is faster by more than this, `PairVerdict.sentence` asks whether B still does the same
-work."""
+"""Share by which a time may fall before the result is doubted: if B takes less than 70 % of A's time,
+`PairVerdict.sentence` adds the question "does it still do the same work?"."""
 
 NO_FRESH = "--no-fresh ran no fresh pairs, and only those can find a slow-down"
 """Reason why times stay undecided if the option --no-fresh switches off the fresh pairs."""

@@ -1,1 +1,1 @@
-"""Python environments for libraries that cannot share one: declared, made, cached, repaired, removed. No torch."""
+"""Python environments for libraries that cannot share one: declared, made, cached, repaired, removed. Imports no torch."""

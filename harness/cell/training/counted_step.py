@@ -29,7 +29,7 @@ def step_peak(
     The step uses the batch that puts the most tokens into the model at once. The optimizer already has its states. The
     step is not timed, because counting slows it down. Some optimizers do extra work in certain steps, such as GaLore's
     SVD. This work is counted only if it is due in this step, the first one after the training. The Method's
-    `after_step` is not called. take_step: function that takes the step; see `loop.step` for its arguments.
+    `after_step` is not called. take_step: function that takes the step, with the parameters of `loop.step`.
 
     At the end, even after an error, the function restores three things: the trained parameters; the model's buffers,
     such as the statistics of a BatchNorm; and the random states of torch, Python, numpy and the generators that are

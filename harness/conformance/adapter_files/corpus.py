@@ -1,4 +1,4 @@
-"""Names of the adapters in suites/adapters, with which loaders are checked. This module does not import torch."""
+"""Names of the adapters in suites/adapters. `check` loads them to check loaders of adapter files. Imports no torch."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ def _other_numbers(config: Any) -> dict[str, float]:
 
 
 def _programs(start: Subject, case: Case, forward: Forward) -> Programs:
-    """Return the models that take a walk together, all in the state of `start`.
+    """Return the programs that take a walk together: the subject, and three references.
 
-    They are the subject, the float64 reference, and two references in the subject's dtype. The second of the two starts
-    from slightly moved tensors.
+    One reference is in float64, and two are in the subject's dtype. All programs begin with the tensors and the state of
+    `start`, but the tensors of the last reference (`near`) are slightly moved.
     """
     from harness.conformance.walk.machine import Programs
 

@@ -160,9 +160,10 @@ def _functional(call: Call) -> dict[str, Tensor] | None:
 
 
 def _after(restore: Restore) -> Form:
-    """Return a form that calls a copy of the layer, lets `restore` halve the copy's tensors, and calls the copy again.
+    """Return a form that calls a copy of the layer, gives the copy halved values by `restore`, and calls it again.
 
-    The first calls are made with and without gradients, in `call.training` and in eval mode.
+    Before `restore`, the copy is called twice in eval mode: once with and once without gradients. If `call.training` is
+    True, it is first called in the same two ways in training mode.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -193,9 +194,9 @@ Mode = Callable[[str], AbstractContextManager[object]]
 
 
 def _in_mode_after(mode: Mode, restore: Restore) -> Form:
-    """Return a form that calls a copy in the context `mode`, lets `restore` halve its tensors, and calls it again.
+    """Return a form that calls a copy of the layer, gives the copy halved values by `restore`, and calls it again.
 
-    Both calls are inside the context, and `restore` runs outside it. The copy is in eval mode.
+    Both calls are inside the context that `mode` returns. `restore` runs outside it. The copy is in eval mode.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:

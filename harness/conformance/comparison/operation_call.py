@@ -37,9 +37,10 @@ def judge(
     """Judge the outputs `mine` of a call. Return the judgement, and details as text.
 
     First, dtype, shape and device must equal the reference's. Then the values are judged by the Operation's own rule.
-    If the Operation has no rule, they must be within the noise floor of the reference. given: the arguments of the
-    call, if they are a copy of the subject's in another memory layout. The reference is then also called with `given`,
-    because this layout may change the order of its sums.
+    If the Operation has no rule, they must be within the noise floor of the reference.
+
+    given: a copy of the call's arguments if they have another memory layout than the subject's, else None. The
+    reference is then also called with `given`, because this layout may change the order of its sums.
     """
     if given is not None:
         return _judge(subject, mine, case, given)
@@ -90,7 +91,7 @@ def judgements(
 ) -> Iterator[tuple[Judgement, str]]:
     """Judge the outputs `mine` by each rule of the Operation. Yield pairs (judgement, details).
 
-    given: the arguments of the call, if their memory layout is not the subject's.
+    given: a copy of the call's arguments if they have another memory layout than the subject's, else None.
     """
     yield judge(subject, mine, case, given)
     if subject.operation.codes is not None:
@@ -108,8 +109,8 @@ def judge_form(
     """Judge the outputs `mine` of a call in another form, such as another memory layout. Return the judgement.
 
     plain: the outputs of an ordinary call. Outputs that equal these to the last bit pass. Other outputs must pass the
-    rules of the Operation, since the form may take another path through the code. form: name of the form. given: the
-    arguments of the call, if their memory layout is not the subject's.
+    rules of the Operation, since the form may take another path through the code. form: name of the form. given: a
+    copy of the call's arguments if they have another memory layout than the subject's, else None.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:

@@ -50,10 +50,11 @@ def search(
 ) -> None:
     """Try `wanted.drawn` random cases, and shrink each failure to the smallest case that still fails.
 
-    Call `report` with the outcomes of each case until a check fails. After that, call `report` only with the outcomes
-    of the first failing case and of the smallest failing case of each check that fails. `wanted.seed` decides the
-    random cases. Failures are stored in the cache under `name`, and the next search tries them first. A failure that a
-    known defect explains is not shrunk, and the search goes on.
+    Call `report` with the outcomes of each case until a check fails. After that, `report` gets the outcomes of only two
+    cases per failing check: the first case in which it fails and, at the end of the search, the smallest one. A case
+    counts for the first check that it fails. `wanted.seed` decides the random cases. Failures are stored in the cache
+    under `name`, and the next search tries them first. A failure that a known defect explains is not shrunk, and the
+    search goes on.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()

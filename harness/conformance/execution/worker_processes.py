@@ -153,8 +153,8 @@ def run(
     """Run all tasks in at most `jobs` processes at a time.
 
     Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run. progress:
-    called with a line of text when a target begins and when it ends. patience: see PATIENCE. python: interpreter of the
-    worker processes; by default, the interpreter of the caller.
+    called with a line of text when a target begins and when it ends. patience: seconds without a result after which
+    an implementation counts as hanging. python: interpreter of the worker processes; by default, that of the caller.
     """
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False

@@ -31,8 +31,9 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are about as large as their updates. They are in float32, or in float64 for float64 weights,
-    because the scores, products of averages, are too small for float16 (about a millionth).
+    The previous averages I and U are about as large as their updates. They are in float32, or in float64 for float64
+    weights. Scores are computed from products of two averages. A product is about a millionth, and float16 has few
+    digits for such small numbers.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
     given: Arguments = {"beta1": beta1, "beta2": beta2}

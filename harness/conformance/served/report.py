@@ -56,12 +56,15 @@ class SubjectFinding:
     """The evidence that one adapter, or the base, does not conform."""
 
     cause: str
-    """The mistake that explains the wrong answers, in one sentence."""
+    """Text about failed requests, the mistake that explains wrong answers, and the lengths of prompts with wrong answers.
+    A part that does not apply is left out."""
     worst: str
-    """Text about the worst token: its phase and prompt, its value, and the value that it should have."""
+    """Text about one token of the worst answer: phase, prompt and position, its log-probability in nats, and the right
+    log-probability. If all log-probabilities are right, but a generated token is not the most likely one, the text names
+    the more likely token instead. If requests failed and no answer is wrong, it is the error of the first failed request."""
     request: str
-    """A command that repeats the request of the worst token. It first sends a request to another adapter if the error
-    shows only then."""
+    """A curl command that repeats the request of `worst`. It first sends a request to another adapter if the requests
+    that were sent alone show no error."""
 
 
 @dataclass(frozen=True)

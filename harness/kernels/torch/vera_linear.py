@@ -1,6 +1,7 @@
 """VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T.
 
-`SharedProjection` lets layers with the same x share u, if there is no mask.
+In torch, layers with one `SharedProjection` and the same x and A compute u only once, if there is no mask and autograd
+keeps u for the backward pass of the first layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Format the result of a regression gate as one JSON document, with all rows and the meaning of each kind of row."""
+"""Format the result of a regression gate as one JSON document.
+
+A row compares one property of a Cell or of the run, such as a peak of memory, with the baseline. The document has every
+row, even those that the terminal leaves out, and says what each kind of row means.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class PeftLoader(Loader):
             raise Unsupported(f"combine: {error}") from error
 
     def merge(self, names: Sequence[str]) -> None:
-        """Merge by `merge_adapter`. The first adapter becomes the active one, so that its modules_to_save are used.
+        """Make the first adapter the active one, so that its modules_to_save are used, and merge by `merge_adapter`.
 
         Raises Unsupported for several adapters if one of them has modules_to_save.
         """

@@ -18,7 +18,7 @@ from reference.shared.layers import KINDS, kind_of, targets
 
 
 class FusedLowRankLayer(SharedInputLayer):
-    """A low-rank layer, computed by `lora_linear`.
+    """A low-rank layer, computed by the kernels of `lora_linear`.
 
     Without dropout, layers with the same input are computed together where `InputGroup` can do so.
     """
@@ -56,9 +56,10 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Replace each target by a layer that computes by `lora_linear` or `routed_experts`.
+    """Replace each linear target by a FusedLoraLinear, and each module of experts by a FusedLoraExperts.
 
-    Raises Unsupported if a target is neither linear nor a module of experts that transformers can group.
+    Raises Unsupported for other kinds of targets, for experts whose class does not use transformers' interface for
+    experts, and for experts with a norm after every expert.
     """
     for path, base in targets(model, config.targets, KINDS).items():
         if problem := _why_not(base):

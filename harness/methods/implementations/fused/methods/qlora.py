@@ -31,10 +31,10 @@ class FusedQloraLinear(qlora.QloraLinear):
 
 
 def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Replace each target by a layer that computes by `packed_lora_linear` or `routed_experts`.
+    """Replace each linear target by a FusedQloraLinear, and each module of experts by a FusedQloraExperts.
 
-    The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported if
-    a target is a module of experts that transformers cannot group.
+    The original layers stay available for `detach`; a Cell offloads their weights while it trains. Raises Unsupported for
+    experts whose class does not use transformers' interface for experts, and for experts with a norm after every expert.
     """
     for path, base in targets(model, config.targets, qlora.KINDS).items():
         if kind_of(base) == "experts" and (problem := why_not(base)):
