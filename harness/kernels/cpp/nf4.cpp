@@ -5,16 +5,17 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int PIECE = 64;  // values that are decoded at a time; they stay in the first cache
+constexpr int PIECE = 64;  // values that are encoded, or multiplied, at a time; they stay in the first cache
 constexpr int LANES = 16;  // partial sums of a product
-constexpr int64_t STREAMED = 16 << 20;  // bytes of a result from which it bypasses the cache
+constexpr int64_t STREAMED_BYTES = 32 << 20;  // size of a result from which it bypasses the cache
 
 using bfloat16 = uint16_t;
 using float16 = _Float16;
@@ -40,11 +41,26 @@ inline bfloat16 round_to_bfloat16(float value) {
 inline void cast(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
 inline void cast(const float* from, bfloat16* to, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] = round_to_bfloat16(from[i]);
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), nan = _mm512_set1_epi32(0x7fc0);
+    for (; i + 16 <= count; i += 16) {
+        __m512 values = _mm512_loadu_ps(from + i);
+        __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+        __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, odd)), 16);
+        rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), nan);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(rounded));
+    }
+#endif
+    for (; i < count; i++) to[i] = round_to_bfloat16(from[i]);
 }
 
 inline void cast(const float* from, float16* to, int64_t count) {
     int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#endif
 #if defined(__F16C__)
     for (; i + 8 <= count; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
@@ -81,94 +97,114 @@ struct Constants {
     }
 };
 
-#if defined(__AVX512F__)
-struct Levels {
-    __m512 all;
-    explicit Levels(const float* levels) : all(_mm512_loadu_ps(levels)) {}
-    __m512 operator()(__m512i codes) const { return _mm512_permutexvar_ps(codes, all); }
-};
-#elif defined(__AVX2__)
-struct Levels {
-    __m256 low, high;
-    explicit Levels(const float* levels) : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
-    __m256 operator()(__m256i codes) const {
-        __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), bit3);
+// The 16 values of the codes of one block: level x scale, cast once.
+template <typename Out>
+struct Table {
+    alignas(64) Out values[16];
+
+    Table(const float* levels, float scale) {
+        float products[16];
+        for (int i = 0; i < 16; i++) products[i] = levels[i] * scale;
+        cast(products, values, 16);
     }
 };
-#else
-struct Levels {
-    const float* all;
-    explicit Levels(const float* levels) : all(levels) {}
-};
+
+// Store a vector, past the cache if it is not read soon. A streamed address is a multiple of the vector's size.
+#if defined(__AVX512F__)
+template <bool STREAMED>
+inline void store(void* to, __m512i from) {
+    if (STREAMED)
+        _mm512_stream_si512(static_cast<__m512i*>(to), from);
+    else
+        _mm512_storeu_si512(to, from);
+}
 #endif
 
-// Write level x scale for `count` codes of one block, an even number unless the tensor ends here.
-inline void expand(const uint8_t* packed, const Levels& levels, const float* table, float scale, float* out, int64_t count) {
+// Write the values of `count` codes of one block, beginning with a whole byte.
+template <bool STREAMED>
+inline void expand(const uint8_t* packed, const Table<float>& table, float* out, int64_t count) {
     int64_t i = 0;
 #if defined(__AVX512F__)
-    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    const __m512 scales = _mm512_set1_ps(scale);
-    for (; i + 32 <= count; i += 32) {
-        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2)));
-        __m512 high = _mm512_mul_ps(levels(_mm512_srli_epi32(bytes, 4)), scales);
-        __m512 low = _mm512_mul_ps(levels(bytes), scales);  // only the lowest four bits of an index count
-        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(high, first, low));
-        _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(high, second, low));
+    const __m512 values = _mm512_load_ps(table.values);
+    const __m512i low = _mm512_set1_epi64(15);
+    for (; i + 16 <= count; i += 16) {
+        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2)));
+        __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(_mm512_and_si512(bytes, low), 32));
+        store<STREAMED>(out + i, _mm512_castps_si512(_mm512_permutexvar_ps(codes, values)));
     }
 #elif defined(__AVX2__)
-    const __m256 scales = _mm256_set1_ps(scale);
-    for (; i + 16 <= count; i += 16) {
-        __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + i / 2)));
-        __m256 high = _mm256_mul_ps(levels(_mm256_srli_epi32(bytes, 4)), scales);
-        __m256 low = _mm256_mul_ps(levels(bytes), scales);
-        __m256 a = _mm256_unpacklo_ps(high, low), b = _mm256_unpackhi_ps(high, low);
-        _mm256_storeu_ps(out + i, _mm256_permute2f128_ps(a, b, 0x20));
-        _mm256_storeu_ps(out + i + 8, _mm256_permute2f128_ps(a, b, 0x31));
+    const __m256 below = _mm256_load_ps(table.values), above = _mm256_load_ps(table.values + 8);
+    const __m256i low = _mm256_set1_epi64x(15);
+    for (; i + 8 <= count; i += 8) {
+        int32_t four;
+        std::memcpy(&four, packed + i / 2, sizeof four);
+        __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+        __m256i codes = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(_mm256_and_si256(bytes, low), 32));
+        __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+        __m256 first = _mm256_permutevar8x32_ps(below, codes), second = _mm256_permutevar8x32_ps(above, codes);
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(first, second, bit3));
     }
 #endif
-    for (; i < count; i++) out[i] = table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4] * scale;
+    for (; i < count; i++) out[i] = table.values[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
 }
 
-// Copy to memory that is not read soon. Both pointers and the number of bytes are multiples of 64.
-inline void stream(const void* from, void* to, int64_t bytes) {
+template <bool STREAMED, typename Out>
+inline void expand(const uint8_t* packed, const Table<Out>& table, Out* out, int64_t count) {
+    static_assert(sizeof(Out) == 2);
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    // A load of more bytes than were just stored would wait for the store.
+    const __m512i values = _mm512_castsi256_si512(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.values)));
+    const __m512i low = _mm512_set1_epi32(15);
+    for (; i + 32 <= count; i += 32) {
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2)));
+        __m512i codes = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(_mm512_and_si512(bytes, low), 16));
+        store<STREAMED>(out + i, _mm512_permutexvar_epi16(codes, values));
+    }
+#elif defined(__AVX2__)
+    // Look up the low and the high byte of each value.
+    const __m128i* halves = reinterpret_cast<const __m128i*>(table.values);
+    const __m128i first = _mm_load_si128(halves), second = _mm_load_si128(halves + 1), byte = _mm_set1_epi16(255);
+    const __m128i below = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+    const __m128i above = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    const __m128i nibble = _mm_set1_epi8(15);
+    for (; i + 32 <= count; i += 32) {
+        __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
+        __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), low = _mm_and_si128(bytes, nibble);
+        __m128i* to = reinterpret_cast<__m128i*>(out + i);
+        for (__m128i codes : {_mm_unpacklo_epi8(high, low), _mm_unpackhi_epi8(high, low)}) {
+            __m128i lower = _mm_shuffle_epi8(below, codes), upper = _mm_shuffle_epi8(above, codes);
+            _mm_storeu_si128(to++, _mm_unpacklo_epi8(lower, upper));
+            _mm_storeu_si128(to++, _mm_unpackhi_epi8(lower, upper));
+        }
+    }
+#endif
+    for (; i < count; i++) out[i] = table.values[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
+}
+
+template <bool STREAMED, typename Out>
+void decode(const uint8_t* packed, const Constants& constants, const float* levels, Out* out, int64_t count,
+            int64_t block, int threads) {
+    const int64_t blocks = (count + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t begin = b * block, end = begin + block < count ? begin + block : count;
+        expand<STREAMED>(packed + begin / 2, Table<Out>(levels, constants[b]), out + begin, end - begin);
+    }
 #if defined(__AVX512F__)
-    for (int64_t i = 0; i < bytes; i += 64)
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                            _mm512_load_si512(static_cast<const char*>(from) + i));
-#else
-    std::memcpy(to, from, bytes);
+    if (STREAMED) _mm_sfence();
 #endif
 }
 
 template <typename Out>
-void decode(const uint8_t* packed, const Constants& constants, const float* table, Out* out, int64_t count,
+void decode(const uint8_t* packed, const Constants& constants, const float* levels, void* result, int64_t count,
             int64_t block, int threads) {
-    const Levels levels(table);
-    const int64_t blocks = (count + block - 1) / block;
-    const bool streamed = count * static_cast<int64_t>(sizeof(Out)) >= STREAMED && block % PIECE == 0 &&
-                          reinterpret_cast<uintptr_t>(out) % 64 == 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        alignas(64) float values[PIECE];
-        alignas(64) Out cast_values[PIECE];
-        const float scale = constants[b];
-        const int64_t end = (b + 1) * block < count ? (b + 1) * block : count;
-        for (int64_t i = b * block; i < end; i += PIECE) {
-            const int64_t piece = end - i < PIECE ? end - i : PIECE;
-            expand(packed + i / 2, levels, table, scale, values, piece);
-            if (streamed && piece == PIECE) {
-                cast(values, cast_values, PIECE);
-                stream(cast_values, out + i, sizeof cast_values);
-            } else {
-                cast(values, out + i, piece);
-            }
-        }
-    }
-#if defined(__AVX512F__)
-    if (streamed) _mm_sfence();
-#endif
+    Out* out = static_cast<Out*>(result);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && block * sizeof(Out) % 64 == 0;
+    if (aligned && count * static_cast<int64_t>(sizeof(Out)) >= STREAMED_BYTES)
+        decode<true>(packed, constants, levels, out, count, block, threads);
+    else
+        decode<false>(packed, constants, levels, out, count, block, threads);
 }
 
 // Encode whole and partial blocks. A code counts the midpoints that are not at or above the scaled value; so a NaN gets 15.
@@ -209,31 +245,20 @@ void encode(const In* in, const float* midpoints, uint8_t* packed, float* absmax
     }
 }
 
-inline void round_weights(float*, const float*) {}
-
-inline void round_weights(float* values, const bfloat16*) {
-    for (int i = 0; i < PIECE; i++) values[i] = bits_to_float(static_cast<uint32_t>(round_to_bfloat16(values[i])) << 16);
-}
-
-inline void round_weights(float* values, const float16*) {
-    alignas(64) float16 rounded[PIECE];
-    cast(values, rounded, PIECE);
-    widen(rounded, values, PIECE);
-}
-
 // y (ROWS, E) = x (ROWS, D) W^T + bias, with x as float32. D and the block are multiples of PIECE.
 template <int ROWS, typename Out>
-void multiply(const float* x, const uint8_t* packed, const Constants& constants, const float* table, const Out* bias,
+void multiply(const float* x, const uint8_t* packed, const Constants& constants, const float* levels, const Out* bias,
               Out* y, int64_t E, int64_t D, int64_t block, int threads) {
-    const Levels levels(table);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t e = 0; e < E; e++) {
         alignas(64) float values[PIECE];
         float sums[ROWS][LANES] = {};
         for (int64_t d = 0; d < D; d += PIECE) {
             const int64_t at = e * D + d;
-            expand(packed + at / 2, levels, table, constants[at / block], values, PIECE);
-            round_weights(values, y);
+            const Table<Out> rounded(levels, constants[at / block]);
+            Table<float> table(levels, 0);
+            widen(rounded.values, table.values, 16);
+            expand<false>(packed + at / 2, table, values, PIECE);
             for (int r = 0; r < ROWS; r++)
                 for (int i = 0; i < PIECE; i += LANES)
                     for (int l = 0; l < LANES; l++)
@@ -250,13 +275,13 @@ void multiply(const float* x, const uint8_t* packed, const Constants& constants,
 }
 
 template <typename Out>
-void multiply(int rows, const float* x, const uint8_t* packed, const Constants& constants, const float* table,
+void multiply(int rows, const float* x, const uint8_t* packed, const Constants& constants, const float* levels,
               const Out* bias, Out* y, int64_t E, int64_t D, int64_t block, int threads) {
     switch (rows) {
-        case 1: return multiply<1>(x, packed, constants, table, bias, y, E, D, block, threads);
-        case 2: return multiply<2>(x, packed, constants, table, bias, y, E, D, block, threads);
-        case 3: return multiply<3>(x, packed, constants, table, bias, y, E, D, block, threads);
-        default: return multiply<4>(x, packed, constants, table, bias, y, E, D, block, threads);
+        case 1: return multiply<1>(x, packed, constants, levels, bias, y, E, D, block, threads);
+        case 2: return multiply<2>(x, packed, constants, levels, bias, y, E, D, block, threads);
+        case 3: return multiply<3>(x, packed, constants, levels, bias, y, E, D, block, threads);
+        default: return multiply<4>(x, packed, constants, levels, bias, y, E, D, block, threads);
     }
 }
 
@@ -268,9 +293,9 @@ extern "C" void nf4_decode(const uint8_t* packed, const void* absmax, const floa
                            const float* offset, int64_t block2, const float* levels, void* out, int64_t count,
                            int64_t block, int dtype, int threads) {
     const Constants constants{absmax, absmax2, map, offset, block2};
-    if (dtype == 0) decode(packed, constants, levels, static_cast<float*>(out), count, block, threads);
-    if (dtype == 1) decode(packed, constants, levels, static_cast<bfloat16*>(out), count, block, threads);
-    if (dtype == 2) decode(packed, constants, levels, static_cast<float16*>(out), count, block, threads);
+    if (dtype == 0) decode<float>(packed, constants, levels, out, count, block, threads);
+    if (dtype == 1) decode<bfloat16>(packed, constants, levels, out, count, block, threads);
+    if (dtype == 2) decode<float16>(packed, constants, levels, out, count, block, threads);
 }
 
 extern "C" void nf4_encode(const void* values, const float* midpoints, uint8_t* packed, float* absmax, int64_t count,
@@ -282,9 +307,14 @@ extern "C" void nf4_encode(const void* values, const float* midpoints, uint8_t* 
 
 extern "C" void double_decode(const uint8_t* codes, const float* absmax2, const float* map, const float* offset,
                               int64_t block2, float* out, int64_t count, int threads) {
-    const Constants constants{codes, absmax2, map, offset, block2};
+    const int64_t blocks = (count + block2 - 1) / block2;
+    const float plus = *offset;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) out[i] = constants[i];
+    for (int64_t b = 0; b < blocks; b++) {
+        const float scale = absmax2[b];
+        const int64_t end = (b + 1) * block2 < count ? (b + 1) * block2 : count;
+        for (int64_t i = b * block2; i < end; i++) out[i] = map[codes[i]] * scale + plus;
+    }
 }
 
 extern "C" void nf4_multiply(const float* x, int rows, const uint8_t* packed, const void* absmax, const float* absmax2,
