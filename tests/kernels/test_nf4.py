@@ -170,7 +170,8 @@ def test_threads_do_not_decode_into_each_other_s_buffer() -> None:
     assert not wrong
 
 
-def test_the_buffer_is_reused_grows_and_survives_inference_mode() -> None:
+def test_the_buffer_is_reused_grows_and_survives_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weight, "OWN_MAPPING", 1)
     packed_weight._own.buffers.by_dtype.clear()
     with torch.inference_mode():
         made(8, 64, 0)(torch.randn(5, 64))
@@ -181,6 +182,12 @@ def test_the_buffer_is_reused_grows_and_survives_inference_mode() -> None:
     assert packed_weight._own.buffers.by_dtype[torch.float32].data_ptr() == first
     made(80, 64, 1)(x)
     assert packed_weight._own.buffers.by_dtype[torch.float32].numel() == 80 * 64
+
+
+def test_small_weights_leave_no_memory_behind() -> None:
+    packed_weight._own.buffers.by_dtype.clear()
+    made(80, 64, 1)(torch.randn(5, 64))
+    assert packed_weight._own.buffers.by_dtype == {}
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OWN_MAPPING = 32 << 20
+OWN_MAPPING = 32 << 20
 """Number of bytes from which on glibc always gives an allocation a memory mapping of its own.
 
 A call of `madvise` for this memory then affects no other allocation.
@@ -40,7 +40,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     bytes_ = out.numel() * out.element_size()
-    if out.device.type == "cpu" and bytes_ >= _OWN_MAPPING and (advise := _advise()) is not None:
+    if out.device.type == "cpu" and bytes_ >= OWN_MAPPING and (advise := _advise()) is not None:
         first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(first, out.data_ptr() + bytes_ - first, mmap.MADV_HUGEPAGE)
     return out

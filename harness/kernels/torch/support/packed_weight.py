@@ -15,16 +15,23 @@ from torch import Tensor
 
 from harness.kernels.cpp import nf4 as cpp
 from harness.kernels.torch import nf4
+from harness.kernels.torch.support.huge_pages import OWN_MAPPING
 
 
 class Buffers:
-    """Memory for decoded weights, one buffer per dtype. It is reused, because fresh memory per product is slow."""
+    """Memory for large decoded weights, one buffer per dtype. It is reused, because fresh memory takes longer to map."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
 
-    def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return a tensor of `count` elements on the CPU. The next call for this dtype overwrites its memory."""
+    def take(self, count: int, dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor of `count` elements on the CPU. The next call for this dtype overwrites its memory.
+
+        Return None below 32 MiB: the allocator's memory was used a moment ago, so that more of it is in the processor's
+        cache.
+        """
+        if count * dtype.itemsize < OWN_MAPPING:
+            return None
         if dtype not in self.by_dtype or self.by_dtype[dtype].numel() < count:
             self.by_dtype.pop(dtype, None)  # free the smaller buffer before the larger one is allocated
             with torch.inference_mode(False):  # else only inference mode could write to it
@@ -78,10 +85,9 @@ class PackedWeight:
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight, decoded to this dtype, in memory that this thread's next call overwrites.
+        """Return the weight, decoded to this dtype, in memory that this thread's next call may overwrite.
 
-        Use the result immediately. The buffer is as large as the largest weight so far. On a GPU the memory is fresh
-        instead, because torch's allocator caches memory and knows about streams.
+        Use the result immediately. A weight on a GPU, or of less than 32 MiB, gets fresh memory.
         """
         on_cpu = self.packed.device.type == "cpu"
         return self._decoded(dtype, _own.buffers.take(prod(self.shape), dtype) if on_cpu else None)
@@ -121,7 +127,7 @@ class PackedStack:
     def matrices(self, dtype: torch.dtype) -> Callable[[int], Tensor]:
         """Return a function that maps an expert's number to the expert's matrix (E, D), decoded to this dtype.
 
-        On a CPU, the function's next call overwrites the result, unless autograd records the call.
+        On a CPU, the function's next call may overwrite the result, unless autograd records the call.
         """
         block, (_, *shape) = self.weight.block, self.weight.shape
         constants, packed, count = self.weight.constants(), self.weight.packed.reshape(-1), prod(shape)
