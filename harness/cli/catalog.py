@@ -9,7 +9,7 @@ from typing import Any
 from harness import yaml_validation
 from harness.assets import shapes
 from harness.assets.table import Source, load_table
-from harness.conformance import checks
+from harness.conformance import checks, parity_suite
 from harness.console import align_columns
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry, discover
@@ -97,6 +97,18 @@ def _implementations(registry: Registry) -> list[ListRow]:
     ]
 
 
+def _operations(registry: Registry) -> list[ListRow]:
+    return [
+        {
+            "name": name,
+            "implementations": registry.names("operation", name),
+            "follows": parity_suite.load_operation(name).follows,
+        }
+        for name in parity_suite.names()
+        if parity_suite.kind_of(name) == "operation"
+    ]
+
+
 def _suites(_: Registry) -> list[ListRow]:
     files = {name: yaml_validation.load(loader.find(name)).data for name in loader.names()}
     return [
@@ -170,6 +182,7 @@ def _sources() -> dict[str, Source]:
 
 _ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
     "methods": _methods,
+    "operations": _operations,
     "implementations": _implementations,
     "suites": _suites,
     "models": _models,
@@ -180,6 +193,7 @@ _ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
 }
 _COLUMNS = {
     "methods": ("name", "implementations", "summary"),
+    "operations": ("name", "implementations", "follows"),
     "implementations": ("name", "kind", "target", "provider", "dtypes", "devices"),
     "broken": ("name", "reason"),
     "suites": ("name", "title"),

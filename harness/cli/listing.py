@@ -7,7 +7,7 @@ import click
 from harness.cli import options
 from harness.errors import Exit
 
-KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
+KINDS = ("methods", "operations", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
 
 
 @click.command("list")
@@ -16,8 +16,8 @@ KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "c
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     """List the names that a suite can use.
 
-    KIND is methods, implementations, suites, models, tasks, checks, claims or measures. Without it, prints the names of all
-    kinds.
+    KIND is methods, operations, implementations, suites, models, tasks, checks, claims or measures. Without it, prints the
+    names of all kinds.
     """
     from harness.cli import catalog
 
