@@ -168,6 +168,10 @@ def test_unwritten_codes_get_no_speed(registry: Registry) -> None:
     assert "output_codes" in one.because
 
 
+def test_the_checks_before_a_step_of_galore_are_checks_of_its_suite() -> None:
+    assert set(step_benchmark.JUDGED_CHECKS) <= set(parity_suite.load("galore").checks)
+
+
 # The faults that leaderboards of kernels met. Each passes the checks of parity, and cheats in the timed call alone.
 def _cached_by_tensor() -> Callable[..., Any]:
     kept: dict[int, tuple[Any, Any]] = {}
