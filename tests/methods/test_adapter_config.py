@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
+# peft's BOFT imports this module, and with it setuptools. That fails after the standard library's distutils, which other
+# tests import.
+import torch.utils.cpp_extension
 from torch import nn
 
 from harness.analysis import failed_checks
