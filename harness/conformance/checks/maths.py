@@ -102,16 +102,16 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
-    """For a single vector (D,) the output (E,) and the gradients equal the reference's."""
+    """For a single vector (D,) or a single image (C, H, W), the output and the gradients equal the reference's."""
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
-        if takes_rows(base):
+        if takes_rows(base) or isinstance(base, nn.Conv2d):
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
             runs = observe_with_reference(subject, path, layer, x[0], dy[0])
             found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
     if not found:
-        return skipped(subject, case, "vector", "the layers do not map rows to rows")
+        return skipped(subject, case, "vector", "the layers map neither rows nor images")
     return judged(subject, case, "vector", worst_of(found, found[0].policy))
 
 
