@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from harness.kernels.real_tensors import real_tensors
+
 
 @cache
 def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
@@ -17,7 +19,7 @@ def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
     and, if `signed`, the negatives of the centres. The smallest value is -0.993 if `signed`, else 0. The result does
     not depend on torch's default dtype, device and mode.
     """
-    with torch.inference_mode(False):
+    with real_tensors():
         sizes = [2 ** (i + (not signed)) for i in range(7)]
         edges = [torch.linspace(0.1, 1, size + 1, dtype=torch.float32, device="cpu") for size in sizes]
         above = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])

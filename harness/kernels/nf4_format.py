@@ -10,6 +10,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from harness.kernels.real_tensors import real_tensors
+
 BLOCK2 = 256
 """Number of absmax values per block of double quantisation."""
 ZERO = 7
@@ -29,7 +31,7 @@ def levels() -> Tensor:
         grid = torch.linspace(0.9677083, 0.5, count + 1, dtype=torch.float32, device="cpu")
         return [NormalDist().inv_cdf(p) for p in grid[:count].tolist()]
 
-    with torch.inference_mode(False):
+    with real_tensors():
         values = torch.tensor([-q for q in upper(7)] + [0.0, *reversed(upper(8))], dtype=torch.float32, device="cpu")
         return values / values.max()
 

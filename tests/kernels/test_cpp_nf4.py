@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import subprocess
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,8 @@ pytestmark = pytest.mark.build
 
 COUNT = 9 * 4096 + 37
 """Whole blocks of every tried size, and an odd rest."""
+PATIENCE = 120
+"""Seconds after which a process that waits is killed."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -50,9 +56,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Return an empty cache folder for a process that has loaded no library."""
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
-    library._load.cache_clear()
+    library._loaded.clear()
     yield tmp_path
-    library._load.cache_clear()
+    library._loaded.clear()
 
 
 def special(dtype: torch.dtype, count: int = COUNT) -> Tensor:
@@ -99,7 +105,7 @@ def test_codes_and_values_are_the_reference_s(
     assert answers == [switch == "1"] * (1 if dtype == torch.float64 else 3)
 
 
-@pytest.mark.parametrize("without", ["avx512bw", "avx512f", "avx2"])
+@pytest.mark.parametrize("without", ["avx512bw", "avx512f", "avx2", "avx"])
 def test_cpus_without_wide_vectors_get_the_same_bits(
     without: str, answers: list[bool], fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,8 +168,47 @@ def test_few_strided_rows_and_rows_that_end_inside_a_block() -> None:
     x, bias, weight, right = exact(3, torch.float32)
     strided = torch.stack([x, x], dim=2)[:, :, 0]
     assert torch.equal(nf4_linear(strided, weight.packed, weight.absmax, 64, (40, 192), bias), right)
+    assert weight.times_few(x[:, :128], None) is None
+    assert weight.times_few(x, bias[:1]) is None
+    assert torch.equal(nf4_linear(torch._neg_view(-x), weight.packed, weight.absmax, 64, (40, 192), bias), right)
     narrow = PackedWeight(weight.packed, weight.absmax, 64, (80, 96))
     assert narrow.times_few(torch.ones(1, 96), None) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda W: replace(W, absmax=W.absmax[1:]), lambda W: replace(W, packed=W.packed[1:])]
+)
+def test_few_rows_of_a_weight_with_missing_values_raise(damage: Callable[[PackedWeight], PackedWeight]) -> None:
+    x, bias, weight, _ = exact(1, torch.float32)
+    with pytest.raises(ValueError, match="needs 3840 bytes and 120 constants"):
+        damage(weight).times_few(x, bias)
+
+
+def test_constants_in_another_dtype_are_converted() -> None:
+    x, bias, weight, right = exact(2, torch.float32)
+    assert weight.times_few(x, bias) is not None
+    wide = weight.absmax.double()
+    assert torch.equal(nf4_linear(x, weight.packed, wide, 64, (40, 192), bias), right)
+    codes, *second = nf4.double_quantize(weight.absmax, 256)
+    assert torch.equal(nf4.double_dequantize(codes.int(), *second, 256), nf4.double_dequantize(codes, *second, 256))
+
+
+def test_a_first_use_under_fake_tensors_leaves_no_empty_tables(tmp_path: Path) -> None:
+    script = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from harness.kernels.torch import nf4
+with FakeTensorMode(allow_non_fake_inputs=True):
+    packed, absmax = nf4.quantize(torch.ones(64, 64), 64)
+    nf4.dequantize(packed, absmax, 64, (64, 64), torch.float64)
+    nf4.double_dequantize(*nf4.double_quantize(absmax, 256), 256)
+W = torch.randn(64, 64)
+packed, absmax = nf4.quantize(W, 64)
+found = nf4.dequantize(packed, absmax, 64, (64, 64), torch.float64)
+assert torch.equal(found.float(), nf4.dequantize(packed, absmax, 64, (64, 64), torch.float32))
+nf4.double_dequantize(*nf4.double_quantize(absmax, 256), 256)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
 def test_a_counter_of_operations_sees_the_product() -> None:
@@ -208,7 +253,7 @@ def test_threads_compile_once_and_a_later_process_not_at_all(fresh: Path, monkey
         thread.start()
     for thread in threads:
         thread.join()
-    library._load.cache_clear()
+    library._loaded.clear()
     agrees(special(torch.float32), 64)
     assert len(right) == 3
     assert len(commands) == 1
@@ -227,3 +272,30 @@ def test_a_failing_compiler_gives_one_warning_and_the_same_result(
     (warning,) = [str(one.message) for one in seen if "harness.kernels.cpp" in str(one.message)]
     assert "hint: install a C++ compiler" in warning
     assert list(fresh.rglob("*.so")) == []
+
+
+def test_a_process_that_is_forked_during_compilation_does_not_wait(fresh: Path) -> None:
+    with library._COMPILING:
+        child = os.fork()
+        if not child:
+            signal.alarm(PATIENCE)  # kills the process if it waits
+            os._exit(library.library_for(torch.zeros(1)) is None)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_damaged_library_is_compiled_again(fresh: Path) -> None:
+    path = library._path()
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    agrees(special(torch.float32), 64)
+    assert path.stat().st_size
+
+
+def test_a_user_without_a_home_gets_the_same_result(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(library, "cache_root", fail)
+    with pytest.warns(RuntimeWarning, match="Could not determine home directory"):
+        packed, absmax = nf4.quantize(torch.ones(64), 64)
+    assert nf4.dequantize(packed, absmax, 64, (64,), torch.float32).tolist() == [1.0] * 64

@@ -18,7 +18,9 @@ constexpr int LANES = 16;  // partial sums of a product
 constexpr int64_t STREAMED_BYTES = 32 << 20;  // size of a result from which it bypasses the cache
 
 using bfloat16 = uint16_t;
-using float16 = _Float16;
+struct float16 {
+    uint16_t bits;
+};
 
 inline float bits_to_float(uint32_t bits) {
     float value;
@@ -36,6 +38,30 @@ inline bfloat16 round_to_bfloat16(float value) {
     uint32_t bits = float_to_bits(value);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return static_cast<bfloat16>(value != value ? 0x7fc0 : rounded);
+}
+
+// Not all compilers have a type of 16-bit floats.
+inline float16 round_to_float16(float value) {
+    const uint16_t sign = static_cast<uint16_t>(float_to_bits(value) >> 16 & 0x8000);
+    const uint32_t bits = float_to_bits(value) & 0x7fffffff;
+    uint32_t rounded;
+    if (bits > 0x7f800000)
+        rounded = 0x7e00;  // NaN
+    else if (bits >= 0x47800000)
+        rounded = 0x7c00;  // infinity, from 65536 on
+    else if (bits < 0x38800000)  // subnormal: next to 0.5 a float32 has the spacing of subnormal float16 numbers
+        rounded = float_to_bits(bits_to_float(bits) + 0.5f) - float_to_bits(0.5f);
+    else
+        rounded = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    return {static_cast<uint16_t>(sign | rounded)};
+}
+
+inline float float16_to_float(float16 value) {
+    const uint32_t sign = (value.bits & 0x8000u) << 16, exponent = value.bits >> 10 & 31, fraction = value.bits & 0x3ff;
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000 | fraction << 13);
+    if (exponent) return bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
 }
 
 inline void cast(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
@@ -65,7 +91,7 @@ inline void cast(const float* from, float16* to, int64_t count) {
     for (; i + 8 <= count; i += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 #endif
-    for (; i < count; i++) to[i] = static_cast<float16>(from[i]);
+    for (; i < count; i++) to[i] = round_to_float16(from[i]);
 }
 
 inline void widen(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
@@ -80,7 +106,7 @@ inline void widen(const float16* from, float* to, int64_t count) {
     for (; i + 8 <= count; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 #endif
-    for (; i < count; i++) to[i] = static_cast<float>(from[i]);
+    for (; i < count; i++) to[i] = float16_to_float(from[i]);
 }
 
 // The constants of the blocks: float32 absmax, or 8-bit codes of it with their own constants (double quantisation).
@@ -186,14 +212,17 @@ template <bool STREAMED, typename Out>
 void decode(const uint8_t* packed, const Constants& constants, const float* levels, Out* out, int64_t count,
             int64_t block, int threads) {
     const int64_t blocks = (count + block - 1) / block;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t begin = b * block, end = begin + block < count ? begin + block : count;
-        expand<STREAMED>(packed + begin / 2, Table<Out>(levels, constants[b]), out + begin, end - begin);
-    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t begin = b * block, end = begin + block < count ? begin + block : count;
+            expand<STREAMED>(packed + begin / 2, Table<Out>(levels, constants[b]), out + begin, end - begin);
+        }
 #if defined(__AVX512F__)
-    if (STREAMED) _mm_sfence();
+        if (STREAMED) _mm_sfence();  // other threads may read the values only after it
 #endif
+    }
 }
 
 template <typename Out>

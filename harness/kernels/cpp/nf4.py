@@ -11,7 +11,8 @@ from torch import Tensor
 
 from harness.kernels.cpp.library import library_for
 from harness.kernels.dynamic_map_format import dynamic_map
-from harness.kernels.nf4_format import levels
+from harness.kernels.nf4_format import check_second_sizes, check_sizes, levels
+from harness.kernels.real_tensors import real_tensors
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PIECE = 64
@@ -33,11 +34,11 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> bool:
 
     values: (n,), any floating dtype, read as float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),).
     """
-    if values.dtype not in _DTYPES:
-        values = values.float()
     library = None if block % 2 else library_for(values, packed, absmax)
     if library is None:
         return False
+    if values.dtype not in _DTYPES:
+        values = values.float()
     count = values.numel()
     library.nf4_encode(
         _at(values), _at(_midpoints()), _at(packed), _at(absmax), c_int64(count), c_int64(block),
@@ -52,8 +53,9 @@ def decode(packed: Tensor, constants: Constants, out: Tensor, block: int) -> boo
 
     packed: uint8 (ceil(n / 2),). out: n values, in any shape.
     """
-    given = [tensor for tensor in constants[:3] if tensor is not None]
-    library = None if block % 2 or out.dtype not in _DTYPES else library_for(packed, out, *given)
+    if block % 2 or out.dtype not in _DTYPES or packed.dtype != torch.uint8 or not _fit(constants):
+        return False
+    library = library_for(packed, out, *_given(constants))
     if library is None:
         return False
     count = out.numel()
@@ -67,7 +69,7 @@ def decode(packed: Tensor, constants: Constants, out: Tensor, block: int) -> boo
 
 def decode_constants(constants: Constants, out: Tensor) -> bool:
     """Write the absmax that double quantisation encoded to `out`, float32. Return False if no kernel can do so."""
-    library = library_for(out, *(tensor for tensor in constants[:3] if tensor is not None))
+    library = library_for(out, *_given(constants)) if _fit(constants) else None
     if library is None:
         return False
     count = out.numel()
@@ -84,15 +86,21 @@ def multiply(
     shape: (E, D). The values of W are rounded to the dtype of x, and the products are summed in float32.
     """
     E, D = shape
-    if not 0 < len(x) <= _ROWS or D % _PIECE or block % _PIECE or x.dtype not in _DTYPES:
+    if x.dim() != 2 or not 0 < len(x) <= _ROWS or x.shape[1] != D or x.dtype not in _DTYPES:
         return None
-    if bias is not None and bias.dtype != x.dtype:
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (E,)):
         return None
-    rows = x.detach().float().contiguous()
-    given = [tensor for tensor in (*constants[:3], bias) if tensor is not None]
-    library = library_for(x.contiguous(), rows, packed, *given)
+    if D % _PIECE or block % _PIECE or packed.dtype != torch.uint8 or not _fit(constants):
+        return None
+    absmax, absmax2, offset, block2 = constants
+    check_sizes(packed, absmax, block, shape)
+    if absmax2 is not None and offset is not None:
+        check_second_sizes(absmax, absmax2, offset, block2)
+    rows, bias = x.detach().contiguous(), None if bias is None else bias.detach()
+    library = library_for(rows, packed, *_given(constants), *([] if bias is None else [bias]))
     if library is None:
         return None
+    rows = rows.float()
     y = torch.empty(len(x), E, dtype=x.dtype, device="cpu")
     library.nf4_multiply(
         _at(rows), len(x), _at(packed), *_pointers(constants), _at(levels()), None if bias is None else _at(bias), _at(y),
@@ -104,8 +112,20 @@ def multiply(
 @cache
 def _midpoints() -> Tensor:
     """Return the 15 numbers halfway between two levels, float32. A value above one of them gets a higher code."""
-    with torch.inference_mode(False):
+    with real_tensors():
         return (levels()[:-1] + levels()[1:]) / 2
+
+
+def _given(constants: Constants) -> list[Tensor]:
+    return [tensor for tensor in constants[:3] if tensor is not None]
+
+
+def _fit(constants: Constants) -> bool:
+    """Return whether the constants have the dtypes that the kernels read."""
+    absmax, *second = constants[:3]
+    if any(tensor is None for tensor in second):
+        return absmax.dtype == torch.float32
+    return absmax.dtype == torch.uint8 and all(t is not None and t.dtype == torch.float32 for t in second)
 
 
 def _pointers(constants: Constants) -> tuple[c_void_p | c_int64 | None, ...]:

@@ -22,6 +22,7 @@ from harness.kernels.cpp import nf4 as cpp
 from harness.kernels.device import TRITON_DTYPES, by_triton
 from harness.kernels.dynamic_map_format import dynamic_map
 from harness.kernels.nf4_format import ZERO, check_second_sizes, check_sizes, levels
+from harness.kernels.real_tensors import real_tensors
 from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
@@ -32,7 +33,7 @@ _CELLS = 32
 @cache
 def _words(device: torch.device) -> Tensor:
     """Return the table for decoding, int64 (256,). Entry i holds the two levels of the codes in byte i, as float32."""
-    with torch.inference_mode(False):
+    with real_tensors():
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
 
@@ -46,7 +47,7 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     Rounding may move a value near a cell's end into the neighbouring cell. The value gets the right code there, too,
     because no midpoint is within 2^-12 of a cell's end. The last cell is for NaN, which gets the highest code.
     """
-    with torch.inference_mode(False):
+    with real_tensors():
         midpoints = (levels()[:-1] + levels()[1:]) / 2
         ends = torch.arange(2 * _CELLS + 2, device="cpu") / _CELLS - 1
         lower = torch.bucketize(ends, midpoints)
