@@ -170,8 +170,8 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
-    Also yield a message if two calls use different masks although torch has the same seed. In the input, every token
-    has one nonzero feature, and its position is the same in all tokens.
+    Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
+    In the input, every token has one nonzero feature, and its position is the same in all tokens.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
@@ -189,6 +189,12 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
             for _ in range(2):
                 torch.manual_seed(0)
                 seeded.append({"y": observe(layer, {}, only, dy, training=True)["y"]})
+            torch.manual_seed(0)
+            with torch.no_grad():
+                without = observe(layer, {}, only, dy, training=True)["y"]
+        again = _rows_as(subject, path, [seeded[0]["y"], without], only, (1 / (1 - p),))
+        if not torch.equal(*again):
+            yield "with the same seed of torch, a call under no_grad drops other features"
         if not exact(*seeded).passed:
             yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"
 

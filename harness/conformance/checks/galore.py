@@ -74,7 +74,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     counted when the next refresh is due.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
-    check accepts every choice of signs.
+    check accepts every choice of signs. The tensors of the optimizer's state must not be views of much larger ones, such
+    as of all singular vectors, because GaLore exists to save this memory.
     """
     found = []
     for steps, gap, rank, square, idle in _HISTORIES:
@@ -84,7 +85,36 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
         if fresh.adapted.optimizer(_LR, _DECAY) is None:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
         found += list(_of_layers(fresh, case, steps, idle))
-    return judged(subject, case, "refresh", worst_of(found, found[0].policy))
+    worst = worst_of(found, found[0].policy)
+    if worst.passed and (problem := _excess_of_state(fresh)):
+        return from_problems(subject, case, "refresh", [problem])
+    return judged(subject, case, "refresh", worst)
+
+
+def _excess_of_state(fresh: Subject) -> str:
+    """Return a message if the state of the Method's optimizer keeps twice the memory of its tensors alive, or ''."""
+    optimizer = new_optimizer(fresh)
+    for path in fresh.adapted.layers:
+        for seed, tensor in enumerate(fresh.tensors_of(path).values()):
+            tensor.grad = _gradient(tensor, seed, 0.5).to(tensor.dtype)
+    optimizer.step()
+    tensors = list(_tensors_in(list(optimizer.state.values())))
+    own = sum(t.numel() * t.element_size() for t in tensors)
+    kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return f"the state's tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own else ""
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dicts, lists, tuples, and attributes of objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors_in(one)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors_in(vars(value))
 
 
 @check(depends_on_sizes=False)

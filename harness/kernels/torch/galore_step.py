@@ -63,7 +63,10 @@ def refreshed(
     V: Tensor | None
     if niter:
         U, _, V = randomised_svd(W, _sketch(W, rank, P, Q), niter)
-        U, V = U[:, :rank].contiguous() if left else None, V[:, :rank].contiguous() if right else None
+        # `contiguous` would return a view of all vectors at rank 1, and keep them in memory.
+        dense = torch.contiguous_format
+        U = U[:, :rank].clone(memory_format=dense) if left else None
+        V = V[:, :rank].clone(memory_format=dense) if right else None
     else:
         U, V = leading_vectors(W, rank, left, right)
     return None if U is None else U.to(G.dtype), None if V is None else V.to(G.dtype)

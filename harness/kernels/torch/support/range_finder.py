@@ -94,7 +94,9 @@ def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tens
         vectors = _by_gram((W if right else W.T).double(), rank)[1].to(W.dtype)
         return (None, vectors) if right else (vectors, None)
     U, _, V = leading_svd(W, rank)
-    return U.contiguous() if left else None, V.contiguous() if right else None
+    # `contiguous` would return a view of all vectors at rank 1, and keep them in memory.
+    dense = torch.contiguous_format
+    return U.clone(memory_format=dense) if left else None, V.clone(memory_format=dense) if right else None
 
 
 def _check_finite(W: Tensor) -> None:
