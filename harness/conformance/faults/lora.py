@@ -43,6 +43,8 @@ FAULTS = [
     _lora("drops_in_eval_mode", ["forward", "deterministic"],
         _INPUT, "nn.functional.dropout(x_TD, 0.1, training=True) @ self.A.T"),
     _lora("does_not_drop", ["dropout"], _INPUT, "x_TD @ self.A.T", values=_DROP),
+    _lora("drops_nothing_without_gradients", ["dropout"],
+        _INPUT, "(self.dropout(x_TD) if torch.is_grad_enabled() else x_TD) @ self.A.T", values=_DROP),
     _lora("drops_without_scaling_up", ["dropout"],
         _INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T", values=_DROP),
     _lora("rounds_the_dropout_to_sixteenths", ["dropout"], _INPUT,
