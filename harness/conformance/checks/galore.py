@@ -86,7 +86,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
         found += list(_of_layers(fresh, case, steps, idle))
     worst = worst_of(found, found[0].policy)
-    if worst.passed and (problem := _excess_of_state(fresh)):
+    if worst.passed and fresh is not None and (problem := _excess_of_state(fresh)):
         return from_problems(subject, case, "refresh", [problem])
     return judged(subject, case, "refresh", worst)
 
