@@ -21,6 +21,7 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.kept_memory import describe_views
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
@@ -92,29 +93,13 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
 
 
 def _excess_of_state(fresh: Subject) -> str:
-    """Return a message if the state of the Method's optimizer keeps twice the memory of its tensors alive, or ''."""
+    """Take a step with the Method's optimizer, and return the message of `describe_views` about its state."""
     optimizer = new_optimizer(fresh)
     for path in fresh.adapted.layers:
         for seed, tensor in enumerate(fresh.tensors_of(path).values()):
             tensor.grad = _gradient(tensor, seed, 0.5).to(tensor.dtype)
     optimizer.step()
-    tensors = list(_tensors_in(list(optimizer.state.values())))
-    own = sum(t.numel() * t.element_size() for t in tensors)
-    kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    return f"the state's tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own else ""
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, lists, tuples, and attributes of objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors_in(one)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors_in(vars(value))
+    return describe_views(list(optimizer.state.values()))
 
 
 @check(depends_on_sizes=False)

@@ -1,12 +1,13 @@
-"""Find out whether a function leaves memory behind at every call."""
+"""Find out whether a function leaves memory behind at every call, and whether tensors are views of much larger ones."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -56,3 +57,27 @@ class _Allocations(TorchDispatchMode):
     def alive(self) -> int:
         """Return the number of noted allocations that are still alive."""
         return sum(not reference.expired() for reference in self._made.values())
+
+
+def describe_views(value: Any) -> str:
+    """Return a message if the tensors in `value` keep more than twice their own bytes in memory, or an empty string.
+
+    A view keeps the whole memory of the tensor that it is a part of. value: nested dicts, lists, tuples, and objects with
+    attributes.
+    """
+    tensors = list(_tensors_in(value))
+    own = sum(t.numel() * t.element_size() for t in tensors)
+    kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return f"the state's tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own else ""
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors_in(one)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors_in(vars(value))
