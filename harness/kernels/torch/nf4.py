@@ -201,8 +201,8 @@ def dequantize_double(
 
         code = dynamic_map(packed.device)
         return gpu.dequantize_double(packed, codes, absmax2, offset, code, block, block2, shape, dtype, out)
-    check_sizes(packed, codes, block, shape)
     check_second_sizes(codes, absmax2, offset, block2)
+    check_sizes(packed, codes, block, shape)
     values = _result(shape, dtype, packed.device, out)
     if cpp.decode(packed.detach().reshape(-1), _flat(codes, absmax2, offset, block2), values, block):
         return values
