@@ -19,7 +19,7 @@ class Deviation:
     paper: str
     """Statement of the paper. For a deviation of an Implementation, this is what the reference computes."""
     here: str
-    """What the code of the reference, or of the Implementation that deviates, does instead."""
+    """Behaviour of the code of the reference, or of the Implementation that deviates."""
     why: str
     """The reason, and which libraries do the same or differ."""
 

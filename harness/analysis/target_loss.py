@@ -33,7 +33,7 @@ class TargetLoss:
 
 @dataclass(frozen=True)
 class TimeToTarget:
-    """How long a recipe trained until its smoothed loss first reached the target: the median over its seeds.
+    """Training time until the smoothed loss of a recipe first reached the target: the median over its seeds.
 
     If the number of seeds is even, the median is the higher of the two middle values.
     """

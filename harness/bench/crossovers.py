@@ -29,7 +29,7 @@ _ADAPTERS = {"cuda": 4, "cpu": 2}
 
 @dataclass(frozen=True)
 class CrossoverMeasurement:
-    """How to measure the crossover of an Operation that a fused kernel or another way can compute.
+    """Instructions for measuring the crossover of an Operation that a fused kernel or another way can compute.
 
     Which of the two is faster depends on a size, e.g. on the number of tokens.
     """

@@ -34,7 +34,7 @@ from harness.records.record import CheckResult
 _PROBE_TOKENS = 64
 """Largest number of tokens of a text on which logits are compared."""
 _SPREADS = 3.0
-"""How far the adapter's loss may lie outside the range of the logged losses. The unit is the standard deviation of the
+"""Allowed distance of the adapter's loss from the range of the logged losses. The unit is the standard deviation of the
 loss between batches."""
 
 

@@ -81,7 +81,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     start: WorkerStart = ""
-    """How the worker starts: as a new `process` or as a `fork`. Empty until the runner has chosen."""
+    """Start of the worker: as a new `process` or as a `fork`. Empty until the runner has chosen."""
     python: str = ""
     """Path of the interpreter that runs the Cell; empty for the one that runs the harness."""
     server_python: str = ""

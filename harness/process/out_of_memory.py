@@ -23,7 +23,7 @@ _HOST = re.compile(
 
 @dataclass(frozen=True)
 class Shortage:
-    """Which memory ran out, and at which allocation."""
+    """The memory that ran out, and the allocation that failed."""
 
     where: Literal["host", "device"]
     requested_B: int | None = None

@@ -154,7 +154,7 @@ class ComparisonKeys(Keys):
 
     @property
     def kind(self) -> Literal["better", "same-losses"]:
-        """Whether accuracies (`better`) or losses (`same-losses`) are compared."""
+        """Kind of comparison: of accuracies (`better`) or of losses (`same-losses`)."""
         return "better" if self.better else "same-losses"
 
     @property

@@ -19,7 +19,7 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_validation import Document
 
 Role = Literal["data", "train"]
-"""How a task uses a source: `data` for scoring, `train` for training. One source may have both roles."""
+"""Use of a source by a task: `data` for scoring, `train` for training. One source may have both roles."""
 
 
 class Answers(FrozenModel):

@@ -33,7 +33,7 @@ _WORST_FIRST: tuple[FeatureVerdict, ...] = ("wrong", "refused", "not known", "ok
 
 
 class FeatureSupport(FrozenModel):
-    """How one loader treats adapter files with one feature."""
+    """One loader's treatment of adapter files with one feature."""
 
     reading: Literal["wrong", "refused", "ok"]
     because: str = ""
@@ -54,7 +54,7 @@ class _File(FrozenModel):
 
 @dataclass(frozen=True)
 class LoaderVerdict:
-    """How one loader treats one adapter file: its worst result over the features of the file."""
+    """One loader's treatment of one adapter file: the worst result over the features of the file."""
 
     loader: str
     verdict: FeatureVerdict

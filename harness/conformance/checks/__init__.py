@@ -69,7 +69,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Whether a check needs the reference implementation of the Method."""
+    """Use of the reference implementation of the Method by a check."""
 
     REQUIRED = auto()
     """The check is tried only for adapters with a reference."""

@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """How the run of a check ended."""
+    """Ways in which the run of a check can end."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"

@@ -50,7 +50,7 @@ class Catch:
     """The check that caught a mutant."""
 
     form: str
-    """Which run of `check` catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
+    """Run of `check` that catches the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
     """Name of the check that failed, or `import: ` and the exception if the mutant could not be imported."""
     raised: bool

@@ -35,7 +35,7 @@ COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 @dataclass(frozen=True)
 class CommandEnd:
-    """How a command ended: its exit code or signal, its times, and its last output."""
+    """End of a command: its exit code or signal, its times, and its last output."""
 
     code: int | None
     """Exit code of the command, negative for a signal; None if it had to be killed."""

@@ -41,7 +41,7 @@ class PairsResult:
     canary: list[float] | None
     """Log ratio of each pair of this gate's canary, which compares the old side with itself. None without a canary."""
     interrupted: str
-    """How the pairs were interrupted, e.g. `ended by Ctrl-C`; empty if they were not."""
+    """Cause of an interruption of the pairs, e.g. `ended by Ctrl-C`. Empty without an interruption."""
     judged: JudgedPairs
 
     @property
