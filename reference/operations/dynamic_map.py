@@ -8,8 +8,11 @@ magnitude and rounded to the nearest values. 8-bit optimizer states and QLoRA's 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from reference.spec import Deviation, ReferenceSpec
 
@@ -43,14 +46,19 @@ SPEC = ReferenceSpec(
 
 def dynamic_map(signed: bool = True) -> Tensor:
     """Return the 256 values in ascending order, as float32. They span -0.993 .. 1 if signed, else 0 .. 1."""
+    return torch.tensor(_values(signed), dtype=torch.float32)
+
+
+@cache  # of numbers and not of a tensor, which a caller could change
+def _values(signed: bool) -> tuple[float, ...]:
     decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
-        decades.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
-    above = torch.cat(decades)
-    below = -above if signed else above[:0]
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float32)
-    return torch.cat([below, above, ends]).sort().values
+    with _disable_current_modes():  # such as FakeTensorMode, whose tensors have no values
+        for i in range(7):
+            edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+            decades.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
+        above = torch.cat(decades)
+        below = -above if signed else above[:0]
+        return (*below.flip(0).tolist(), 0.0, *above.tolist(), 1.0)
 
 
 def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:

@@ -381,3 +381,12 @@ def test_many_experts_are_tried_with_small_weights_only() -> None:
     assert not is_accepted(plan, large)
     tried = [case.values for case in sample.fixed(plan, CaseSelection(wide=True), ("float32",))]
     assert any(values["experts"] == 300 for values in tried)
+
+
+def test_oft_gets_no_layer_that_cannot_be_divided_into_blocks() -> None:
+    plan = parity_suite.load("oft")
+    prime, even = (
+        parity_suite.CaseShape.model_validate({"tokens": 1, "in": inputs, "out": 264}) for inputs in (257, 256)
+    )
+    assert not is_accepted(plan, parity_suite.MethodCase({"block_size": 40}, "linear", prime, "float32"))
+    assert is_accepted(plan, parity_suite.MethodCase({"block_size": 40}, "linear", even, "float32"))

@@ -43,6 +43,7 @@ learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
 _MANY_STEPS, _SMALL = 270, 5_000
 """`_MANY_STEPS`: number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements. Only the first
 `_STEPS` and the last two steps are compared."""
+_SINGULAR_VALUES = 64
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
@@ -224,18 +225,23 @@ def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Ju
 def _gradient(weight: Tensor, seed: int, decay: float) -> Tensor:
     """Return a random float64 gradient for `weight`.
 
-    In a matrix, each singular value is `decay` times the previous one. No two are equal, so the subspaces are unique.
+    In a matrix, each singular value is `decay` times the previous one, up to `_SINGULAR_VALUES` of them; the rest are 0.
+    The checks use subspaces of the largest ones. No two of these are equal, so the subspaces are unique.
     """
     return _drawn(tuple(weight.shape), seed, decay).to(weight.device, copy=True)
 
 
 @lru_cache(maxsize=64)  # the histories of a case begin with the same gradients
 def _drawn(shape: tuple[int, ...], seed: int, decay: float) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if drawn.dim() != 2:
-        return drawn
-    U, S, Vt = torch.linalg.svd(drawn, full_matrices=False)
-    graded: Tensor = (U * decay ** torch.arange(len(S))) @ Vt
+    generator = torch.Generator().manual_seed(seed)
+    if len(shape) != 2:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    number = min(*shape, _SINGULAR_VALUES)
+    # The factors Q of two random matrices are singular vectors; an SVD would cost ten times as much.
+    U, V = (
+        torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in shape
+    )
+    graded: Tensor = (U * decay ** torch.arange(number)) @ V.T
     return graded
 
 

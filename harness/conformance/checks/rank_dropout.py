@@ -101,7 +101,9 @@ def _kept(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor) -> Tens
     update = (whole - base).flatten(0, -2)
     flat = whole.flatten(0, -2)
     smallest = torch.finfo(DTYPES[subject.dtype]).tiny  # below it the distance between two numbers stays the same
-    rounding = EPSILON[subject.dtype] * flat.abs().clamp(min=smallest).square().mean(0).sqrt()
+    # The features of a row of the update may cancel, but not their rounding errors. They are as large in other rows.
+    largest = torch.maximum(flat.square().mean(0), update.square().mean()).sqrt().clamp(min=smallest)
+    rounding = EPSILON[subject.dtype] * largest
     if bool((update.norm(dim=0) <= VISIBLE_EPS * rounding).any()):
         return None
     return ((y.double() - base).flatten(0, -2) * update).sum(0) > update.square().sum(0) / 2

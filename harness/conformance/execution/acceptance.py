@@ -62,9 +62,11 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
         return False
     if case.weights != "normal" and case.dtype == "bfloat16":
         return False  # its few digits lose an update that is a 256th of the weight
-    # Larger sides would change nothing, because no rank of the case is larger.
-    sizes = [value for value in case.config.values() if type(value) is int and value <= LARGEST_RANK]
-    sides = (min(side, max([_LARGEST_BUILT_SIDE, *sizes])) for side in (case.shape.inputs, case.shape.outputs))
+    sides: tuple[int, ...] = case.shape.inputs, case.shape.outputs
+    if "block_size" not in method_info(plan.method).fields:  # a block must divide the side itself
+        # Larger sides would change nothing, because no rank of the case is larger.
+        sizes = [value for value in case.config.values() if type(value) is int and value <= LARGEST_RANK]
+        sides = tuple(min(side, max([_LARGEST_BUILT_SIDE, *sizes])) for side in sides)
     return _attaches(plan.method, tuple(sorted(case.config.items())), case.kind, *sides)
 
 
