@@ -27,7 +27,7 @@ from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
 from harness.conformance.findings.versions import CheckedEnvironment
-from harness.conformance.parity_suite import ParitySuite, path_of
+from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
@@ -329,8 +329,12 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
 
 
 def _size(plan: ParitySuite) -> int:
-    """Return the approximate number of checks of a suite."""
-    return len(list(plan.cases(FEW))) * len(plan.checks)
+    """Return the approximate duration of a suite, in an arbitrary unit.
+
+    A check of an Operation calls one function; a check of a Method runs several layers, and takes about six times as
+    long.
+    """
+    return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 6)
 
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:

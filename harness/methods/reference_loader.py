@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from harness.errors import Unsupported
 from harness.methods.base_model import load_base, logits
 from harness.methods.loader import Loader
+from harness.methods.module_copy import copied
 from harness.methods.unsupported_adapters import reason, unsupported
 from reference import adapter_file
 
@@ -50,7 +50,7 @@ class ReferenceLoader(Loader):
 
     def logits(self, prompts: Sequence[Sequence[int]], name: str | None) -> list[Tensor]:
         """Return the logits with one adapter. If `name` is None, return those of the base and of all merged adapters."""
-        model = copy.deepcopy(self.base)
+        model = copied(self.base)
         parts = self.merged if name is None else self.adapters[name]
         if not self.is_disabled:
             sums = [(one.settings.scaled(one.factor), one.tensors, one.weight) for one in parts]

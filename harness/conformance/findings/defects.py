@@ -84,25 +84,24 @@ class Defect(FrozenModel):
                 raise ValueError(f"`shows` holds {one!r}; write a regular expression: {error}") from error
         return value
 
-    def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the outcome belongs to a case and a check that should show the defect.
+    def matching(self, tried: CheckOutcome) -> list[str]:
+        """Return the patterns in `checks` that match the outcome's check, if its case should show the defect.
 
-        pattern: pattern that the check id must match. By default, the id must match one of `checks`.
+        If the outcome belongs to another implementation, target or case, the list is empty.
         """
+        if tried.implementation != self.implementation or self.target not in ("", tried.target):
+            return []
         case = f"{tried.case} {tried.dtype}"
-        return (
-            tried.implementation == self.implementation
-            and self.target in ("", tried.target)
-            and any(fnmatchcase(tried.result.check, one) for one in ([pattern] if pattern else self.checks))
-            and any(fnmatchcase(case, one) for one in self.cases)
-            and not any(fnmatchcase(case, one) for one in self.not_cases)
-        )
+        if not any(fnmatchcase(case, one) for one in self.cases) or any(fnmatchcase(case, one) for one in self.not_cases):
+            return []
+        return [pattern for pattern in self.checks if fnmatchcase(tried.result.check, pattern)]
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Return whether this outcome is a failure that looks like the defect."""
-        result, description = tried.result, _description(tried.result)
-        if result.outcome is not Outcome.FAIL or not self.matches(tried):
+        result = tried.result
+        if result.outcome is not Outcome.FAIL or not self.matching(tried):
             return False
+        description = _description(result)
         if tried.execution is Execution.RAISED:
             return any(one.startswith("raised") and re.match(one, description) for one in self.shows)
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
@@ -188,11 +187,13 @@ def explained(
     marked = []
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
     for one in tried:
-        explaining = [defect for defect in active if defect.explains(one)]
+        explaining = []
         for defect in active:
-            matching = {(defect.id, pattern) for pattern in defect.checks if defect.matches(one, pattern)}
+            matching = {(defect.id, pattern) for pattern in defect.matching(one)}
+            if matching and defect.explains(one):
+                explaining.append(defect)
+                shown |= matching
             due |= matching if one.result.outcome is not Outcome.SKIPPED else set()
-            shown |= matching if defect in explaining else set()
         marked.append(one.model_copy(update={"defect": explaining[0].id}) if explaining else one)
     complaints = []
     for defect in active:

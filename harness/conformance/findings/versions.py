@@ -141,7 +141,7 @@ def defect_rows(
 
 def _defect_field(defect: Defect, tried: Sequence[CheckOutcome], software: dict[str, str]) -> DefectField:
     shown = sum(defect.explains(one) for one in tried)
-    passed = sum(one.result.outcome is Outcome.PASS and defect.matches(one) for one in tried)
+    passed = sum(one.result.outcome is Outcome.PASS and bool(defect.matching(one)) for one in tried)
     return DefectField(
         version=software.get(defect.library, ""),
         in_range=defect.applies(software),
