@@ -292,7 +292,7 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
     has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError if a tensor has a wrong shape.
     """
     base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}
-    own = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    parameters = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
     sums: dict[str, Tensor] = {}
     for settings, tensors, weight in adapters:
         try:
@@ -301,8 +301,8 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
                 P = base.get(name, torch.zeros_like(parameter, dtype=torch.float64))
                 sums[name] = sums.get(name, P) + weight * (parameter.double() - P)
         finally:  # back to the base, for the next adapter
-            for module, name, p in own:
-                setattr(module, name, p)
+            for module, own, p in parameters:
+                setattr(module, own, p)
     dtype = next(model.parameters()).dtype
     for name, value in sums.items():
         path, _, own = name.rpartition(".")

@@ -238,9 +238,7 @@ def _drawn(shape: tuple[int, ...], seed: int, decay: float) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     number = min(*shape, _SINGULAR_VALUES)
     # The factors Q of two random matrices are singular vectors; an SVD would cost ten times as much.
-    U, V = (
-        torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in shape
-    )
+    U, V = (torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in shape)
     graded: Tensor = (U * decay ** torch.arange(number)) @ V.T
     return graded
 

@@ -92,7 +92,9 @@ class Defect(FrozenModel):
         if tried.implementation != self.implementation or self.target not in ("", tried.target):
             return []
         case = f"{tried.case} {tried.dtype}"
-        if not any(fnmatchcase(case, one) for one in self.cases) or any(fnmatchcase(case, one) for one in self.not_cases):
+        if not any(fnmatchcase(case, one) for one in self.cases) or any(
+            fnmatchcase(case, one) for one in self.not_cases
+        ):
             return []
         return [pattern for pattern in self.checks if fnmatchcase(tried.result.check, pattern)]
 
