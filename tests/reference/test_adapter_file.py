@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from reference.adapter_file import PREFIX, AdapterSettings, apply, read
+from reference.adapter_file import PREFIX, AdapterSettings, apply, combine, read
 
 # What HF peft 0.21.2 reads from the same configs.
 SCALINGS = [
@@ -129,3 +129,17 @@ def test_the_update_of_one_expert_copies_no_stack() -> None:
     apply(model, AdapterSettings(r=4, lora_alpha=4, target_modules=["down_proj"]), tensors)
     assert model["block"]["mlp"]["experts"].down_proj.data_ptr() == stack.data_ptr()
     assert torch.equal(stack, torch.stack([torch.eye(4), torch.zeros(4, 4), torch.eye(4)]))
+
+
+def test_a_sum_of_adapters_with_a_wrong_shape_leaves_the_base_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = AdapterSettings.of({"r": 2, "target_modules": ["0", "1"]})
+    A, B = torch.ones(2, 4), torch.ones(4, 2)
+    right = {f"{PREFIX}{n}.lora_{x}.weight": t for n in (0, 1) for x, t in (("A", A), ("B", B))}
+    wrong = right | {f"{PREFIX}1.lora_B.weight": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match="shape"):
+        combine(model, [(settings, right, 1.0), (settings, wrong, 1.0)])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    combine(model, [(settings, right, 1.0)])
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if name.endswith("weight"))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reference.operations import double_quant, nf4
-from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.operations.dynamic_map import _values, dequantize_blockwise, dynamic_map, quantize_blockwise
 
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
 maps = pytest.mark.parametrize("code", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
@@ -103,6 +104,15 @@ def test_the_constructed_map_is_bitsandbytes_map(code: Tensor) -> None:
     table = bitsandbytes.create_dynamic_map(signed=code is SIGNED)
     assert table.dtype == code.dtype
     assert torch.equal(table, code)
+
+
+def test_the_map_is_real_after_a_first_use_without_values() -> None:
+    _values.cache_clear()
+    with FakeTensorMode():
+        assert dynamic_map().shape == (256,)
+    assert torch.equal(dynamic_map(), SIGNED)
+    dynamic_map().zero_()
+    assert torch.equal(dynamic_map(), SIGNED)
 
 
 def test_the_map_equals_a_worked_example() -> None:
