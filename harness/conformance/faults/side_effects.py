@@ -162,9 +162,7 @@ def seeds_the_random_numbers_after_a_step(copy: PatchedCopy) -> None:
 
 @planted("lora", "settings", values=_LORA)
 def seeds_the_random_numbers_when_it_loads(copy: PatchedCopy) -> None:
-    copy.change_layers(
-        lambda layer: layer.register_load_state_dict_post_hook(lambda *_: torch.manual_seed(0) and None)
-    )
+    copy.change_layers(lambda layer: layer.register_load_state_dict_post_hook(lambda *_: torch.manual_seed(0) and None))
 
 
 @planted("lora", "settings", values=_LORA)
