@@ -348,21 +348,26 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of sum(x * dL/dx) with respect to `tensors`, by name.
+    """Return the gradients of the sum of z * dL/dz over the input z = x and all `tensors` z, by name.
 
-    dL/dx is the gradient of the layer's input x when the gradient of its output is dy. If dL/dx has no graph, return an
-    empty dict.
+    Each dL/dz is a gradient when the gradient of the layer's output is dy. Each factor z is a constant. The result is
+    empty if no dL/dz has a graph.
     """
     leaf = x.detach().clone().requires_grad_(True)
     with preserved_state(layer, tensors, training=False):
         y = layer(leaf)
         if not y.requires_grad:
             return {}
-        first = torch.autograd.grad(y, leaf, dy, create_graph=True)[0]
-        if not first.requires_grad:
+        leaves = [leaf, *(t for t in tensors.values() if t.requires_grad)]
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
+        products = [
+            (g * z.detach()).sum() for g, z in zip(first, leaves, strict=True) if g is not None and g.requires_grad
+        ]
+        if not products:
             return {}
-        (first * x).sum().backward()
-        return {f"grad {n}": t.grad.detach().clone() for n, t in tensors.items() if t.grad is not None}
+        torch.stack(products).sum().backward()
+        named = {"x": leaf, **tensors}
+        return {f"grad {n}": t.grad.detach().clone() for n, t in named.items() if t.grad is not None}
 
 
 def _by_functorch(

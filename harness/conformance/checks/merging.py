@@ -177,9 +177,10 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
-    may stay frozen. A second adapter on the same model then starts and computes like an adapter on a fresh copy of the
-    model. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No
-    second adapter is attached to a quantised base, because its layers cannot be packed twice.
+    may stay frozen. Then the weights of the model are changed in place, and a second adapter is attached. It starts and
+    computes like an adapter on a fresh copy of the changed model. Detaching a merged adapter brings back the base
+    layers, too; the check `unmerge` judges their values. No second adapter is attached to a quantised base, because its
+    layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -197,7 +198,10 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
     found = [outputs, weights]
     if not fresh.packed and all(one.passed for one in found):
-        again, other = case.attach_again(model=fresh.model), case.attach_again()
+        models = fresh.model, copied(fresh.original.model)
+        for parameter in (p for model in models for p in model.parameters()):
+            parameter.data.mul_(-0.5)
+        again, other = (case.attach_again(model=model) for model in models)
         mine, expected = (_start(one) | _used(one, case) for one in (again, other))
         found.append(prefix_tensor("attached again", exact(mine, expected)))
         if again is not None and again.adapted.can_merge:

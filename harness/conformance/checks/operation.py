@@ -57,11 +57,15 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """The gradients of the Operation's differentiable arguments equal the reference's, including the dtype.
 
-    A missing gradient counts as zero.
+    A missing gradient counts as zero. But a tensor in a list that the call does not use, such as an adapter that no
+    sequence of the batch chose, has the gradient None, as in the reference. With zeros, an optimizer would decay this
+    adapter and move it along its old moments.
     """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
     verdict = operation_call.judge_gradients(subject, case, case.factor("backward"))
+    if verdict.passed and (needless := operation_call.needless_gradients(subject, case)):
+        return from_problems(subject, case, "backward", needless)
     return judged(subject, case, "backward", verdict)
 
 

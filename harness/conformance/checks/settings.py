@@ -30,7 +30,8 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     algorithms. Attaching adds no filter of Python's warnings.
 
     Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
-    later would depend on it. The tensors that attaching puts into `state()`, such as VeRA's projections, do not depend
+    later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's
+    own optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not depend
     on torch's default dtype.
     """
     if isinstance(subject, OperationSubject):
@@ -79,14 +80,26 @@ def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
 def _use(subject: Subject | None, case: Case) -> None:
     """Run every layer of a freshly attached subject forward and backward, in training mode and in eval mode.
 
-    Afterwards, merge and unmerge it if possible.
+    Afterwards, merge and unmerge it if possible, and let the model load its own state_dict. Then take a step with the
+    Method's optimizer, if it has one, and call `after_step`.
     """
     if subject is None:
         return
+    adapted = subject.adapted
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         for training in (True, False):
             observe(layer, subject.tensors_of(path), x, dy, training=training)
-    if subject.adapted.can_merge:
-        subject.adapted.merge()
-        subject.adapted.unmerge()
+    if adapted.can_merge:
+        adapted.merge()
+        adapted.unmerge()
+    subject.model.load_state_dict(subject.model.state_dict())
+    optimizer = adapted.optimizer(0.1, 0.0)
+    # GaLore's SVD takes long, so only one layer gets gradients.
+    tensors = adapted.parameters() if optimizer is None else subject.tensors_of(next(iter(adapted.layers))).values()
+    for number, tensor in enumerate(tensors):
+        drawn = torch.randn(tensor.shape, generator=case.generator(number), dtype=torch.float64)
+        tensor.grad = drawn.to(tensor.device, tensor.dtype)
+    if optimizer is not None:
+        optimizer.step()
+    adapted.after_step(1)

@@ -255,6 +255,25 @@ def judge_gradients(
     return ill_formed(mine, rounded) or noise_floor(mine, truth, draws(), subject.dtype, factor)
 
 
+def needless_gradients(subject: OperationSubject, case: Case) -> list[str]:
+    """Describe each tensor in a list of arguments that gets a gradient of zeros, and that gets none in the reference."""
+
+    def leaves_of(function: Callable[..., object]) -> dict[str, Tensor]:
+        outputs, leaves = forward(subject, function, DTYPES[subject.dtype])
+        backward(outputs, leaves, case)
+        return leaves
+
+    if not any(name.endswith("]") for name in flatten(subject.arguments)):
+        return []
+    zeros = [
+        n for n, t in leaves_of(subject.function).items() if n.endswith("]") and t.grad is not None and not t.grad.any()
+    ]
+    right = leaves_of(subject.operation.reference) if zeros else {}
+    return [
+        f"{name} is not used, and its gradient is zeros instead of None" for name in zeros if right[name].grad is None
+    ]
+
+
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     """Return arguments with `change` applied to every tensor that is not 0-d."""
     return mapped(value, lambda one: change(one) if isinstance(one, Tensor) and one.dim() else one)

@@ -44,8 +44,9 @@ class ParityModel(nn.Module):
     """A model of three layers: `first` (D to E features), `other` (E to E) and `second` (E to D).
 
     A Method adapts `first` and `second`, but never `other`. `second` has no bias if its kind of layer allows that. With
-    stacked experts, each layer maps D to D features, and the experts have E features in between. An embedding `second`
-    maps D ids to E features, as `first` does.
+    stacked experts, D is the smaller of the two sizes, each layer maps D to D features, and the experts of `first` have E
+    features in between. Those of `second` are stored transposed, and one of their parameters is square, so that its shape
+    does not show this. An embedding `second` maps D ids to E features, as `first` does.
 
     The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
     adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
@@ -67,6 +68,8 @@ class ParityModel(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
+        if kind == "experts":
+            D, E = min(D, E), max(D, E)
         self.first, self.other, self.second = _layers(kind, D, E)
         self.wide: nn.Linear | None = None
         if form == "wide":
@@ -139,7 +142,7 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
             nn.Embedding(D, E, padding_idx=0, scale_grad_by_freq=True),
         )
     if kind == "experts":
-        return _experts(D, E), nn.Linear(D, D), _experts(D, E)
+        return _experts(D, E), nn.Linear(D, D), _transposed_experts(D)
     if kind.startswith("conv2d"):
         geometry = _GEOMETRIES[kind]
         D, E = _channels(kind, D), _channels(kind, E)
@@ -158,6 +161,20 @@ def _experts(D: int, E: int) -> nn.Module:
     config = MixtralConfig(hidden_size=D, intermediate_size=E, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
     return MixtralExperts(config)  # type: ignore[no-any-return]
+
+
+def _transposed_experts(D: int) -> nn.Module:
+    """Return the stacked experts of GPT-OSS, which have biases. They map D to D features.
+
+    With D / 2 features in between, `gate_up_proj` is square. If D is odd, there are D, and `down_proj` is square.
+    """
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    between = D if D % 2 else D // 2
+    config = GptOssConfig(hidden_size=D, intermediate_size=between, num_local_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    return GptOssExperts(config)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _channels(kind: Kind, features: int) -> int:

@@ -77,6 +77,8 @@ FAULTS = [
         "restore_dtypes(self, state_dict)", "self.state.clear()"),
     _randomised("ignores_niter", ["refresh"], "    if niter:", "    if False:"),
     _randomised("iterates_once_more", ["refresh"], "old or Projector()), niter)", "old or Projector()), niter + 1)"),
+    _randomised("seeds_torchs_own_generator_at_a_refresh", ["settings"],
+        "generator = torch.Generator().manual_seed(0)", "generator = torch.manual_seed(0)"),
     _randomised("starts_each_refresh_at_random", ["refresh"], "old or Projector()", "Projector()"),
     _galore("leaves_square_matrices_alone", ["refresh"],
         '"paper": (m <= n, m > n)', '"paper": (m < n, m > n)', values={**_USUAL, "side": "paper"}),

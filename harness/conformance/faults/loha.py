@@ -15,6 +15,21 @@ _UPDATE = "self.scaling * ((self.B1 @ self.A1) * (self.B2 @ self.A2))"
 _FACTORS = "A1, B1, B2 = (_uniform(*shape, generator).to(**like) for shape in ((R, D), (E, R), (E, R)))"
 _MASK = "kept_E = torch.rand(len(delta_ED), dtype=torch.float32, device=delta_ED.device) >= self.p"
 _SCALED = "return delta_ED * (kept_E / share).to(delta_ED.dtype)[:, None]"
+_ONCE = """class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, A1, B1, A2, B2):
+        ctx.save_for_backward(A1, B1, A2, B2)
+        return (B1 @ A1) * (B2 @ A2)
+
+    @staticmethod
+    def backward(ctx, d):
+        A1, B1, A2, B2 = ctx.saved_tensors
+        with torch.no_grad():
+            d1, d2 = d * (B2 @ A2), d * (B1 @ A1)
+            return B1.T @ d1, d1 @ A1.T, B2.T @ d2, d2 @ A2.T
+
+
+"""
 
 _loha = partial(line_fault, "loha", values=_USUAL)
 _rows = partial(line_fault, "loha", file="row_dropout", values=_DROP)
@@ -68,6 +83,9 @@ FAULTS = [
     _rows("loses_the_mask_in_the_backward_pass", ["rank_dropout"], _SCALED,
         "masked = delta_ED * (kept_E / share).to(delta_ED.dtype)[:, None]\n"
         "        return delta_ED + (masked - delta_ED).detach()"),
+    _loha("cannot_differentiate_the_gradients_of_its_factors", ["calls"],
+        "class LohaLinear(", _ONCE + "class LohaLinear(",
+        _UPDATE, "self.scaling * Once.apply(self.A1, self.B1, self.A2, self.B2)"),
     _rows("makes_nan_if_no_row_remains", ["rank_dropout"], ".clamp(min=1 / len(delta_ED))", "",
         values={**_USUAL, "rank_dropout": 0.9}, outputs=1),
 ]

@@ -35,6 +35,11 @@ FAULTS = [
     _lora("keeps_alpha_as_a_whole_number", ["forward", "gradient"],
         "R, s, p = config.rank, config.scaling", "R, s, p = config.rank, int(config.alpha) / config.rank",
         values={"rank": 3, "alpha": 8.5}),
+    _lora("tells_transposed_experts_by_their_shape", ["forward", "gradient", "merge"],
+        "return stacked_update(self.A[name], self.B[name], self.experts, self.scaling, self.transposed)",
+        "update = stacked_update(self.A[name], self.B[name], self.experts, self.scaling, False)\n"
+        "        return update if update.shape == self.base.get_parameter(name).shape else update.transpose(1, 2)",
+        file="lora_experts", layer="experts"),
     # Swap A and B, which raises no error on a square layer.
     _lora("swaps_a_and_b", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)", inputs=32, outputs=32),

@@ -44,6 +44,10 @@ FAULTS = [
     _pissa("splits_a_square_conv1d_transposed", ["identity"],
         "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
         layer="conv1d", inputs=32, outputs=32),
+    _pissa("splits_the_weight_that_its_base_had_at_first", ["detach"],
+        "split(dense_weight(base), config, floating_dtype(base), generator)",
+        "(t.clone() for t in vars(base).setdefault(\n"
+        "                'kept', split(dense_weight(base), config, floating_dtype(base), generator)))"),
     _pissa("leaves_the_residual_out_of_the_state_dict", ["save"],
         'self.register_buffer("residual", residual)', 'self.register_buffer("residual", residual, persistent=False)'),
 ]

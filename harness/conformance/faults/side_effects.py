@@ -146,6 +146,25 @@ def seeds_the_random_numbers_when_it_is_attached(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda _: torch.manual_seed(0))
 
 
+@planted_in_methods("settings", only=["adalora", "lora"])
+def seeds_the_random_numbers_after_a_step(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        after_step = adapted.after_step
+
+        def seed_and_do(step: int) -> None:
+            torch.manual_seed(step)
+            after_step(step)
+
+        adapted.after_step = seed_and_do
+
+    copy.change_adapted(change)
+
+
+@planted("lora", "settings", values=_LORA)
+def seeds_the_random_numbers_when_it_loads(copy: PatchedCopy) -> None:
+    copy.change_layers(lambda layer: layer.register_load_state_dict_post_hook(lambda *_: torch.manual_seed(0) and None))
+
+
 @planted("lora", "settings", values=_LORA)
 def switches_gradients_off_globally(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

@@ -72,7 +72,7 @@ def reference(
 ) -> Tensor:
     """Return x W^T + scalings[i] x As[i]^T Bs[i]^T, shape (N, T, E). Here i = ids[n] is the adapter of sequence n.
 
-    If ids[n] is -1, the sequence gets only x W^T.
+    If ids[n] is -1, the sequence gets only x W^T. The A and B of an adapter that no sequence uses get the gradient None.
     """
     return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)
 
