@@ -211,7 +211,8 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
     may stay frozen. A second adapter on the same model then starts and computes like an adapter on a fresh copy of the
-    model. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No
+    model, also when
+    both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values. No
     second adapter is attached to a quantised base, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
@@ -233,8 +234,12 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         again, other = case.attach_again(model=fresh.model), case.attach_again()
         mine, expected = (_start(one) | _used(one, case) for one in (again, other))
         found.append(prefix_tensor("attached again", exact(mine, expected)))
-        if again is not None and again.adapted.can_merge:
-            again.adapted.merge()
+        if again is not None and other is not None and again.adapted.can_merge:
+            for one in (again, other):  # both are merged now, so a flag that they share would show
+                one.adapted.merge()
+            with torch.no_grad():
+                merged = (_merged_outputs(one, xs) for one in (other, again))
+                found.append(prefix_tensor("merged while another model is merged", exact(*merged)))
             again.adapted.detach()
             odd = [path for path, base in again.bases.items() if again.model.get_submodule(path) is not base]
             if odd:
