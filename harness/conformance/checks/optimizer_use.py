@@ -48,7 +48,7 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
     added = torch.nn.Parameter(torch.ones(4, device=fresh.own[0].device))
     added.grad = torch.ones_like(added)
     with suppress(ValueError):  # an optimizer may refuse such a group
-        optimizer.add_param_group({"params": [added], "rank": 0})
+        optimizer.add_param_group({"params": [added]})
         optimizer.step()
         odd += ["a parameter added by add_param_group does not train"] if bool((added == 1).all()) else []
     return from_problems(subject, case, "closure", odd)

@@ -182,9 +182,9 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
 
 def _recorded(subject: OperationSubject, outputs: _Named) -> list[str]:
-    """Return the names of the `outputs` that require a gradient, although those of the reference do not."""
+    """Return the names of the `outputs` that have a graph, although those of the reference have none."""
     own = subject.operation.named(subject.operation.reference(**_leaves(subject.arguments)))
-    return [name for name, output in outputs.items() if output.requires_grad and not own[name].requires_grad]
+    return [name for name, output in outputs.items() if output.grad_fn is not None and own[name].grad_fn is None]
 
 
 def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -> Iterator[Judgement]:
