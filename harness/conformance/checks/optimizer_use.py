@@ -79,8 +79,8 @@ def check_resume(subject: Subject, case: Case) -> CheckResult:
     for bits in numbers_of_bits(fresh):
         _put(tensors, start)
         optimizer = new_optimizer(fresh, bits)
-        empty = copy.deepcopy(optimizer.state_dict())
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # adds `initial_lr` to the groups
+        empty = copy.deepcopy(optimizer.state_dict())
         for number in range(_STEPS_BEFORE):
             _step(optimizer, tensors, gradients[number])
         there, state = {name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(optimizer.state_dict())
