@@ -20,10 +20,13 @@ _T = TypeVar("_T")
 class AttachFresh(Protocol):
     """Type of `Case.attach_fresh`: a function that attaches the implementation under test to a model again."""
 
-    def __call__(self, *, seed: int = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any) -> Subject:
+    def __call__(
+        self, *, seed: int | torch.Generator = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any
+    ) -> Subject:
         """Attach the implementation under test again, and return the new Subject.
 
-        seed: seed of the generator that the implementation's `attach` gets. square: True for a model whose two layers
+        seed: seed of the generator that the implementation's `attach` gets, or this generator
+        itself. square: True for a model whose two layers
         have the same shape. model: a model from which an earlier adapter was detached; by default, a new model. config:
         values that replace those of the case in the Method's config.
         """

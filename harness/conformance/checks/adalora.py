@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
+from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
@@ -23,6 +26,10 @@ from harness.records.record import CheckResult
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _FIRST_PRUNING = 6
 """The first step of the schedule `_SHORT` that prunes."""
+_CLIPPED = 3
+"""Step of `check_importance` whose gradients replace those of a backward pass, as clipping does."""
+_COPIED = 16
+"""Step before which `check_budget` continues with a deep copy of the model and the adapter."""
 _RESUMED = (13, 21)
 """Steps before which `check_budget` moves to a fresh model: one amid the prunings, and one after the last pruning."""
 _LOADED = 20
@@ -40,7 +47,8 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
     The check takes three steps with random gradients, all before the first pruning. It does so twice: with beta1 and
     beta2 that differ, and with the betas of the config and gradients so small that float16 would lose most of I. The
-    averages must therefore be stored in float32 or float64.
+    averages must therefore be stored in float32 or float64. The gradients that count are those in `grad` when
+    `after_step` is called, after micro-batches and clipping.
     """
     found = []
     for size, betas in ((1.0, {"beta1": 0.85, "beta2": 0.7}), (_SMALL, {})):
@@ -53,6 +61,8 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
         truth, rounded = (_reference(fresh, dtype) for dtype in ("float64", subject.dtype))
         for step in (1, 2, 3):
             for adapted in (fresh.adapted, truth, rounded):
+                if adapted is fresh.adapted and step == _CLIPPED:
+                    sum(t.sum() for t in adapted.tensors().values()).backward()
                 _set_gradients(adapted, case.generator(salt=10 + step), DTYPES[subject.dtype], size)
                 adapted.after_step(step)
             verdict = _judge_averages(subject, case, "importance", fresh.adapted, truth, rounded)
@@ -94,7 +104,8 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     places.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
-    `state()` contains the pruning masks, the check writes other masks there once, which must take effect.
+    `state()` contains the pruning masks, the check writes other masks there once, which must take effect. Once, it continues
+    with a deep copy of model and adapter, which must not act on the original.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -107,6 +118,8 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
         if step in _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh
             load(fresh.adapted, before.adapted.tensors(), before.state())
+        if step == _COPIED and owns(fresh.model, fresh.adapted.tensors()):
+            fresh = replace(fresh, adapted=copy.deepcopy((fresh.model, fresh.adapted))[1])
         if step == _LOADED:
             masks = {name: mask.roll(1, 0) for name, mask in truth.state().items() if name.endswith(".mask")}
             shown = masks.keys() & fresh.state().keys()  # an implementation may keep its masks out of state()
@@ -160,9 +173,16 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
     The term is gamma R(P, Q). As the config states, R is the mean of the norms ||P^T P - I|| and ||Q Q^T - I|| of all
-    layers, or the sum of their squares  (eq. 4). If gamma is 0, there is no term, or all its numbers are 0.
+    layers, or the sum of their squares  (eq. 4). It is the same in both modes of the
+    model. If gamma is 0, there is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
+    was_training = subject.model.training
+    subject.model.train(not was_training)
+    other = _regularizer(subject.adapted)
+    subject.model.train(was_training)
+    if not exact(other, mine).passed:
+        return judged(subject, case, "regularizer", exact(other, mine), "in the other mode")
     if not truth and not mine:
         return skipped(subject, case, "regularizer", "gamma is 0")
     if not truth:

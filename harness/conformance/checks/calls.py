@@ -32,6 +32,7 @@ from harness.conformance.comparison.call_forms import (
     tensors_of_copy,
 )
 from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
+from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak
@@ -75,7 +76,7 @@ def forms() -> dict[str, list[str]]:
     """Return the names of all forms that the check `calls` tries, grouped by what is called."""
     return {
         "a layer, in layouts of its input": [*LAYOUTS, *IMAGE_LAYOUTS],
-        "a layer": [*MODES, *HISTORIES, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
+        "a layer": [*MODES, *HISTORIES, *PROGRAMS, *NEW_VALUES, *NEW_VALUES_UNDER_AUTOCAST, *LayerForm, *LONG_FORMS],
         "a layer without gradients; also in each layout": [*forms_without_gradients({})],
         "an Operation": [*OperationForm],
     }
@@ -154,7 +155,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         # The fixed choice of stacked experts depends on the number of rows, and so does the frequency of a token.
         whole = kind_of(base) == "experts" or getattr(base, "scale_grad_by_freq", False)
         apart = ("in micro-batches", "token by token") if whole else ()
-        tried = layouts_with_gradients(layouts) | MODES | HISTORIES | long | forms_without_gradients(layouts)
+        tried = layouts_with_gradients(layouts) | MODES | HISTORIES | PROGRAMS | long | forms_without_gradients(layouts)
         for name, form in tried.items():
             seen = None if name.endswith(apart) else form.run(call)
             if seen is not None:
@@ -227,6 +228,7 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
 def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of outputs and gradients under autocast to 16 bits, before and after the tensors change.
 
+    After the change, the input has the dtype of autocast, as the output of an earlier layer would have.
     Autocast rounds to bfloat16 or float16, so errors may be as large as rounding errors of 16 bits. The output must
     have the dtype of autocast or of the reference's output, because later layers may refuse a mixture of dtypes. A
     packed (4-bit) layer may return the dtype of its input, as bitsandbytes does.
@@ -237,10 +239,11 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
     is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
     try:
         for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
-            truth = observe(wide.layer, wide.tensors, cast(x, "float64"), dy.double())
             for dtype in ("bfloat16", "float16"):
-                seen = _autocast(call, call.layer, mine, dtype, x)
-                rounded = PlausibleResults(_rounded_by_autocast(own, call, dtype))
+                given = x if when == LayerForm.AUTOCAST else cast(x, dtype)
+                truth = observe(wide.layer, wide.tensors, cast(given, "float64"), dy.double())
+                seen = _autocast(call, call.layer, mine, dtype, given)
+                rounded = PlausibleResults(_rounded_by_autocast(own, replace(call, x=given), dtype))
                 verdict = noise_floor(seen, truth, rounded, dtype, factor)
                 if seen["y"].dtype != DTYPES[dtype] and not is_packed:
                     verdict = ill_formed({"y": seen["y"]}, {"y": next(iter(rounded))["y"]}) or verdict

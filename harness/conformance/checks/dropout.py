@@ -18,7 +18,7 @@ from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
-from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
@@ -177,7 +177,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), tokens, dtype, generator, images=tokens)
     only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))
-    ys = [observe(layer, {}, only, dy, training=True)["y"] for _ in range(2)]
+    with torch.no_grad(), preserved_state(layer, {}, training=True):
+        ys = [layer(only).clone() for _ in range(2)]  # no call of `train()` in between
     retained = _rows_as(subject, path, ys, only, (1 / (1 - p),))
     if bool(retained[0].all()) or not bool(retained[0].any()):
         yield f"a feature is retained or dropped in all of {tokens} tokens"

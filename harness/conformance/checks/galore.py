@@ -37,8 +37,9 @@ _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
 `_WITHOUT_GRADIENT`: the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay.
 `_RESUMED`: the first step of a new optimizer, which has loaded the state of the old one. `_BY_CLOSURE`: the step whose
 gradients a closure computes."""
-_ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
-"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_STANDING`: the
+_ONE_GRADIENT, _ZEROS, _MOVED, _STANDING, _WITHOUT_DECAY = 4, 6, 8, 10, 11
+"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_ZEROS`: all
+gradients are zero. `_MOVED`: the tensors' data are other tensors from now on. `_STANDING`: the
 learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
 _MANY_STEPS, _SMALL = 270, 5_000
 """`_MANY_STEPS`: number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements. Only the first
@@ -111,6 +112,8 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
 
     - It changes the learning rate and the weight decay in `param_groups`, also to 0.
     - One step has no gradient, and another step has a gradient for the first tensor only.
+    - In one step all gradients are zero. The moments decay, as without such a layer they would not.
+    - Before one step, `data` of each parameter is replaced, as `model.to()` does. The state stays with the parameter.
     - Every third gradient is transposed in memory.
     - In one step a closure computes the gradients.
     - Between two steps, a new optimizer loads the state_dict of the old one.
@@ -193,7 +196,8 @@ def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _S
     """Return step `number` of `check_optimizer` for the tensors of a layer."""
     with_gradient = {_WITHOUT_GRADIENT: [], _ONE_GRADIENT: list(tensors)[:1]}.get(number, list(tensors))
     gradients = {
-        n: _gradient(tensors[n], case.generator(salt=1000 * layer + number).initial_seed(), 0.5) for n in with_gradient
+        n: _gradient(tensors[n], case.generator(salt=1000 * layer + number).initial_seed(), 0.5) * (number != _ZEROS)
+        for n in with_gradient
     }
     share = 0.5 if number >= _CHANGED else 1.0
     return _Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
@@ -270,6 +274,7 @@ def _steps_of_subject(
             group["lr"], group["weight_decay"] = step.lr, step.decay
         given = {name: gradient.to(tensors[name].dtype) for name, gradient in step.gradients.items()}
         for name, tensor in tensors.items():
+            tensor.data = tensor.data.clone() if number == _MOVED else tensor.data
             tensor.data.copy_(start[name])
             tensor.grad = None
 

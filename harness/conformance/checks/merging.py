@@ -40,7 +40,9 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
-    Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable.
+    Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable. Merging
+    and unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds
+    its weights.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -62,8 +64,10 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.unmerge()
         outputs[_UNMERGED] = _outputs(subject, xs)
+        eval_modes = {module: module.training for module in subject.model.modules()}
         subject.adapted.merge()
         subject.adapted.merge()  # what is merged already stays as it is
+        lacking = _lacking_weights(subject)
         made_trainable = _trainable_beside(subject, trainable)
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
@@ -71,13 +75,14 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         load(subject.adapted, values)
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
+        switched = _switched(eval_modes)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
         subject.adapted.unmerge()
         for tensor in added.values():
             tensor.mul_(HALF)
         outputs[_CHANGED] = _outputs(subject, xs)
         if fresh is not None:
-            outputs[_AGAIN] = _merged_in_training(subject, xs)
+            outputs[_AGAIN] = _merged_in_training(subject, xs, switched)
         load(subject.adapted, values)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
@@ -91,6 +96,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
     odd = [f"{name} does not train any more after unmerging" for name in sorted(trained - now)]
     odd += [f"{name} trains after merging, and did not before" for name in sorted(made_trainable)]
+    odd += sorted(switched)
+    odd += [f"the state_dict of the merged {path} lacks its weight" for path in lacking]
     if odd:
         return from_problems(subject, case, "merge", odd)
     if failures:
@@ -103,12 +110,38 @@ def _trainable_beside(subject: Subject, known: Collection[int]) -> set[str]:
     return {name for name, p in subject.model.named_parameters() if p.requires_grad and id(p) not in known}
 
 
-def _merged_in_training(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Merge in training mode while gradients are recorded, and return the outputs of the merged layers. Then unmerge."""
-    for layer in subject.adapted.layers.values():
-        layer.train()
+def _switched(modes: Mapping[nn.Module, bool]) -> set[str]:
+    """Return a message for each module that is not in the mode `modes`: True for training mode, False for eval mode."""
+    names = {True: "training", False: "eval"}
+    return {
+        f"merging or unmerging puts a {type(module).__name__} into {names[module.training]} mode"
+        for module, training in modes.items()
+        if module.training is not training
+    }
+
+
+def _lacking_weights(subject: Subject) -> list[str]:
+    """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer."""
+
+    def size(layer: nn.Module) -> int:
+        return sum(t.numel() for t in layer.state_dict().values() if isinstance(t, Tensor))
+
+    layers = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
+    return [path for path, layer in layers.items() if size(layer) < size(subject.bases[path])]
+
+
+def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[str]) -> dict[str, Tensor]:
+    """Merge in training mode while gradients are recorded, and return the outputs of the merged layers. Then unmerge.
+
+    switched: set to which a message is added for each module whose mode merging changes.
+    """
+    was_training = subject.model.training
+    subject.model.train()
+    modes = dict.fromkeys(subject.model.modules(), True)
     with torch.enable_grad():
         subject.adapted.merge()
+    switched |= _switched(modes)
+    subject.model.train(was_training)
     outputs = _merged_outputs(subject, xs)
     subject.adapted.unmerge()
     return outputs
@@ -178,9 +211,9 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
     may stay frozen. Then the weights of the model are changed in place, and a second adapter is attached. It starts and
-    computes like an adapter on a fresh copy of the changed model. Detaching a merged adapter brings back the base
-    layers, too; the check `unmerge` judges their values. No second adapter is attached to a quantised base, because its
-    layers cannot be packed twice.
+    computes like an adapter on a fresh copy of the changed model, also when both are merged. Detaching a merged adapter
+    brings back the base layers, too; the check `unmerge` judges their values. No second adapter is attached to a
+    quantised base, because its layers cannot be packed twice.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -204,8 +237,12 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         again, other = (case.attach_again(model=model) for model in models)
         mine, expected = (_start(one) | _used(one, case) for one in (again, other))
         found.append(prefix_tensor("attached again", exact(mine, expected)))
-        if again is not None and again.adapted.can_merge:
-            again.adapted.merge()
+        if again is not None and other is not None and again.adapted.can_merge:
+            for one in (again, other):  # both are merged now, so a flag that they share would show
+                one.adapted.merge()
+            with torch.no_grad():
+                merged = (_merged_outputs(one, xs) for one in (other, again))
+                found.append(prefix_tensor("merged while another model is merged", exact(*merged)))
             again.adapted.detach()
             odd = [path for path, base in again.bases.items() if again.model.get_submodule(path) is not base]
             if odd:

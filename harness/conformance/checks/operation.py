@@ -71,10 +71,17 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call does not change its arguments. Its backward pass changes neither the arguments nor the incoming gradients."""
-    given = cloned(subject.arguments)
+    """A call does not change its arguments, with or without gradients.
+
+    Its backward pass changes neither the arguments nor the incoming gradients.
+    """
+    given, without = cloned(subject.arguments), cloned(subject.arguments)
     subject.function(**given)
+    with torch.no_grad():
+        subject.function(**without)
     seen, before = operation_call.flatten(given), operation_call.flatten(subject.arguments)
+    seen |= {f"{name} after a call under no_grad": t for name, t in operation_call.flatten(without).items()}
+    before |= {f"{name} after a call under no_grad": t for name, t in before.items()}
     if subject.operation.differentiable:
         given = cloned(subject.arguments)
         operation_call.require_gradients(subject, given)
@@ -85,7 +92,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         after = operation_call.flatten(given)
         seen |= {f"{name} after the backward pass": t.detach() for name, t in after.items()}
         seen |= {f"the incoming gradient of {name}": dy for name, dy in incoming.items()}
-        before |= {f"{name} after the backward pass": before[name] for name in after}
+        before |= {f"{name} after the backward pass": before[name] for name in after if name in before}
         before |= {f"the incoming gradient of {name}": dy for name, dy in kept.items()}
     return judged(subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ _STEPS_BEFORE = 2
 
 @check(depends_on_sizes=False)
 def check_closure(subject: Subject, case: Case) -> CheckResult:
-    """The Method's own optimizer calls a closure in gradient mode, so that the closure can call `loss.backward()`."""
+    """The Method's own optimizer calls a closure once, in gradient mode, so that the closure can call `loss.backward()`.
+
+    If a closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too.
+    """
     fresh = case.attach_again()
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "closure", "the Method has no optimizer, or the case cannot attach again")
@@ -32,28 +36,51 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         modes.append(torch.is_grad_enabled())
         return 1.0
 
-    new_optimizer(fresh).step(closure)
+    optimizer = new_optimizer(fresh)
+    optimizer.step(closure)
     odd = [] if len(modes) == 1 else [f"step calls the closure {len(modes)} times"]
     odd += [] if all(modes) else ["step calls the closure without gradients"]
+    with suppress(_StoppedError):
+        optimizer.step(_stop)
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        odd.append("after a closure that raises, gradients are switched off")
+    added = torch.nn.Parameter(torch.ones(4, device=fresh.own[0].device))
+    added.grad = torch.ones_like(added)
+    with suppress(ValueError):  # an optimizer may refuse such a group
+        optimizer.add_param_group({"params": [added]})
+        optimizer.step()
+        odd += ["a parameter added by add_param_group does not train"] if bool((added == 1).all()) else []
     return from_problems(subject, case, "closure", odd)
+
+
+class _StoppedError(Exception):
+    """Raised by a closure."""
+
+
+def _stop() -> float:
+    raise _StoppedError
 
 
 @check(depends_on_sizes=False)
 def check_resume(subject: Subject, case: Case) -> CheckResult:
     """An optimizer that loads another one's state_dict has the same state and dtypes, and takes the same next step.
 
-    This holds with moments in 32 bits and, if the optimizer has the option `bits`, in 8 bits.
+    This holds with moments in 32 bits and, if the optimizer has the option `bits`, in 8 bits. A scheduler of torch may set
+    the learning rate. An optimizer that loads the state of a new one begins anew, like the first optimizer on a fresh model.
     """
     fresh = case.attach_again(update_gap=1000)
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "resume", "the Method has no optimizer, or the case cannot attach again")
-    tensors = fresh.adapted.tensors()
+    beginning, tensors = case.attach_again(update_gap=1000), fresh.adapted.tensors()
     start = {name: t.detach().clone() for name, t in tensors.items()}
     generator, found = case.generator(), []
     gradients = [{name: torch.randn(t.shape, generator=generator) for name, t in start.items()} for _ in range(3)]
     for bits in numbers_of_bits(fresh):
         _put(tensors, start)
         optimizer = new_optimizer(fresh, bits)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # adds `initial_lr` to the groups
+        empty = copy.deepcopy(optimizer.state_dict())
         for number in range(_STEPS_BEFORE):
             _step(optimizer, tensors, gradients[number])
         there, state = {name: t.detach().clone() for name, t in tensors.items()}, copy.deepcopy(optimizer.state_dict())
@@ -67,6 +94,15 @@ def check_resume(subject: Subject, case: Case) -> CheckResult:
         if verdict is None or verdict.passed:
             _step(resumed, tensors, gradients[-1])
             verdict = unchanged({name: t.detach() for name, t in tensors.items()}, want)
+        if verdict.passed and beginning is not None:
+            _put(tensors, start)
+            resumed.load_state_dict(empty)
+            _step(resumed, tensors, gradients[-1])
+            anew = beginning.adapted.tensors()
+            _step(new_optimizer(beginning, bits), anew, gradients[-1])
+            verdict = unchanged({n: t.detach() for n, t in tensors.items()}, {n: t.detach() for n, t in anew.items()})
+            verdict = prefix_tensor("after loading the state of a new optimizer", verdict)
+            _put(anew, start)
         found.append(verdict if bits is None else prefix_tensor(f"with bits={bits}", verdict))
     _put(tensors, start)
     return judged(subject, case, "resume", worst_of(found, "exact"))

@@ -31,7 +31,8 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
     must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
     Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
-    shape start differently. If the start comes from an SVD of the weight, two starts with one seed are equal up to
+    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). If the
+    start comes from an SVD of the weight, two starts with one seed are equal up to
     rounding. The sign of singular vectors is arbitrary, so a tensor with one element may have the other sign.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
@@ -83,7 +84,9 @@ def _several_starts(subject: Subject, case: Case, name: str, number: int) -> tup
 
 def _generator_problems(case: Case) -> Iterator[str]:
     # The global generator is in another state for the second subject, so that a draw from it shows.
-    one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((1, 1), (1, 2), (2, 1)))
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((generator, 1), (1, 2), (2, 1)))
     if one is None or again is None or other is None:
         return
     bases = {path: one.original_base(path) for path in one.bases}
@@ -94,6 +97,11 @@ def _generator_problems(case: Case) -> Iterator[str]:
             if float(distance) > RANDOM_SHARE * float(tensor.detach().double().norm()):
                 yield f"{name} starts differently with a generator of the same seed: its SVD draws from another generator"
     drawn = sorted(drawn_tensors(one.method, bases, one.config) & mine.keys())
+    if drawn and torch.equal(generator.get_state(), before):
+        torch.rand(1, generator=generator)
+        later = _attached(case, generator, 1)
+        if later is not None and not all(torch.equal(later.added()[name], mine[name]) for name in drawn):
+            yield "attaching draws from a copy of its generator, so a second model would start with the same values"
     for name in drawn:
         if not torch.equal(mine[name], same_seed[name]):
             yield f"{name} starts differently with a generator of the same seed: it is drawn from another generator"
@@ -104,6 +112,6 @@ def _generator_problems(case: Case) -> Iterator[str]:
             yield f"{name} and {other_name} start with the same values"
 
 
-def _attached(case: Case, seed: int, global_seed: int) -> Subject | None:
+def _attached(case: Case, seed: int | torch.Generator, global_seed: int) -> Subject | None:
     process_settings.seed(global_seed)
     return case.attach_again(seed=seed, square=True)

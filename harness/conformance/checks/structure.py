@@ -16,8 +16,11 @@ from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, unchanged, worst_of
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
+from harness.errors import Unsupported
 from harness.methods import checksums
+from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
+from reference.shared.layers import replace
 
 
 @check(in_cell=[CellStage.ATTACHED], depends_on_sizes=False)
@@ -72,9 +75,14 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     Quantising (packing) the base changes no tensor outside the packed layers; the check `codes` judges the packed
     layers. For `method: peft` the adapted weights are not compared if the method's start rewrites them (OLoRA, PiSSA,
     LoftQ).
+
+    If attaching raises, no layer of the model is replaced. The check attaches to a model whose last target is a layer that
+    most Methods refuse: an embedding with max_norm.
     """
     if subject.original.model is None and not subject.original.crc32:
         return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")
+    if half := _left_by_failed_attach(subject, case):
+        return from_problems(subject, case, "base", half)
     original, crc32 = subject.original.model, subject.original.crc32
     named = dict(original.named_parameters() if original else zip(crc32, subject.own, strict=False))
     before = [*named, *dict(original.named_buffers())] if original else [*crc32]
@@ -98,6 +106,28 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     if subject.unpacked is not None:
         found.append(unchanged(_unpacked(subject, original), _unpacked(subject, subject.unpacked)))
     return judged(subject, case, "base", worst_of(found, "exact"))
+
+
+def _left_by_failed_attach(subject: Subject, case: Case) -> list[str]:
+    """Attach to a model whose last target is refused. Return a message for each module that the failed attaching replaces.
+
+    If attaching succeeds or raises Unsupported, return no message.
+    """
+    if subject.original.model is None or subject.packed or not hasattr(subject.model, "targets"):
+        return []
+    model = copied(subject.original.model)
+    replace(model, subject.model.targets[-1], nn.Embedding(1, 1, max_norm=1.0))
+    modules = dict(model.named_modules())
+    try:
+        case.attach_again(model=model)
+    except Unsupported:
+        return []
+    except Exception:  # noqa: BLE001  # an implementation may refuse a layer by any exception
+        now = dict(model.named_modules())
+        return [
+            f"attaching raised, and {name} is another layer" for name in modules if now.get(name) is not modules[name]
+        ]
+    return []
 
 
 def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
@@ -130,12 +160,19 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
-    """Two runs on the same input give the same output and gradients, to the last bit."""
-    found = []
+    """Two runs on the same input give the same output and gradients, to the last bit. In eval mode, none draws random
+    numbers.
+    """
+    found, drawn = [], []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        before = torch.get_rng_state()
         first = observe(layer, subject.tensors_of(path), x, dy)
         found.append(prefix_tensor(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
+        if not torch.equal(torch.get_rng_state(), before):
+            drawn.append(f"{path} draws random numbers in eval mode")
+    if drawn:
+        return from_problems(subject, case, "deterministic", drawn)
     return judged(subject, case, "deterministic", worst_of(found, "exact"))
 
 

@@ -103,10 +103,18 @@ def _with_hooks(call: Call) -> dict[str, Tensor]:
 
 
 def _copied(call: Call) -> dict[str, Tensor] | None:
-    """Call a deep copy of the layer."""
+    """Call a deep copy of the layer.
+
+    If the copy shares memory with the layer, add an entry, so that the comparison fails.
+    """
     if not owns(call.layer, call.tensors):
         return None
-    return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
+    made = copy.deepcopy(call.layer)
+    seen = call.observe(call.x, call.dy, layer=made)
+    own, other = (
+        {t.untyped_storage().data_ptr() for t in _named(layer).values() if t.numel()} for layer in (call.layer, made)
+    )
+    return seen | ({"memory shared with the original": torch.ones(1)} if own & other else {})
 
 
 def _pickled(call: Call) -> dict[str, Tensor] | None:
@@ -127,14 +135,15 @@ def _widened(call: Call) -> dict[str, Tensor] | None:
     """
     numbers = [t for t in (*call.layer.parameters(), *call.layer.buffers()) if t.is_floating_point()]
     own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
-    if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or _is_packed(call.layer):
+    if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or is_packed(call.layer):
         return None
     made = copy.deepcopy(call.layer).double()
     made(call.x.double() if call.x.is_floating_point() else call.x)
     return call.observe(call.x, call.dy, layer=made.to(own))
 
 
-def _is_packed(layer: nn.Module) -> bool:
+def is_packed(layer: nn.Module) -> bool:
+    """Return whether the layer has parameters of integers."""
     return any(not p.is_floating_point() for p in layer.parameters())
 
 
@@ -167,7 +176,7 @@ def _after(restore: Restore) -> Form:
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or _is_packed(call.layer):
+        if not owns(call.layer, call.tensors) or is_packed(call.layer):
             return None
         made = copy.deepcopy(call.layer)
         for training in dict.fromkeys([call.training, False]):
@@ -200,7 +209,7 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Form:
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or _is_packed(call.layer):
+        if not owns(call.layer, call.tensors) or is_packed(call.layer):
             return None
         made = copy.deepcopy(call.layer)
         made.eval()  # not chained: not every library's `eval` returns the module

@@ -48,6 +48,9 @@ class OperationForm(StrEnum):
     SECOND_BACKWARD = "in a second backward pass"
     ZEROS = "with gradients that are zeros"
     NO_LEAVES = "from arguments that are no leaves"
+    CHANGED_BEFORE_BACKWARD = "with {} changed before backward"
+    LATER_GRADIENTS = "before other gradients"
+    NO_GRAPH = "with a graph that nothing needs"
     THREADS = f"in {THREADS} threads"
     REPEATED = "{} times"
     REPEATED_BACKWARD = f"backward {REPEATS} times"
@@ -63,7 +66,10 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     for form, seen in _in_modes(subject):
         yield judge(form, seen)
     yield from _under_autocast(subject, plain, case)
-    yield judge(OperationForm.LEAVES, _detached(subject.call(**_leaves(subject.arguments))))
+    outputs = subject.call(**_leaves(subject.arguments))
+    yield judge(OperationForm.LEAVES, _detached(outputs))
+    if not subject.operation.differentiable and (recorded := _recorded(subject, outputs)):
+        yield Judgement(False, None, None, recorded[0], OperationForm.NO_GRAPH, "exact", 0)
     yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, _with_other_numbers(subject.arguments))
     yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=list(subject.arguments))
     for name in subject.arguments if case.walks else ():
@@ -170,6 +176,52 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield judge(OperationForm.SECOND_BACKWARD, times=2)
     yield judge(OperationForm.ZEROS, zeros=True)
     yield judge(OperationForm.NO_LEAVES, leaves=False)
+    for name in alone:
+        yield from _changed_before_backward(subject, case, name)
+    yield from _before_other_gradients(subject, case)
+
+
+def _recorded(subject: OperationSubject, outputs: _Named) -> list[str]:
+    """Return the names of the `outputs` that have a graph, although those of the reference have none."""
+    own = subject.operation.named(subject.operation.reference(**_leaves(subject.arguments)))
+    return [name for name, output in outputs.items() if output.grad_fn is not None and own[name].grad_fn is None]
+
+
+def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -> Iterator[Judgement]:
+    """Change the argument `name` in place between forward and backward, and yield a judgement of the gradients.
+
+    Torch may refuse this backward pass. Otherwise the gradients are those of the forward pass.
+    """
+    outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
+    with torch.no_grad():
+        leaves[name].mul_(-3)
+    try:
+        mine = operation_call.backward(outputs, leaves, case)
+    except RuntimeError:
+        return
+    yield _as_usual(OperationForm.CHANGED_BEFORE_BACKWARD.format(name), subject, case, mine)
+
+
+def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    """Compute gradients by torch.autograd.grad, then others. Yield a judgement of the first if the others changed them."""
+    found, before = list[_Named](), dict[str, Tensor]()
+    for share in (1.0, HALF):
+        outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
+        used = {n: t for n, t in outputs.items() if t.requires_grad}
+        dys = [dy * share for n, dy in operation_call.incoming_gradients(outputs, case).items() if n in used]
+        seen = torch.autograd.grad(list(used.values()), list(leaves.values()), dys, allow_unused=True)
+        found.append({f"grad {n}": t for n, t in zip(leaves, seen, strict=True) if t is not None})
+        before = before or cloned(found[0])
+    if not _same(found[0], before):
+        yield _as_usual(OperationForm.LATER_GRADIENTS, subject, case, found[0])
+
+
+def _as_usual(form: str, subject: OperationSubject, case: Case, mine: _Named) -> Judgement:
+    """Judge the gradients `mine` by those that the reference computes in a plain call."""
+    truth, rounded = (
+        operation_call.reference_gradients(subject, dtype, case) for dtype in (torch.float64, DTYPES[subject.dtype])
+    )
+    return prefix_tensor(form, noise_floor(mine, truth, rounded, subject.dtype, case.factor("calls")))
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:

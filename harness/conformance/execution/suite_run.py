@@ -278,7 +278,9 @@ def attach(
     # One weight and one config: one reference, shared by every subject made here.
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
-    def fresh(*, seed: int = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any) -> Subject:
+    def fresh(
+        *, seed: int | torch.Generator = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any
+    ) -> Subject:
         given = model is not None
         if not isinstance(model, ParityModel):
             model = built(of.shape.square()) if square else copied(pristine)
@@ -299,7 +301,7 @@ def attach(
             packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
             bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         if plan.base:
             adapted = attach_reference(method, model, resolved, None, generator)
         else:

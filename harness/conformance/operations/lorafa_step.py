@@ -114,6 +114,7 @@ def moments(generator: torch.Generator, dtype: torch.dtype, shape: Sequence[int]
     return (m, v) if step > 1 else (torch.zeros_like(m), torch.zeros_like(v))
 
 
+@torch.no_grad()
 def reference(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],

@@ -93,6 +93,7 @@ def arguments(
     }
 
 
+@torch.no_grad()
 def reference(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
