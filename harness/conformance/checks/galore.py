@@ -37,8 +37,9 @@ _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = 12, 3, 5, 7, 9
 `_WITHOUT_GRADIENT`: the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay.
 `_RESUMED`: the first step of a new optimizer, which has loaded the state of the old one. `_BY_CLOSURE`: the step whose
 gradients a closure computes."""
-_ONE_GRADIENT, _STANDING, _WITHOUT_DECAY = 4, 10, 11
-"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_STANDING`: the
+_ONE_GRADIENT, _ZEROS, _STANDING, _WITHOUT_DECAY = 4, 6, 10, 11
+"""Further step numbers of `check_optimizer`. `_ONE_GRADIENT`: only the first tensor has a gradient. `_ZEROS`: all
+gradients are 0, which is a step like any other: the moments decay, and the weights move. `_STANDING`: the
 learning rate is 0. `_WITHOUT_DECAY`: the weight decay is 0."""
 _MANY_STEPS, _SMALL = 270, 5_000
 """`_MANY_STEPS`: number of steps of `check_optimizer` if no tensor has more than `_SMALL` elements. Only the first
@@ -73,7 +74,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each step the
     weights are restored, so that no step inherits the rounding of another. Each run has one more step without a
     gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they are, and is not
-    counted when the next refresh is due.
+    counted when the next refresh is due. In one run the weights are stored transposed.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
     check accepts every choice of signs. The tensors of the optimizer's state must not be views of much larger ones, such
@@ -86,6 +87,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
             return skipped(subject, case, "refresh", "the case cannot attach again")
         if fresh.adapted.optimizer(_LR, _DECAY) is None:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
+        for weight in (t for t in fresh.adapted.tensors().values() if square and t.dim() == 2):
+            weight.data = weight.data.T.contiguous().T
         found += list(_of_layers(fresh, case, steps, idle))
     worst = worst_of(found, found[0].policy)
     if worst.passed and fresh is not None and (problem := _excess_of_state(fresh)):
@@ -110,7 +113,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     The check takes twelve steps in one subspace, or 270 if the layers are small:
 
     - It changes the learning rate and the weight decay in `param_groups`, also to 0.
-    - One step has no gradient, and another step has a gradient for the first tensor only.
+    - One step has no gradient, one has gradients of zeros, and one has a gradient for the first tensor only.
     - Every third gradient is transposed in memory.
     - In one step a closure computes the gradients.
     - Between two steps, a new optimizer loads the state_dict of the old one.
@@ -195,6 +198,8 @@ def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _S
     gradients = {
         n: _gradient(tensors[n], case.generator(salt=1000 * layer + number).initial_seed(), 0.5) for n in with_gradient
     }
+    if number == _ZEROS:
+        gradients = {n: torch.zeros_like(gradient) for n, gradient in gradients.items()}
     share = 0.5 if number >= _CHANGED else 1.0
     return _Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
 

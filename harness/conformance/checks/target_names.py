@@ -15,7 +15,14 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 from reference.shared.layers import features_in_out
 
-_TARGETS = (("proj",), ("block.proj",), ("extra_proj", "trunk.proj"), ("attention",), ("all-linear",), ("attention", "proj"))
+_TARGETS = (
+    ("proj",),
+    ("block.proj",),
+    ("extra_proj", "trunk.proj"),
+    ("attention",),
+    ("all-linear",),
+    ("attention", "proj"),
+)
 """Targets to try with a _NamedLayers."""
 
 
