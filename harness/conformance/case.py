@@ -25,7 +25,8 @@ class AttachFresh(Protocol):
 
         seed: seed of the generator that the implementation's `attach` gets. square: True for a model whose two layers
         have the same shape. model: a model from which an earlier adapter was detached, or a model that is no
-        ParityModel, with its targets in `config`; by default, a new ParityModel. config: values that replace those of the case in the Method's config.
+        ParityModel, with its targets in `config`; by default, a new ParityModel. config: values that replace those of
+        the case in the Method's config.
         """
 
 

@@ -59,7 +59,8 @@ FAULTS = [
         "        return U[:, :rank], S[:rank], Vt.T[:rank]\n    U, S, Vt = torch.linalg.svd(", values=_LORA),
     line_fault("galore", "does_not_write_to_a_weight_stored_transposed", ["refresh"],
         "    if weight_decay:", "    W.copy_(W if W.is_contiguous() else before)\n    if weight_decay:",
-        "    basis = Projector(state.get", "    before = W.clone()\n    basis = Projector(state.get", values={"rank": 3, "eps": 0.1}),
+        "    basis = Projector(state.get", "    before = W.clone()\n    basis = Projector(state.get",
+        values={"rank": 3, "eps": 0.1}),
     line_fault("lora_qkv", "gives_a_shared_matrix_the_gradient_of_its_last_layer", ["backward"],
         "    return layer(0), layer(1), layer(2)",
         "    if As[0] is As[2]:\n        As = [As[0].detach(), As[1].detach(), As[2]]\n"
