@@ -105,7 +105,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     if fresh is None:
         return skipped(subject, case, "budget", "the case cannot attach again")
     truth = _reference(fresh, "float64")
-    problems = []
+    problems: list[str] = []
     for step in range(1, _SHORT["total_steps"] + 1):
         if step in _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh

@@ -120,14 +120,9 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     if subject.config.niter or case.attach_fresh is None:
         return skipped(subject, case, "svd", "the SVD is randomised, or the case cannot attach again")
     W, best = _graded(case.generator(salt=80), subject.config.rank)
-    model = nn.ModuleDict({name: nn.Linear(*W.T.shape, bias=False) for name in ("large", "zeros")})
-    own = model.to(subject.own[0].device, DTYPES[subject.dtype])
-    with torch.no_grad():
-        for name, value in (("large", W), ("zeros", torch.zeros_like(W[:8]))):
-            layer = own.get_submodule(name)
-            layer.weight = nn.Parameter(value.to(subject.own[0]))
-            layer.out_features = len(value)
-    fresh = case.attach_again(model=own, targets=("large", "zeros"))
+    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * subject.config.rank])}
+    model = nn.ModuleDict({name: _linear(weight, subject.own[0]) for name, weight in weights.items()})
+    fresh = case.attach_again(model=model, targets=tuple(weights))
     assert fresh is not None  # noqa: S101  # it can attach again
     problems = [f"{name} of a weight of zeros is not 0" for name, t in _of_zeros(fresh).items() if bool((t != 0).any())]
     product = _principal(fresh, fresh.adapted, "large")["s B A"]
@@ -135,6 +130,13 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     if not error <= RANDOM_SHARE:
         problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
     return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, and zeros")
+
+
+def _linear(W: Tensor, like: Tensor) -> nn.Linear:
+    """Return a linear layer with the weight W, in the dtype of `like` and on its device."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device=like.device, dtype=like.dtype)
+    layer.weight.data.copy_(W)
+    return layer
 
 
 def _of_zeros(fresh: Subject) -> dict[str, Tensor]:
