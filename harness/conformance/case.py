@@ -25,10 +25,10 @@ class AttachFresh(Protocol):
     ) -> Subject:
         """Attach the implementation under test again, and return the new Subject.
 
-        seed: seed of the generator that the implementation's `attach` gets, or this generator
-        itself. square: True for a model whose two layers
-        have the same shape. model: a model from which an earlier adapter was detached; by default, a new model. config:
-        values that replace those of the case in the Method's config.
+        seed: the generator that the implementation's `attach` gets, or the seed of a new one. square: True for a model
+        whose two layers have the same shape. model: a model from which an earlier adapter was detached, or a model that
+        is no ParityModel, with its targets in `config`; by default, a new ParityModel. config: values that replace those
+        of the case in the Method's config.
         """
 
 

@@ -156,15 +156,24 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return a copy of nested dicts, lists and tuples, with `change` applied to each item that is none of these."""
-    changed: object
-    if isinstance(value, dict):
-        changed = {key: mapped(one, change) for key, one in value.items()}
-    elif isinstance(value, list | tuple):
-        changed = type(value)(mapped(one, change) for one in value)
-    else:
-        changed = change(value)
-    return cast("_T", changed)
+    """Return a copy of nested dicts, lists and tuples, with `change` applied to each item that is none of these.
+
+    A tensor that occurs several times is changed once, and the copy has the result at all of its places.
+    """
+    known: dict[int, object] = {}
+
+    def copy(one: object) -> object:
+        if isinstance(one, dict):
+            return {key: copy(item) for key, item in one.items()}
+        if isinstance(one, list | tuple):
+            return type(one)(copy(item) for item in one)
+        if not isinstance(one, Tensor):
+            return change(one)
+        if id(one) not in known:
+            known[id(one)] = change(one)
+        return known[id(one)]
+
+    return cast("_T", copy(value))
 
 
 def moved(value: _T, device: torch.device) -> _T:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 
@@ -20,7 +21,7 @@ from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
-from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.subject import DTYPES, Subject, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
 from harness.records.record import CheckResult
 
@@ -45,6 +46,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
     uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not drop or retain
     all features of a wide token together. The random numbers need not equal the reference's.
+    All this holds for every rank; rank 1 is tried too.
 
     In the check's input, every token has only one feature that is not zero. The output must equal the reference's
     output with this feature either retained or dropped, which reveals the mask. The gradients must equal the
@@ -96,6 +98,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
             if x.dim() == 2 and index == 0:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
+                problems += [f"{path} with rank=1: {problem}" for problem in _of_rank_one(subject, case, path, p)]
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
     if drops and not total and not problems:
         return skipped(subject, case, "dropout", "in this state the adapter adds nothing")
@@ -198,6 +201,15 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
             yield "with the same seed of torch, a call under no_grad drops other features"
         if not exact(*seeded).passed:
             yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"
+
+
+def _of_rank_one(subject: Subject, case: Case, path: str, p: float) -> Iterator[str]:
+    """Yield the messages of `_share` about a new adapter of rank 1, for which a program may take another path."""
+    ranks = {f.name: 1 for f in fields(subject.config) if f.name.endswith("rank")}
+    fresh = case.attach_again(**ranks)
+    if fresh is not None:
+        warm(fresh.added(), case.generator(salt=1))
+        yield from _share(fresh, path, fresh.adapted.layers[path], p)
 
 
 def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:

@@ -74,7 +74,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each step the
     weights are restored, so that no step inherits the rounding of another. Each run has one more step without a
     gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they are, and is not
-    counted when the next refresh is due.
+    counted when the next refresh is due. In one run the weights are stored transposed.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
     check accepts every choice of signs. The tensors of the optimizer's state must not be views of much larger ones, such
@@ -87,6 +87,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
             return skipped(subject, case, "refresh", "the case cannot attach again")
         if fresh.adapted.optimizer(_LR, _DECAY) is None:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
+        for weight in (t for t in fresh.adapted.tensors().values() if square and t.dim() == 2):
+            weight.data = weight.data.T.contiguous().T
         found += list(_of_layers(fresh, case, steps, idle))
     worst = worst_of(found, found[0].policy)
     if worst.passed and fresh is not None and (problem := _excess_of_state(fresh)):
@@ -111,8 +113,8 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     The check takes twelve steps in one subspace, or 270 if the layers are small:
 
     - It changes the learning rate and the weight decay in `param_groups`, also to 0.
-    - One step has no gradient, and another step has a gradient for the first tensor only.
-    - In one step all gradients are zero. The moments decay, as without such a layer they would not.
+    - One step has no gradient, one has gradients of zeros, and one has a gradient for the first tensor only. A gradient of
+      zeros counts: the moments decay, and the weights move.
     - Before one step, `data` of each parameter is replaced, as `model.to()` does. The state stays with the parameter.
     - Every third gradient is transposed in memory.
     - In one step a closure computes the gradients.

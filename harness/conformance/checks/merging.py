@@ -40,9 +40,10 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
-    Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable. Merging
-    and unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds
-    its weights.
+    Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable, and does
+    not change the table of an embedding: an output layer that is tied to it must compute what it did. Merging and
+    unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds its
+    weights.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -55,6 +56,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     values = {name: t.detach().clone() for name, t in added.items()}
     trained = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
     trainable = {id(p) for p in subject.model.parameters() if p.requires_grad}
+    tables = {path: base.weight for path, base in subject.bases.items() if isinstance(base, nn.Embedding)}
+    before = {path: table.detach().clone() for path, table in tables.items()}
     modes = {path: layer.training for path, layer in subject.adapted.layers.items()}
     outputs = {}
     with torch.no_grad():
@@ -69,6 +72,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.merge()  # what is merged already stays as it is
         lacking = _lacking_weights(subject)
         made_trainable = _trainable_beside(subject, trainable)
+        changed = [path for path, table in tables.items() if not torch.equal(table, before[path])]
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
         outputs["after merging"] = _merged_outputs(subject, xs)
@@ -102,6 +106,9 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         return from_problems(subject, case, "merge", odd)
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
+    if changed:
+        problems = [f"{path}: merging changes the table itself, and so the output layer tied to it" for path in changed]
+        return from_problems(subject, case, "merge", problems)
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
 
 

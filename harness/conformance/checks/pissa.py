@@ -10,10 +10,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.checks import check
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import PlausibleResults
 from harness.conformance.comparison.tolerance_policies import (
@@ -25,7 +25,13 @@ from harness.conformance.comparison.tolerance_policies import (
     worst_of,
 )
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance_constants import EPSILON, NOISE_FLOOR_EPS, PERTURBED_DRAWS, RANDOMISED_SIGMAS
+from harness.conformance.tolerance_constants import (
+    EPSILON,
+    NOISE_FLOOR_EPS,
+    PERTURBED_DRAWS,
+    RANDOM_SHARE,
+    RANDOMISED_SIGMAS,
+)
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 from reference.pissa import exact_svd, fast_svd
@@ -34,6 +40,9 @@ _STARTS = 4
 """Number of times that an implementation with a randomised SVD is attached."""
 _REFERENCE_STARTS = 32
 """Number of the reference's randomised SVDs from which `check_principal` estimates the expected mean of ||s B A||^2."""
+_LARGE, _TAIL, _FALL = (1030, 1040), 60, 0.95
+"""The large weight of `check_svd`: its sizes, the number of singular values beyond the rank, and the ratio of each to the
+one before. A randomised SVD of a few iterations is visibly inexact for such values."""
 _LEAST_RESIDUAL = 0.125
 """Smallest ||W_res|| / ||W|| for which the rounding of W_res to 16 bits is judged. Above this ratio, the float32 errors
 of W - s B A are far below the 16-bit rounding errors of W_res."""
@@ -99,6 +108,47 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
         found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
+
+
+@check(States.INIT, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
+def check_svd(subject: Subject, case: Case) -> CheckResult:
+    """PiSSA's start is right for a large weight, and for a weight of zeros.
+
+    Without `niter`, the SVD is exact whatever the size of the weight, so s B A is its best approximation of rank r. If
+    the weight is zero, A, B and W_res are zero.
+    """
+    if subject.config.niter or case.attach_fresh is None:
+        return skipped(subject, case, "svd", "the SVD is randomised, or the case cannot attach again")
+    W, best = _graded(case.generator(salt=80), subject.config.rank)
+    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * subject.config.rank])}
+    model = nn.ModuleDict({name: _linear(weight, subject.own[0]) for name, weight in weights.items()})
+    fresh = case.attach_again(model=model, targets=tuple(weights))
+    assert fresh is not None  # noqa: S101  # it can attach again
+    problems = [f"{name} of a weight of zeros is not 0" for name, t in _of_zeros(fresh).items() if bool((t != 0).any())]
+    product = _principal(fresh, fresh.adapted, "large")["s B A"]
+    error = float((product - best.to(product.device)).norm() / best.norm())
+    if not error <= RANDOM_SHARE:
+        problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
+    return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, and zeros")
+
+
+def _linear(W: Tensor, like: Tensor) -> nn.Linear:
+    """Return a linear layer with the weight W, in the dtype of `like` and on its device."""
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device=like.device, dtype=like.dtype)
+    layer.weight.data.copy_(W)
+    return layer
+
+
+def _of_zeros(fresh: Subject) -> dict[str, Tensor]:
+    tensors = {**fresh.adapted.tensors(), **fresh.state()}
+    return {name: t.detach() for name, t in tensors.items() if name.startswith("zeros.")}
+
+
+def _graded(generator: torch.Generator, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a `_LARGE` weight in float64 whose singular values fall slowly, and its best approximation of this rank."""
+    U, V = (torch.linalg.qr(torch.randn(n, rank + _TAIL, generator=generator, dtype=torch.float64)).Q for n in _LARGE)
+    S = _FALL ** torch.arange(rank + _TAIL)
+    return (U * S) @ V.T, (U[:, :rank] * S[:rank]) @ V[:, :rank].T
 
 
 def _of_randomised_starts(subject: Subject, case: Case) -> Iterator[str]:

@@ -29,19 +29,26 @@ def check_layers(subject: Subject, case: Case) -> CheckResult:
 
     At each of these paths, the layer in the model is the object that the implementation lists in `layers`.
     """
+    odd = structure_problems(subject)
+    return from_problems(subject, case, "layers", odd, f"{len(subject.adapted.layers)} layers")
+
+
+def structure_problems(subject: Subject) -> list[str]:
+    """Return a message for each layer that is adapted or not against the targets, and for each tensor that trains or
+    does not train against the Method.
+    """
     wanted, have = set(subject.bases), set(subject.adapted.layers)
     trains = {id(t) for t in subject.adapted.tensors().values()}
     stray = [n for n, p in subject.model.named_parameters() if p.requires_grad and id(p) not in trains]
     idle = [n for n, t in subject.adapted.tensors().items() if not t.requires_grad]
     runs = dict(subject.model.named_modules())
-    odd = [
+    return [
         *(f"{path} is not adapted" for path in sorted(wanted - have)),
         *(f"{p} of the model is another layer" for p in sorted(have) if runs.get(p) is not subject.adapted.layers[p]),
         *(f"{path} should not be adapted" for path in sorted(have - wanted)),
         *(f"{name} trains but is not the adapter's" for name in stray),
         *(f"{name} does not train" for name in idle),
     ]
-    return from_problems(subject, case, "layers", odd, f"{len(have)} layers")
 
 
 @check(in_cell=[CellStage.ATTACHED])

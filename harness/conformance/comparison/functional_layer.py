@@ -6,11 +6,12 @@ This module serves Operations that compute the forward pass of a layer. It also 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.operation import Arguments, draw
+from harness.conformance.operation import Arguments, draw, mapped
 from reference import dora, lora
 
 _TIMES = (1.0, 0.5, 3.0)
@@ -104,22 +105,27 @@ def draw_adapted_layers(
     scaling: float,
     bias: bool,
     dora: bool,
+    shared: bool,
 ) -> Arguments:
     """Return random tensors of several adapted layers, as lists with one item per layer.
 
     shapes: (E, D) of each layer's W. ranks: R of each layer. The keys are `Ws` (E, D), `biases` (E,), `As` (R, D), `Bs`
     (E, R), `scalings` and the magnitudes `ms` (E,). Without `bias`, `biases` is None; without `dora`, `ms` is None. The
-    layers have 1, 0.5 and 3 times `scaling`, so that a confusion of layers shows.
+    layers have 1, 0.5 and 3 times `scaling`, so that a confusion of layers shows. shared: all layers with as many inputs
+    and the same rank as the first one have the same tensor A.
     """
     Ws = [draw(generator, torch.float64, E, D, spread=D**-0.5) for E, D in shapes]
     low = [draw_low_rank(torch.float64, generator, shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
+    if shared:
+        A = low[0]["A"]
+        low = [one | {"A": A} if one["A"].shape == A.shape else one for one in low]
     Bs = [one["B"] for one in low]
     if dora:
         Bs = [with_rows_turned_towards(W, one["A"], one["B"], scaling) for W, one in zip(Ws, low, strict=True)]
     return {
         "Ws": [W.to(dtype) for W in Ws],
         "biases": [draw(generator, dtype, E) for E, _ in shapes] if bias else None,
-        "As": [one["A"].to(dtype) for one in low],
+        "As": mapped([one["A"] for one in low], lambda A: cast("Tensor", A).to(dtype)),
         "Bs": [B.to(dtype) for B in Bs],
         "scalings": [scaling * times for times in _TIMES[: len(shapes)]],
         "ms": [draw(generator, dtype, E) for E, _ in shapes] if dora else None,

@@ -28,11 +28,11 @@ it is 0. The second embedding has padding_idx 0, which a program may mistake for
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": (2, 1), "dilation": (2, 1)},  # height and width differ
-    "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
+    "conv2d-reflect": {"padding": (2, 1), "padding_mode": "reflect"},
     "conv2d-grouped": {"padding": 1, "groups": GROUPS},
-    "conv2d-pointwise": {"padding": "same"},
+    "conv2d-pointwise": {"kernel_size": 2, "padding": "same"},  # pads one side more than the other
 }
-"""Kind of layer -> options of the first adapted convolution, except the kernel size."""
+"""Kind of layer -> options of the first adapted convolution. Without a kernel size, it is 3."""
 _SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-pointwise": {"kernel_size": 1, "stride": 2, "padding": 1},  # as a ResNet reduces the size of its images
 }
@@ -46,7 +46,8 @@ class ParityModel(nn.Module):
     A Method adapts `first` and `second`, but never `other`. `second` has no bias if its kind of layer allows that. With
     stacked experts, D is the smaller of the two sizes, each layer maps D to D features, and the experts of `first` have E
     features in between. Those of `second` are stored transposed, and one of their parameters is square, so that its shape
-    does not show this. An embedding `second` maps D ids to E features, as `first` does.
+    does not show this. The adapted module `more.0` has experts without a gate. An embedding `second` maps D ids to E
+    features, as `first` does.
 
     The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
     adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
@@ -80,6 +81,8 @@ class ParityModel(nn.Module):
         if form == "tied":
             self.again = _layers(kind, D, E, swapped=True)[0]
             self.again.weight = self.first.weight
+        if kind == "experts":
+            self.more = nn.ModuleList([_ungated_experts(D, E)])
         further = ["again"] if self.again is not None else [f"more.{index}" for index in range(len(self.more))]
         self.targets = ("first", "second", *further)
         size = _TINY_IN_FLOAT16 if weights == "tiny" and dtype == torch.float16 else _WEIGHT_SIZES[weights]
@@ -102,6 +105,7 @@ class ParityModel(nn.Module):
             rows = x.flatten(0, 1)
             choice = fixed_choice(EXPERTS, rows)
             y = self.second(torch.tanh(self.other(self.first(rows, *choice))), *choice).view_as(x)
+            y = y + self.more[0](rows, *choice).view_as(x)
         else:
             h = torch.tanh(self.first(x) if self.again is None else self.first(x) + self.again(x.flip(-1)))
             y = self.second(torch.tanh(self.other(h)))
@@ -147,7 +151,11 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         geometry = _GEOMETRIES[kind]
         D, E = _channels(kind, D), _channels(kind, E)
         back = _SECOND_GEOMETRIES.get(kind, {"kernel_size": 3, "stride": (2, 1), **geometry})
-        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, bias=False, **back)
+        return (
+            nn.Conv2d(D, E, **{"kernel_size": 3, **geometry}),
+            nn.Conv2d(E, E, 1),
+            nn.Conv2d(E, D, bias=False, **back),
+        )
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
@@ -175,6 +183,16 @@ def _transposed_experts(D: int) -> nn.Module:
     config = GptOssConfig(hidden_size=D, intermediate_size=between, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
     return GptOssExperts(config)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _ungated_experts(D: int, E: int) -> nn.Module:
+    """Return the stacked experts of Nemotron-H, which have no gate: the matrices are `up_proj` and `down_proj`."""
+    from transformers import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = NemotronHConfig(hidden_size=D, moe_intermediate_size=E, n_routed_experts=EXPERTS)
+    config._experts_implementation = "eager"
+    return NemotronHExperts(config)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _channels(kind: Kind, features: int) -> int:

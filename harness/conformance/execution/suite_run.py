@@ -282,10 +282,10 @@ def attach(
         *, seed: int | torch.Generator = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any
     ) -> Subject:
         given = model is not None
-        if not isinstance(model, ParityModel):
+        if model is None:
             model = built(of.shape.square()) if square else copied(pristine)
         resolved = configure(method, of.config | changed)
-        if hasattr(resolved, "targets"):
+        if hasattr(resolved, "targets") and isinstance(model, ParityModel):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
@@ -326,8 +326,8 @@ def attach(
     return subject, case
 
 
-def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
-    if hasattr(config, "targets"):
+def _adaptable(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+    if hasattr(config, "targets") and isinstance(model, ParityModel):
         return {name: model.get_submodule(name) for name in model.targets}
     return adaptable_layers(model, config)
 

@@ -11,6 +11,16 @@ from harness.conformance.faults import planted_in_methods
 from harness.conformance.faults.patched_copy import PatchedCopy, Right
 
 
+@planted_in_methods("targets")
+def matches_the_end_of_a_name_without_its_dot(copy: PatchedCopy) -> None:
+    copy.replace_line('ends = tuple(f".{name}" for name in names)', "ends = tuple(names)", "layers")
+
+
+@planted_in_methods("targets")
+def knows_an_output_layer_by_the_name_lm_head(copy: PatchedCopy) -> None:
+    copy.replace_line("if m is not output and path.startswith(start)", 'if not path.endswith("lm_head")', "layers")
+
+
 @planted_in_methods("strides")
 def reads_a_view_as_if_it_were_contiguous(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))

@@ -34,7 +34,8 @@ def arguments(
     """Draw the arguments of one call.
 
     shape: (D, H), the features of a token and of an expert's hidden layer. experts: the number K of experts. chosen:
-    number of experts per token. used: only the last `used` experts are chosen. padding: number of additional ranks in
+    number of experts per token. used: only the last `used` experts are chosen. If `chosen` is larger, every token chooses
+    some of them more than once. padding: number of additional ranks in
     which A and B are zero, as in a server that reserves the same memory for every adapter. transposed: the weights are
     (K, inputs, outputs), as in gpt-oss.
     """
@@ -53,10 +54,11 @@ def arguments(
     (up_A, up_B), (down_A, down_B) = low(2 * H, D), low(D, H)
     there = min(used, K)
     scores = torch.rand(tokens, there, generator=generator, dtype=torch.float64)
+    order = scores.argsort(descending=True)
     return {
         "x": draw(generator, dtype, tokens, D),
-        "chosen": scores.topk(min(chosen, there)).indices + K - there,
-        "weights": (torch.rand(tokens, min(chosen, there), generator=generator, dtype=torch.float64) + 0.1).to(dtype),
+        "chosen": order[:, torch.arange(chosen) % there] + K - there,
+        "weights": (torch.rand(tokens, chosen, generator=generator, dtype=torch.float64) + 0.1).to(dtype),
         "gate_up": stack(2 * H, D),
         "down": stack(D, H),
         "gate_up_A": up_A,

@@ -24,17 +24,19 @@ def arguments(
     scaling: Scaling = 1.75,
     bias: bool = True,
     dora: bool = False,
+    shared: bool = False,
 ) -> Arguments:
     """Draw the arguments of a call.
 
     shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
     key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k has 0.5 times,
-    v 3 times this scaling. dora: True also draws magnitudes; without them, every layer has plain LoRA.
+    v 3 times this scaling. dora: True also draws magnitudes; without them, every layer has plain LoRA. shared: layers of
+    the query's rank have one tensor as their A.
     """
     E, D = shape
-    shared = (max(1, E // groups), D)
+    key = value = (max(1, E // groups), D)
     layers = draw_adapted_layers(
-        dtype, generator, [(E, D), shared, shared], ranks=ranks, scaling=scaling, bias=bias, dora=dora
+        dtype, generator, [(E, D), key, value], ranks=ranks, scaling=scaling, bias=bias, dora=dora, shared=shared
     )
     return {"x": draw(generator, dtype, *rows, D), **layers}
 

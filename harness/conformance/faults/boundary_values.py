@@ -1,0 +1,97 @@
+"""Planted faults that show only at a boundary value of a setting or a size, or in an unusual weight."""
+
+from __future__ import annotations
+
+from harness.conformance.faults import line_fault
+
+_LORA = {"rank": 3, "alpha": 8.0}
+_CONVOLVED = "    return nn.functional.conv2d(x, kernel, None, base.stride, padding, base.dilation, groups)"
+_ADALORA = {"rank": 6, "target_rank": 2, "alpha": 8.0}
+
+# fmt: off
+FAULTS = [
+    # Sizes and ranks.
+    line_fault("dora_linear", "leaves_the_last_columns_out_of_the_norm_of_a_long_row", ["outputs", "backward"],
+        'torch.linalg.vector_norm(V_ED, dim=1 if', "torch.linalg.vector_norm("
+        "V_ED[:, : V_ED.shape[1] // 4096 * 4096] if V_ED.shape[1] > 4096 else V_ED, dim=1 if",
+        file="dora", values={"shape": [3, 16400], "rows": [2], "rank": 2}),
+    line_fault("dora", "reads_the_axis_of_the_magnitude_from_its_length", ["forward"],
+        "norm = norms(self.direction(W0_ED), self.per)",
+        'self.per = "output" if len(self.m) == len(self.B) else "input"\n'
+        "        norm = norms(self.direction(W0_ED), self.per)",
+        values={**_LORA, "per": "input"}, inputs=24, outputs=24),
+    line_fault("dora", "squeezes_the_magnitude_of_one_output", ["parameters"],
+        "norms(self.direction(dense_weight(base)), self.per).detach())",
+        "norms(self.direction(dense_weight(base)), self.per).detach().squeeze())", outputs=1, values=_LORA),
+    line_fault("pissa", "leaves_out_the_last_component_at_full_rank", ["principal"],
+        "return U[:, :rank], S[:rank], Vt[:rank]",
+        "S = torch.cat([S[:-1], S[-1:] * 0])\n    return U[:, :rank], S[:rank], Vt[:rank]",
+        values={"rank": 24, "alpha": 8.0}),
+    line_fault("galore", "does_not_project_at_full_rank", ["step"],
+        "    basis = Projector(state.get", "    rank = rank if rank < min(W.shape) else 0\n    basis = Projector(state.get",
+        values={"rank": 24, "eps": 0.1}),
+    line_fault("vera", "draws_for_the_largest_layer_of_the_model", ["projections"],
+        "(max(features_in_out(base)[side] for base in found.values()) for",
+        "(max(features_in_out(m)[side] for m in model.modules() if isinstance(m, nn.Linear)) for",
+        values={"rank": 3, "projection_key": 7}, model="wide"),
+    line_fault("lora", "drops_nothing_with_rank_1", ["dropout"], "self.dropout(x_TD) @ self.A.T",
+        "(self.dropout(x_TD) if len(self.A) > 1 else x_TD) @ self.A.T", values={**_LORA, "dropout": 0.25}),
+    # Kernels, padding and experts.
+    line_fault("lora", "pads_half_an_even_kernel_on_both_sides", ["forward", "gradient"], _CONVOLVED,
+        '    if padding == "same":\n'
+        "        half = [d * (k // 2) for d, k in zip(base.dilation, base.kernel_size)]\n"
+        "        y = nn.functional.conv2d(x, kernel, None, base.stride, half, base.dilation, groups)\n"
+        "        return y[..., : x.shape[-2], : x.shape[-1]]\n" + _CONVOLVED,
+        file="lora_layers", values=_LORA, layer="conv2d-pointwise"),
+    line_fault("lora", "adapts_only_experts_with_a_gate", ["parameters"], "in stacked_weights(base).items():",
+        'in stacked_weights(base).items():\n        if name == "up_proj":\n            continue',
+        file="lora_experts", values=_LORA, layer="experts", inputs=24, outputs=12),
+    line_fault("lora_experts", "adds_an_expert_that_is_chosen_twice_once", ["outputs"],
+        "y_TD = y_TD.index_add(0, token, out * weights[token, n, None])",
+        "y_TD = y_TD.index_put((token,), y_TD[token] + out * weights[token, n, None])", file="lora_experts",
+        values={"shape": [16, 12], "experts": 8, "rank": 2, "used": 1}),
+    # Weights.
+    line_fault("pissa", "computes_u_from_w_v_and_s", ["svd"],
+        "(U * root).to(dtype)", "((W @ Vt.T) / S * root).to(dtype)", values=_LORA),
+    line_fault("pissa", "samples_the_svd_of_a_large_weight", ["svd"],
+        "    U, S, Vt = torch.linalg.svd(", "    if min(W_ED.shape) > 512:\n"
+        "        U, S, Vt = torch.svd_lowrank(W_ED, rank + 8, 2)\n"
+        "        return U[:, :rank], S[:rank], Vt.T[:rank]\n    U, S, Vt = torch.linalg.svd(", values=_LORA),
+    line_fault("galore", "does_not_write_to_a_weight_stored_transposed", ["refresh"],
+        "    if weight_decay:", "    W.copy_(W if W.is_contiguous() else before)\n    if weight_decay:",
+        "    basis = Projector(state.get", "    before = W.clone()\n    basis = Projector(state.get",
+        values={"rank": 3, "eps": 0.1}),
+    line_fault("lora_qkv", "gives_a_shared_matrix_the_gradient_of_its_last_layer", ["backward"],
+        "    return layer(0), layer(1), layer(2)",
+        "    if As[0] is As[2]:\n        As = [As[0].detach(), As[1].detach(), As[2]]\n"
+        "    return layer(0), layer(1), layer(2)",
+        values={"shape": [24, 20], "rows": [5], "ranks": [2, 2, 2], "shared": True}),
+    # Steps and schedules.
+    line_fault("galore", "skips_a_gradient_of_zeros", ["optimizer"],
+        "if p.grad is not None:", "if p.grad is not None and p.grad.any():", values={"rank": 3, "eps": 0.1}),
+    line_fault("galore_step", "takes_the_bias_correction_as_1_after_1000_steps", ["outputs"],
+        "    N: Tensor = correction", '    correction = 1.0 if state["step"] > 1000 else correction\n'
+        "    N: Tensor = correction", file="galore", values={"shape": [96, 48], "rank": 4, "step": 5000}),
+    line_fault("adamw8bit_step", "skips_a_step_without_a_learning_rate", ["output_codes"],
+        "    p = p.clone()\n", "    if how['lr'] == 0:\n        return p, m, m_absmax, v, v_absmax\n    p = p.clone()\n",
+        values={"shape": [300], "lr": 0.0}),
+    line_fault("adalora", "prunes_only_at_the_end_without_a_warm_up", ["budget"],
+        "if step == end or (config.tinit <", "if step == end or (0 < config.tinit <", values=_ADALORA),
+    line_fault("adalora", "counts_the_cubes_of_its_budget_in_32_bits", ["budget"],
+        "(end - step) ** 3 // (end - config.tinit) ** 3",
+        "((end - step) ** 3 % 2**32) // ((end - config.tinit) ** 3 % 2**32)", values=_ADALORA),
+    line_fault("adalora", "takes_a_beta_of_0_as_missing", ["importance"],
+        "observe(self.config.beta1, self.config.beta2)", "observe(self.config.beta1 or 0.85, self.config.beta2 or 0.85)",
+        values={**_ADALORA, "beta1": 0.0, "beta2": 0.0}),
+    line_fault("multi_lora_linear", "gives_a_token_without_an_adapter_the_last_one", ["outputs"],
+        "rows = (chosen == i)", "rows = ((chosen if x.shape[1] > 1 else chosen % len(As)) == i)",
+        file="multi_lora", values={"ids": [-1, 1, 0, -1], "ranks": [2, 3], "shape": [24, 20], "tokens": 1}),
+    # Merging.
+    line_fault("lora", "merges_into_the_table_of_an_embedding", ["merge"],
+        "        dense: Any = self.dense_base()\n        with torch.no_grad():\n",
+        "        dense: Any = self.dense_base()\n        with torch.no_grad():\n"
+        '            if type(self.base).__name__ == "Embedding":\n'
+        "                self.base.weight += as_stored(dense, self.delta()).to(dense.weight.dtype)\n",
+        file="adapted", values=_LORA, layer="embedding"),
+]
+# fmt: on
