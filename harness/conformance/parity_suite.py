@@ -120,8 +120,8 @@ class MethodSuite(_Tolerant):
           and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
-        - The most ordinary case is tried again with each of `shapes_of_typical`. If its layers are linear and no base is
-          judged, these models are `wide`, and the case is also tried with a `tied` model.
+        - The most ordinary case is tried again with each of `shapes_of_typical`, in `wide` models, and with a `tied` model.
+          If no layer is linear or a base is judged, the models are `plain`, and there is no `tied` one.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -137,10 +137,10 @@ class MethodSuite(_Tolerant):
                     yield MethodCase(config, kind, shape, dtype)
         else:
             yield from (replace(case, typical=case is typical) for case in few)
-        # A layer that is not adapted, and is larger than every adapted one, must have no influence.
-        form: ModelForm = "wide" if self.layers[0] == "linear" and not self.base else "plain"
+        further = self.layers[0] == "linear" and not self.base
+        form: ModelForm = "wide" if further else "plain"  # a larger layer that is not adapted has no influence
         yield from (replace(typical, shape=shape, model=form) for shape in self.shapes_of_typical)
-        if self.layers[0] == "linear" and not self.base:
+        if further:
             yield replace(typical, model="tied")
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:

@@ -30,9 +30,9 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     algorithms. Attaching adds no filter of Python's warnings.
 
     Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
-    later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's
-    own optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not depend
-    on torch's default dtype.
+    later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's own
+    optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not
+    depend on torch's default dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
