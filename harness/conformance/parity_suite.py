@@ -29,9 +29,8 @@ Kind = Literal[
 GROUPS = 2
 """Number of groups in a convolution whose kind is `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep", "tied"]
-"""Forms of the ParityModel, on which Methods are tried. `plain` has two layers to adapt. `wide` adds a larger layer
-that must not be adapted. `deep` has ten to adapt. `tied` has three, of which two share a weight; all its parameters are
-frozen."""
+"""Forms of the ParityModel. `plain` has two layers to adapt. `wide` adds a larger layer that must not be adapted. `deep`
+has ten to adapt. `tied` has three, of which two share a weight; all its parameters are frozen."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
@@ -127,8 +126,7 @@ class MethodSuite(_Tolerant):
         if not there:
             return
         few = list(self._few(there))
-        main = _main(there)
-        plain = [c for c in few if c.dtype == main and c.kind == self.layers[0] and not _is_random(c.config)]
+        plain = [c for c in few if c.dtype == _main(there) and c.kind == self.layers[0] and not _is_random(c.config)]
         oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
         typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
         if wanted.full:
@@ -138,7 +136,7 @@ class MethodSuite(_Tolerant):
         else:
             yield from (replace(case, typical=case is typical) for case in few)
         further = self.layers[0] == "linear" and not self.base
-        form: ModelForm = "wide" if further else "plain"  # a larger layer that is not adapted has no influence
+        form: ModelForm = "wide" if further else "plain"
         yield from (replace(typical, shape=shape, model=form) for shape in self.shapes_of_typical)
         if further:
             yield replace(typical, model="tied")
