@@ -31,8 +31,8 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
     Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
     later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's
-    own optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not depend
-    on torch's default dtype.
+    own optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not
+    depend on torch's default dtype.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
