@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -34,18 +34,21 @@ from harness.conformance.comparison.call_forms import (
 from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.derivatives import by_functorch, second_order
 from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
-from harness.conformance.comparison.observations import observe, preserved_state
+from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.methods.module_copy import copied
+from harness.methods.spec import method_info
 from harness.records.record import CheckResult
-from reference.shared.layers import kind_of
+from reference.shared.layers import floating_dtype, kind_of
 
 TINY = 2.0**-13
 """Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
@@ -70,6 +73,7 @@ class LayerForm(StrEnum):
     SECOND_ORDER = "the gradient of a gradient"
     FUNCTORCH = "by torch.func"
     OTHER_DTYPE = "by a copy in {}"
+    TWO_DTYPES = "beside a layer in {}"
 
 
 def forms() -> dict[str, list[str]]:
@@ -89,6 +93,9 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
     does not apply is left out: token numbers, for example, are not changed in place. copy.deepcopy must copy a layer.
     pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow.
+
+    The gradients of the input and of the adapter's tensors can be differentiated again. If the first layer of a model
+    has another dtype, the other layers compute the same as before, to the last bit.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -173,6 +180,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield from _under_autocast(subject, case, path, call)
             yield from _untrained(subject, case, path, call)
     yield from _in_other_precisions(subject, case)
+    yield from _beside_another_dtype(subject, case)
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
@@ -318,13 +326,13 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
     x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
     own, factor = subject.reference(path, subject.dtype), case.factor("calls")
-    if x.is_floating_point() and _second(own.layer, own.tensors, x, dy):
-        truth, draws = reference_runs(subject, path, x, dy, run=_second)
-        verdict = noise_floor(_second(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
+    if x.is_floating_point() and second_order(own.layer, own.tensors, x, dy):
+        truth, draws = reference_runs(subject, path, x, dy, run=second_order)
+        verdict = noise_floor(second_order(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
         yield _named(path, LayerForm.SECOND_ORDER, verdict)
         own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
-    if x.is_floating_point() and (seen := _by_functorch(layer, tensors, x, dy)):
-        truth, draws = reference_runs(subject, path, x, dy, run=_by_functorch)
+    if x.is_floating_point() and (seen := by_functorch(layer, tensors, x, dy)):
+        truth, draws = reference_runs(subject, path, x, dy, run=by_functorch)
         known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
         expected = {n: t for n, t in truth.items() if n in seen}
         yield _named(path, LayerForm.FUNCTORCH, noise_floor(seen, expected, known, subject.dtype, factor))
@@ -350,46 +358,29 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     )
 
 
-def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of the sum of z * dL/dz over the input z = x and all `tensors` z, by name.
+def _beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Attach to a model whose first adapted layer has another dtype. Yield judgements of the other layers.
 
-    Each dL/dz is a gradient when the gradient of the layer's output is dy. Each factor z is a constant. The result is
-    empty if no dL/dz has a graph.
+    With the same tensors, they compute the same as in the subject, to the last bit. Tensors that follow from the config
+    alone, such as VeRA's A and B, are not copied from the subject. Packed weights are left out.
     """
-    leaf = x.detach().clone().requires_grad_(True)
-    with preserved_state(layer, tensors, training=False):
-        y = layer(leaf)
-        if not y.requires_grad:
-            return {}
-        leaves = [leaf, *(t for t in tensors.values() if t.requires_grad)]
-        first = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
-        products = [
-            (g * z.detach()).sum() for g, z in zip(first, leaves, strict=True) if g is not None and g.requires_grad
-        ]
-        if not products:
-            return {}
-        torch.stack(products).sum().backward()
-        named = {"x": leaf, **tensors}
-        return {f"grad {n}": t.grad.detach().clone() for n, t in named.items() if t.grad is not None}
-
-
-def _by_functorch(
-    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
-) -> dict[str, Tensor]:
-    """Return the output by torch.func.vmap, and the derivative in the direction x by torch.func.jvp.
-
-    vmap maps over the rows of x. The result of vmap or jvp is missing if torch refuses to compute it, as it does for an
-    autograd.Function without a rule for vmap or jvp.
-    """
-    seen: dict[str, Tensor] = {}
-    with preserved_state(layer, tensors, training):
-        for name, run in (
-            ("y by vmap", lambda: torch.func.vmap(layer)(x.detach().unsqueeze(1)).squeeze(1)),
-            ("derivative by jvp", lambda: torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]),
-        ):
-            with suppress(RuntimeError, NotImplementedError):
-                seen[name] = run().detach().clone()
-    return seen
+    if subject.original.model is None or subject.packed:
+        return
+    model, other = copied(subject.original.model), OTHER_DTYPE[subject.dtype]
+    model.get_submodule(next(iter(subject.bases))).to(DTYPES[other])
+    mixed = case.attach_again(model=model)
+    if mixed is None:
+        return
+    constants = method_info(subject.method).spec.start_from_config
+    for index, path in enumerate(mixed.bases):
+        if floating_dtype(mixed.original_base(path)) != DTYPES[subject.dtype]:
+            continue
+        state = {n: t for n, t in subject.state().items() if n.rpartition(".")[2] not in constants}
+        values = ({n: t for n, t in named.items() if n.startswith(f"{path}.")} for named in (subject.added(), state))
+        load(mixed.adapted, *values)
+        x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(index + 730))
+        mine, expected = (observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject))
+        yield _named(path, LayerForm.TWO_DTYPES.format(other), exact(mine, expected))
 
 
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:

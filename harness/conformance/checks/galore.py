@@ -56,7 +56,7 @@ Only a randomised SVD starts from the old subspace. For an exact SVD, the last i
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One step of an optimizer."""
 
     gradients: dict[str, Tensor]
@@ -141,10 +141,10 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
             small = all(t.numel() <= _SMALL for t in tensors.values())
             number = _MANY_STEPS if small and bits is None else _STEPS
             steps = [_step(step, tensors, case, index) for step in range(number)]
-            mine, changed = _steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE, bits)
+            mine, changed = steps_of_subject(fresh, tensors, steps, _RESUMED, _BY_CLOSURE, bits)
             where = path if bits is None else f"{path} with bits={bits}"
             problems += [f"{where}: {one}" for one in changed]
-            verdict = _judge_optimizer(fresh, case, tensors, steps, mine, bits)
+            verdict = judge_optimizer(fresh, case, tensors, steps, mine, bits)
             found.append(prefix_tensor(where, verdict))
         every += found
         worst = worst_of(found, found[0].policy)
@@ -160,11 +160,11 @@ def numbers_of_bits(fresh: Subject) -> list[int | None]:
     return [None, 8] if "bits" in inspect.signature(fresh.adapted.optimizer).parameters else [None]
 
 
-def _judge_optimizer(
+def judge_optimizer(
     fresh: Subject,
     case: Case,
     tensors: dict[str, Tensor],
-    steps: Sequence[_Step],
+    steps: Sequence[Step],
     mine: dict[str, Tensor],
     bits: int | None,
 ) -> Judgement:
@@ -194,7 +194,7 @@ def _groups_after_a_move(fresh: Subject) -> int:
     return sum(any(p is moved for p in group["params"]) for group in optimizer.param_groups)
 
 
-def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _Step:
+def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> Step:
     """Return step `number` of `check_optimizer` for the tensors of a layer."""
     with_gradient = {_WITHOUT_GRADIENT: [], _ONE_GRADIENT: list(tensors)[:1]}.get(number, list(tensors))
     gradients = {
@@ -202,10 +202,10 @@ def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> _S
         for n in with_gradient
     }
     share = 0.5 if number >= _CHANGED else 1.0
-    return _Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
+    return Step(gradients, _LR * share * (number != _STANDING), _DECAY * share * (number != _WITHOUT_DECAY))
 
 
-def _is_compared(number: int, steps: Sequence[_Step]) -> bool:
+def _is_compared(number: int, steps: Sequence[Step]) -> bool:
     return number < _STEPS or number >= len(steps) - 2
 
 
@@ -219,11 +219,11 @@ def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Ju
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
         gradients = [
-            _Step({name: _gradient(t, seed, decay) for name, t in tensors.items()})
+            Step({name: _gradient(t, seed, decay) for name, t in tensors.items()})
             for seed in (case.generator(salt=50 * index + step).initial_seed() for step in range(steps))
         ]
-        gradients.insert(idle, _Step({}))
-        mine, _ = _steps_of_subject(fresh, tensors, gradients)
+        gradients.insert(idle, Step({}))
+        mine, _ = steps_of_subject(fresh, tensors, gradients)
         best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", best)
 
@@ -249,10 +249,10 @@ def _drawn(shape: tuple[int, ...], seed: int, decay: float) -> Tensor:
     return graded
 
 
-def _steps_of_subject(
+def steps_of_subject(
     fresh: Subject,
     tensors: dict[str, Tensor],
-    steps: Sequence[_Step],
+    steps: Sequence[Step],
     resumed: int | None = None,
     by_closure: int | None = None,
     bits: int | None = None,
@@ -314,7 +314,7 @@ def new_optimizer(fresh: Subject, bits: int | None = None) -> torch.optim.Optimi
 
 
 def _judgements(
-    fresh: Subject, case: Case, tensors: dict[str, Tensor], steps: Sequence[_Step], mine: dict[str, Tensor]
+    fresh: Subject, case: Case, tensors: dict[str, Tensor], steps: Sequence[Step], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
     """Judge the tensors `mine` by the reference, and yield a judgement for each choice of signs.
 
@@ -339,14 +339,14 @@ def _judgements(
 def _steps_of_reference(
     fresh: Subject,
     tensors: dict[str, Tensor],
-    steps: Sequence[_Step],
+    steps: Sequence[Step],
     dtype: str,
     signs: dict[int, Signs],
     bases: _Bases,
     bits: int = 32,
     as_printed: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the tensors after each step of the reference, with the same names as in `_steps_of_subject`.
+    """Return the tensors after each step of the reference, with the same names as in `steps_of_subject`.
 
     signs: number of a step with a new subspace -> signs of its singular vectors. For a step that is missing in `signs`,
     the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. as_printed:

@@ -23,6 +23,8 @@ FAULTS = [
         'generator = torch.Generator("cpu")\n    generator.seed()'),
     _vera("gives_each_layer_its_own_projections", ["projections"], "A, B = shared[device, dtype]",
         "A, B = (t.to(dtype) for t in projections(config.projection_key, config.rank, D, E))"),
+    _vera("rounds_all_projections_as_its_first_layer_does", ["calls"], "A, B = shared[device, dtype]",
+        "A, B = (t.to(dtype) for t in next(iter(shared.values())))"),
     _vera("draws_in_torchs_default_dtype", ["settings"],
         'torch.empty(rows, fan_in, dtype=torch.float32, device="cpu")', 'torch.empty(rows, fan_in, device="cpu")'),
     _vera("draws_b_before_a", ["projections"], "return kaiming(rank, in_features), kaiming(out_features, rank)",

@@ -1,0 +1,54 @@
+"""Check of the 8-bit moments of a Method's own optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.conformance.case import Case
+from harness.conformance.checks import check
+from harness.conformance.checks.galore import Step, judge_optimizer, numbers_of_bits, steps_of_subject
+from harness.conformance.comparison.check_results import judged, skipped
+from harness.conformance.subject import Subject
+from harness.methods.module_copy import copied
+from harness.records.record import CheckResult
+
+_BLOCK = 256
+"""Number of moments with one absmax."""
+_CLEAR = (1.0, 0.885, 0.793, 0.596, 0.463, 0.336, 0.215, 0.124, 0.011)
+"""Absolute values of gradients whose 8-bit moments round to the same codes in every precision, because they and their
+squares are far from the middle of two codes. The first one is the largest."""
+_ELEMENTS = 4096
+"""Number of elements from which moments are kept in 8 bits."""
+
+
+@check(depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
+def check_moments(subject: Subject, case: Case) -> CheckResult:
+    """With bits=8, the Method's own optimizer keeps moments of 4096 elements in 8 bits, and smaller ones in 32 bits.
+
+    It takes two steps with two parameters that are not projected, of 4096 and of 4095 elements, and moves them as the
+    reference does. M is coded by the signed map, and V by the unsigned one.
+    """
+    fresh = case.attach_again()
+    if fresh is None or fresh.original.model is None or fresh.adapted.optimizer(0.1, 0.0) is None:
+        return skipped(subject, case, "moments", "the Method has no optimizer, or the case cannot attach again")
+    if len(numbers_of_bits(fresh)) == 1:
+        return skipped(subject, case, "moments", "the optimizer has no 8-bit moments")
+    model: Any = copied(fresh.original.model)
+    of = model.other
+    of.weight = nn.Parameter(of.weight.new_zeros(64, _ELEMENTS // 64))
+    of.bias = nn.Parameter(of.weight.new_zeros(_ELEMENTS - 1))
+    fresh = case.attach_again(model=model, train_rest=True)
+    assert fresh is not None  # noqa: S101  # it was attached before
+    tensors = {"of 4096 elements": of.weight, "of 4095 elements": of.bias}
+    steps = []
+    for salt in range(2):
+        chosen = torch.randint(len(_CLEAR), (_ELEMENTS,), generator=case.generator(salt))
+        signs = torch.randint(2, (_ELEMENTS,), generator=case.generator(salt + 2)) * 2 - 1
+        chosen[::_BLOCK], signs[::_BLOCK] = 0, 1  # so that each block has the same absmax
+        flat = torch.tensor(_CLEAR, dtype=torch.float64)[chosen] * signs
+        steps.append(Step({name: flat[: t.numel()].view(t.shape).to(t.device) for name, t in tensors.items()}))
+    mine, _ = steps_of_subject(fresh, tensors, steps, bits=8)
+    return judged(subject, case, "moments", judge_optimizer(fresh, case, tensors, steps, mine, 8))
