@@ -169,6 +169,15 @@ def _experts(D: int, E: int) -> nn.Module:
     return MixtralExperts(config)  # type: ignore[no-any-return]
 
 
+def _channels(kind: Kind, features: int) -> int:
+    """Return the number of channels such that a 3 x 3 kernel reads about `features` numbers.
+
+    For a grouped convolution, it is a multiple of GROUPS.
+    """
+    channels = max(2, features // 9)
+    return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
+
+
 def _ungated_experts(D: int, E: int) -> nn.Module:
     """Return the stacked experts of Nemotron-H, which have no gate: the matrices are `up_proj` and `down_proj`."""
     from transformers import NemotronHConfig
@@ -177,15 +186,6 @@ def _ungated_experts(D: int, E: int) -> nn.Module:
     config = NemotronHConfig(hidden_size=D, moe_intermediate_size=E, n_routed_experts=EXPERTS)
     config._experts_implementation = "eager"
     return NemotronHExperts(config)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _channels(kind: Kind, features: int) -> int:
-    """Return the number of channels such that a 3 x 3 kernel reads about `features` numbers.
-
-    For a grouped convolution, it is a multiple of GROUPS.
-    """
-    channels = max(2, features // 9)
-    return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
 
 
 def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
