@@ -160,20 +160,20 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
 
     A tensor that occurs several times is changed once, and the copy has the result at all of its places.
     """
-    known: dict[int, object] = {}
+    return cast("_T", _mapped(value, change, {}))
 
-    def copy(one: object) -> object:
-        if isinstance(one, dict):
-            return {key: copy(item) for key, item in one.items()}
-        if isinstance(one, list | tuple):
-            return type(one)(copy(item) for item in one)
-        if not isinstance(one, Tensor):
-            return change(one)
-        if id(one) not in known:
-            known[id(one)] = change(one)
-        return known[id(one)]
 
-    return cast("_T", copy(value))
+def _mapped(value: object, change: Callable[[object], object], known: dict[int, object]) -> object:
+    # No closure that calls itself: such a cycle would keep the tensors until Python collects garbage.
+    if isinstance(value, dict):
+        return {key: _mapped(one, change, known) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(one, change, known) for one in value)
+    if not isinstance(value, Tensor):
+        return change(value)
+    if id(value) not in known:
+        known[id(value)] = change(value)
+    return known[id(value)]
 
 
 def moved(value: _T, device: torch.device) -> _T:
