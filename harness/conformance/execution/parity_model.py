@@ -171,7 +171,6 @@ def _experts(D: int, E: int) -> nn.Module:
     return MixtralExperts(config)  # type: ignore[no-any-return]
 
 
-<<<<<<< HEAD
 def _transposed_experts(D: int) -> nn.Module:
     """Return the stacked experts of GPT-OSS, which have biases. They map D to D features.
 
@@ -184,7 +183,8 @@ def _transposed_experts(D: int) -> nn.Module:
     config = GptOssConfig(hidden_size=D, intermediate_size=between, num_local_experts=EXPERTS)
     config._experts_implementation = "eager"
     return GptOssExperts(config)  # type: ignore[no-any-return, no-untyped-call]
-=======
+
+
 def _channels(kind: Kind, features: int) -> int:
     """Return the number of channels such that a 3 x 3 kernel reads about `features` numbers.
 
@@ -192,7 +192,6 @@ def _channels(kind: Kind, features: int) -> int:
     """
     channels = max(2, features // 9)
     return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
->>>>>>> mendsL
 
 
 def _ungated_experts(D: int, E: int) -> nn.Module:
