@@ -68,6 +68,8 @@ def check_targets(subject: Subject, case: Case) -> CheckResult:
     """
     if not hasattr(subject.config, "targets") or subject.packed or case.attach_fresh is None:
         return skipped(subject, case, "targets", "the config has no targets, or the case cannot attach again")
+    if not isinstance(next(iter(subject.bases.values())), nn.Linear):
+        return skipped(subject, case, "targets", "names are tried with linear layers")
     return from_problems(subject, case, "targets", [*_problems(subject, case)], f"{len(_TARGETS)} selections")
 
 

@@ -246,6 +246,7 @@ class _Careless(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, A, B = ctx.held
+        x, dy = x.to(A.dtype), dy.to(B.dtype)  # under autocast, both may have 16 bits
         dx, dh = dy @ B @ A, dy @ B
         return dx, dh.flatten(0, -2).T @ x.flatten(0, -2), dy.flatten(0, -2).T @ (x @ A.T).flatten(0, -2)
 

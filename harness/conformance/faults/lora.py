@@ -63,7 +63,7 @@ FAULTS = [
         file="lora_layers", values=_DROP, layer="conv2d"),
     _lora("pads_one_side_only_if_the_padding_is_a_word", ["forward", "gradient"], "    padding: Any = base.padding\n",
         "    padding: Any = base.padding\n    if isinstance(padding, str):\n"
-        "        x, padding = nn.functional.pad(x, (2, 0, 2, 0)), 0\n",
+        "        x, padding = nn.functional.pad(x, (1, 0, 1, 0)), 0\n",
         file="lora_layers", layer="conv2d-pointwise"),
     _lora("pools_instead_of_striding_in_a_1x1_convolution", ["forward", "gradient"],
         "convolve(self.base, self.dropout(x), self.A, groups=1)",
