@@ -65,7 +65,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
         for step in (1, 2, 3):
             for adapted in (fresh.adapted, truth, rounded):
                 if adapted is fresh.adapted and step == _CLIPPED:
-                    sum(t.sum() for t in adapted.tensors().values()).backward()
+                    torch.stack([t.sum() for t in adapted.tensors().values()]).sum().backward()
                 _set_gradients(adapted, case.generator(salt=10 + step), DTYPES[subject.dtype], size)
                 adapted.after_step(step)
             verdict = _judge_averages(subject, case, "importance", fresh.adapted, truth, rounded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ def _left_by_failed_attach(subject: Subject, case: Case) -> list[str]:
     if subject.original.model is None or subject.packed or not hasattr(subject.model, "targets"):
         return []
     model = copied(subject.original.model)
-    replace(model, subject.model.targets[-1], nn.Embedding(1, 1, max_norm=1.0))
+    model_of: Any = subject.model
+    replace(model, model_of.targets[-1], nn.Embedding(1, 1, max_norm=1.0))
     modules = dict(model.named_modules())
     try:
         case.attach_again(model=model)

@@ -192,7 +192,7 @@ def adds_its_gradients_itself(copy: PatchedCopy) -> None:
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         h = layer.scaling * (layer.dropout(x) @ layer.A.T)
-        y = layer.base(x) + h @ layer.B.detach().T
+        y: Tensor = layer.base(x) + h @ layer.B.detach().T
         if not (y.requires_grad and layer.B.requires_grad):
             return y
         out: Tensor = Own.apply(y, layer.B, h.detach())
@@ -206,7 +206,7 @@ def shares_memory_with_its_copies(copy: PatchedCopy) -> None:
     def change(layer: Any) -> None:
         def copied(memo: dict[int, Any], layer: Any = layer) -> Any:
             memo[id(layer.b)] = layer.b
-            made = type(layer).__new__(type(layer))
+            made: Any = object.__new__(type(layer))
             memo[id(layer)] = made
             made.__dict__.update(copying.deepcopy({k: v for k, v in vars(layer).items() if k != "__deepcopy__"}, memo))
             return made
