@@ -10,7 +10,7 @@ from torch import nn
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.checks.galore import Step, judge_optimizer, numbers_of_bits, steps_of_subject
-from harness.conformance.comparison.check_results import judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.subject import Subject
 from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
@@ -51,4 +51,5 @@ def check_moments(subject: Subject, case: Case) -> CheckResult:
         flat = torch.tensor(_CLEAR, dtype=torch.float64)[chosen] * signs
         steps.append(Step({name: flat[: t.numel()].view(t.shape).to(t.device) for name, t in tensors.items()}))
     mine, _ = steps_of_subject(fresh, tensors, steps, bits=8)
-    return judged(subject, case, "moments", judge_optimizer(fresh, case, tensors, steps, mine, 8))
+    verdict = judge_optimizer(fresh, case, tensors, steps, mine, 8)
+    return judged(subject, case, "moments", prefix_tensor("with bits=8", verdict))
