@@ -11,6 +11,7 @@ were saved with the adapter. Shape letters: D input features, E output features,
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -292,17 +293,13 @@ def combine(model: nn.Module, adapters: Sequence[WeightedAdapter]) -> None:
     has no bias. The sum is rounded once, to the dtype of the model. Raises ValueError if a tensor has a wrong shape.
     """
     base = {name: p.detach().double() for name, p in model.named_parameters(remove_duplicate=False)}
-    parameters = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
     sums: dict[str, Tensor] = {}
     for settings, tensors, weight in adapters:
-        try:
-            apply(model, settings, tensors)
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                P = base.get(name, torch.zeros_like(parameter, dtype=torch.float64))
-                sums[name] = sums.get(name, P) + weight * (parameter.double() - P)
-        finally:  # back to the base, for the next adapter
-            for module, own, p in parameters:
-                setattr(module, own, p)
+        changed = copy.deepcopy(model)
+        apply(changed, settings, tensors)
+        for name, parameter in changed.named_parameters(remove_duplicate=False):
+            P = base.get(name, torch.zeros_like(parameter, dtype=torch.float64))
+            sums[name] = sums.get(name, P) + weight * (parameter.double() - P)
     dtype = next(model.parameters()).dtype
     for name, value in sums.items():
         path, _, own = name.rpartition(".")
