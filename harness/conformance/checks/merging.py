@@ -128,13 +128,16 @@ def _switched(modes: Mapping[nn.Module, bool]) -> set[str]:
 
 
 def _lacking_weights(subject: Subject) -> list[str]:
-    """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer."""
+    """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer.
+
+    A packed layer is left out, because its constants may be stored in another form after merging."""
 
     def size(layer: nn.Module) -> int:
         return sum(t.numel() for t in layer.state_dict().values() if isinstance(t, Tensor))
 
     layers = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
-    return [path for path, layer in layers.items() if size(layer) < size(subject.bases[path])]
+    dense = {path: layer for path, layer in layers.items() if path not in subject.packed}
+    return [path for path, layer in dense.items() if size(layer) < size(subject.bases[path])]
 
 
 def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[str]) -> dict[str, Tensor]:

@@ -93,7 +93,6 @@ def arguments(
     }
 
 
-@torch.no_grad()
 def reference(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
