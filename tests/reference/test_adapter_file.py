@@ -132,14 +132,15 @@ def test_the_update_of_one_expert_copies_no_stack() -> None:
 
 
 def test_a_sum_of_adapters_of_single_experts_weighs_each_update() -> None:
-    model = nn.ModuleDict({"block": nn.ModuleDict({"experts": nn.Module()})})
-    model["block"]["experts"].down_proj = nn.Parameter(torch.zeros(3, 4, 4, dtype=torch.float64))
+    experts = nn.Module()
+    experts.down_proj = nn.Parameter(torch.zeros(3, 4, 4, dtype=torch.float64))
+    model = nn.ModuleDict({"block": nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})})
     settings = AdapterSettings(r=4, lora_alpha=4, target_modules=["down_proj"])
-    start = f"{PREFIX}block.experts"
+    start = f"{PREFIX}block.mlp.experts"
     files = [{f"{start}.{k}.down_proj.lora_{half}.weight": torch.eye(4) for half in "AB"} for k in (0, 2)]
     combine(model, [(settings, files[0], 0.5), (settings, files[1], 2.0)])
     expected = torch.stack([0.5 * torch.eye(4), torch.zeros(4, 4), 2 * torch.eye(4)]).double()
-    assert torch.equal(model["block"]["experts"].down_proj.detach(), expected)
+    assert torch.equal(experts.down_proj.detach(), expected)
 
 
 def test_a_sum_of_adapters_with_a_wrong_shape_leaves_the_base_as_it_was() -> None:
