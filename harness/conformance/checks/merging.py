@@ -17,6 +17,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.call_forms import owns
+from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
 from harness.conformance.comparison.layer_comparison import PlausibleResults, runs_of
@@ -130,13 +131,13 @@ def _switched(modes: Mapping[nn.Module, bool]) -> set[str]:
 def _lacking_weights(subject: Subject) -> list[str]:
     """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer.
 
-    A packed layer is left out, because its constants may be stored in another form after merging."""
+    A merged layer that is packed is left out."""
 
     def size(layer: nn.Module) -> int:
         return sum(t.numel() for t in layer.state_dict().values() if isinstance(t, Tensor))
 
     layers = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
-    dense = {path: layer for path, layer in layers.items() if path not in subject.packed}
+    dense = {path: layer for path, layer in layers.items() if not is_packed(layer)}
     return [path for path, layer in dense.items() if size(layer) < size(subject.bases[path])]
 
 
