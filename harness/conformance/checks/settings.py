@@ -93,7 +93,8 @@ def _use(subject: Subject | None, case: Case) -> None:
     if adapted.can_merge:
         adapted.merge()
         adapted.unmerge()
-    subject.model.load_state_dict(subject.model.state_dict())
+    if not subject.packed:  # bitsandbytes' packed layers load no state_dict
+        subject.model.load_state_dict(subject.model.state_dict())
     optimizer = adapted.optimizer(0.1, 0.0)
     # GaLore's SVD takes long, so only one layer gets gradients.
     tensors = adapted.parameters() if optimizer is None else subject.tensors_of(next(iter(adapted.layers))).values()
