@@ -69,6 +69,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.unmerge()
         outputs[_UNMERGED] = _outputs(subject, xs)
         eval_modes = {module: module.training for module in subject.model.modules()}
+        modules = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
         subject.adapted.merge()
         subject.adapted.merge()  # what is merged already stays as it is
         lacking = _lacking_weights(subject)
@@ -80,6 +81,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         load(subject.adapted, values)
         subject.adapted.unmerge()
         outputs["after unmerging"] = _outputs(subject, xs)
+        left = [path for path, module in modules.items() if subject.model.get_submodule(path) is not module]
         switched = _switched(eval_modes)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
         subject.adapted.unmerge()
@@ -103,6 +105,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     odd += [f"{name} trains after merging, and did not before" for name in sorted(made_trainable)]
     odd += sorted(switched)
     odd += [f"the state_dict of the merged {path} lacks its weight" for path in lacking]
+    odd += [f"after merging twice and unmerging once, {path} of the model is still merged" for path in left]
     if odd:
         return from_problems(subject, case, "merge", odd)
     if failures:

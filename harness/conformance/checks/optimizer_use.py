@@ -25,7 +25,8 @@ _STEPS_BEFORE = 2
 def check_closure(subject: Subject, case: Case) -> CheckResult:
     """The Method's own optimizer calls a closure once, in gradient mode, so that the closure can call `loss.backward()`.
 
-    If a closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too.
+    `step` returns what the closure returned, and runs the hooks that were registered on the optimizer, each once. If a
+    closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
@@ -37,8 +38,13 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         return 1.0
 
     optimizer = new_optimizer(fresh)
-    optimizer.step(closure)
-    odd = [] if len(modes) == 1 else [f"step calls the closure {len(modes)} times"]
+    hooks: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("before"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("after"))
+    returned = optimizer.step(closure)
+    odd = [] if hooks == ["before", "after"] else ["step does not run each hook of the optimizer once"]
+    odd += [] if returned == 1.0 else [f"step returns {returned!r}, and the closure returned 1.0"]
+    odd += [] if len(modes) == 1 else [f"step calls the closure {len(modes)} times"]
     odd += [] if all(modes) else ["step calls the closure without gradients"]
     with suppress(_StoppedError):
         optimizer.step(_stop)

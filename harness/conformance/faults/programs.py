@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ FAULTS = [
         "loss = loss_of(closure)",
         "before = torch.is_grad_enabled()\n        torch.set_grad_enabled(before and closure is None)\n"
         "        loss = loss_of(closure)\n        torch.set_grad_enabled(before)", values=_GALORE),
+    line_fault("galore", "keeps_the_loss_of_a_closure_to_itself", ["closure"], "        return loss\n", "", values=_GALORE),
 ]
 # fmt: on
 
@@ -249,3 +251,37 @@ def adds_nothing_to_the_loss_in_eval_mode(copy: PatchedCopy) -> None:
         "    def regularizer(self) -> Tensor | None:\n        return self._term() if self.model.training else None\n\n"
         "    def _term(self) -> Tensor | None:\n",
     )
+
+
+@planted("lora", "merge", values=_LORA)
+def is_merged_until_it_is_unmerged_as_often(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge, unmerge, count = adapted.merge, adapted.unmerge, [0]
+
+        def counted_merge() -> None:
+            count[0] += 1
+            merge()
+
+        def counted_unmerge() -> None:
+            count[0] = max(0, count[0] - 1)
+            if not count[0]:
+                unmerge()
+
+        adapted.merge, adapted.unmerge = counted_merge, counted_unmerge
+
+    copy.change_adapted(change)
+
+
+@planted("galore", "closure", values=_GALORE)
+def steps_past_the_hooks_of_its_optimizer(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        make = adapted.optimizer
+
+        def optimizer(*args: Any, **options: Any) -> Any:
+            made = make(*args, **options)
+            made.step = partial(type(made).step.__wrapped__, made)
+            return made
+
+        adapted.optimizer = optimizer
+
+    copy.change_adapted(change)
