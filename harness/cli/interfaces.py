@@ -38,6 +38,8 @@ def of_operation(name: str) -> Iterator[str]:
     yield from _returned(operation, arguments)
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
+    else:
+        yield "no gradients are compared; an output has a graph only if that of the reference has one"
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)

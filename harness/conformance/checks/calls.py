@@ -95,7 +95,10 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow.
 
     The gradients of the input and of the adapter's tensors can be differentiated again. If the first layer of a model
-    has another dtype, the other layers compute the same as before, to the last bit.
+    has another dtype, the other layers compute the same as before, to the last bit. A layer does not change what its base
+    layer returned.
+
+    If an Operation compares no gradients, an output has no graph (`grad_fn`), unless that of the reference has one.
     """
     found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:

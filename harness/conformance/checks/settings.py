@@ -10,6 +10,7 @@ import torch
 from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
+from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
@@ -93,7 +94,8 @@ def _use(subject: Subject | None, case: Case) -> None:
     if adapted.can_merge:
         adapted.merge()
         adapted.unmerge()
-    if not subject.packed:  # bitsandbytes' packed layers load no state_dict
+    # bitsandbytes' packed layers load no state_dict.
+    if not subject.packed and not any(map(is_packed, adapted.layers.values())):
         subject.model.load_state_dict(subject.model.state_dict())
     optimizer = adapted.optimizer(0.1, 0.0)
     # GaLore's SVD takes long, so only one layer gets gradients.

@@ -71,7 +71,7 @@ def _step8bit(
     state = optimizer.state[p]
     state["step"] = step - 1
     for bnb_name, name in names.items():
-        state[bnb_name].copy_(state_before[name].view(state[bnb_name].shape))
+        state[bnb_name].copy_(state_before[name].detach().view(state[bnb_name].shape))
     optimizer.step()
     return p.detach(), *(state[bnb_name].flatten() for bnb_name in names)
 
