@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -122,7 +123,9 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh
             load(fresh.adapted, before.adapted.tensors(), before.state())
         if step == _COPIED and owns(fresh.model, fresh.adapted.tensors()):
-            fresh = replace(fresh, adapted=copy.deepcopy((fresh.model, fresh.adapted))[1])
+            with suppress(TypeError):  # an `Adapted` may hold what cannot be copied, such as a lock
+                model, adapted = copy.deepcopy((fresh.model, fresh.adapted))
+                fresh = replace(fresh, model=model, adapted=adapted)
         if step == _LOADED:
             masks = {name: mask.roll(1, 0) for name, mask in truth.state().items() if name.endswith(".mask")}
             shown = masks.keys() & fresh.state().keys()  # an implementation may keep its masks out of state()

@@ -45,6 +45,7 @@ from harness.conformance.comparison.tolerance_policies import Judgement, exact, 
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.methods.spec import method_info
 from harness.records.record import CheckResult
@@ -371,7 +372,10 @@ def _beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgement]:
         return
     model, other = copied(subject.original.model), OTHER_DTYPE[subject.dtype]
     model.get_submodule(next(iter(subject.bases))).to(DTYPES[other])
-    mixed = case.attach_again(model=model)
+    try:
+        mixed = case.attach_again(model=model)
+    except Unsupported:
+        return
     if mixed is None:
         return
     constants = method_info(subject.method).spec.start_from_config

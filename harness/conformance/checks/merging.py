@@ -151,7 +151,7 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[s
     """
     was_training = subject.model.training
     subject.model.train()
-    modes = dict.fromkeys(subject.model.modules(), True)
+    modes = {module: module.training for module in subject.model.modules()}
     with torch.enable_grad():
         subject.adapted.merge()
     switched |= _switched(modes)
@@ -255,7 +255,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
             for one in (again, other):  # both are merged now, so a flag that they share would show
                 one.adapted.merge()
             with torch.no_grad():
-                merged = (_merged_outputs(one, xs) for one in (other, again))
+                merged = (_merged_outputs(one, xs) for one in (again, other))
                 found.append(prefix_tensor("merged while another model is merged", exact(*merged)))
             again.adapted.detach()
             odd = [path for path, base in again.bases.items() if again.model.get_submodule(path) is not base]

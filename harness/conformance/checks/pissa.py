@@ -146,8 +146,9 @@ def _of_zeros(fresh: Subject) -> dict[str, Tensor]:
 
 def _graded(generator: torch.Generator, rank: int) -> tuple[Tensor, Tensor]:
     """Return a `_LARGE` weight in float64 whose singular values fall slowly, and its best approximation of this rank."""
-    U, V = (torch.linalg.qr(torch.randn(n, rank + _TAIL, generator=generator, dtype=torch.float64)).Q for n in _LARGE)
-    S = _FALL ** torch.arange(rank + _TAIL)
+    number = min(rank + _TAIL, *_LARGE)
+    U, V = (torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in _LARGE)
+    S = _FALL ** torch.arange(number)
     return (U * S) @ V.T, (U[:, :rank] * S[:rank]) @ V[:, :rank].T
 
 

@@ -76,10 +76,11 @@ def check_targets(subject: Subject, case: Case) -> CheckResult:
 def _problems(subject: Subject, case: Case) -> Iterator[str]:
     sizes = features_in_out(next(iter(subject.bases.values())))
     for targets in _TARGETS:
-        model = _NamedLayers(*sizes).to(subject.own[0].device, DTYPES[subject.dtype])
+        model = _NamedLayers(*sizes)
         with torch.no_grad():
             for index, parameter in enumerate(model.parameters()):
                 parameter.normal_(generator=case.generator(salt=600 + index))
+        model.to(subject.own[0].device, DTYPES[subject.dtype])
         fresh = case.attach_again(model=model, targets=targets)
         if fresh is not None:
             yield from (f"with targets={list(targets)}, {one}" for one in structure_problems(fresh))

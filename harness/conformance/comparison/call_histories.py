@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +111,16 @@ def _copied(call: Call) -> dict[str, Tensor] | None:
         return None
     made = copy.deepcopy(call.layer)
     seen = call.observe(call.x, call.dy, layer=made)
-    own, other = (
-        {t.untyped_storage().data_ptr() for t in _named(layer).values() if t.numel()} for layer in (call.layer, made)
-    )
+    own, other = (set(_addresses(layer)) for layer in (call.layer, made))
     return seen | ({"memory shared with the original": torch.ones(1)} if own & other else {})
+
+
+def _addresses(layer: nn.Module) -> Iterator[int]:
+    """Yield the addresses of the storages of parameters and buffers, except of tensors that hide their storage."""
+    for tensor in _named(layer).values():
+        with suppress(RuntimeError):
+            if address := tensor.untyped_storage().data_ptr():
+                yield address
 
 
 def _pickled(call: Call) -> dict[str, Tensor] | None:

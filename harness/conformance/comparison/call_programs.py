@@ -18,10 +18,17 @@ _FACTORS_OF_KRON = ("C", "W2")
 
 
 def _with_hooks_below(call: Call) -> dict[str, Tensor]:
-    """Call the layer while forward hooks keep the outputs of its base layer and of its other submodules.
+    """Call the layer while forward hooks keep the outputs of its base layer.
 
     If a kept output changes, or if the base layer runs twice, add an entry, so that the comparison fails.
     """
+    frozen = {id(number) for number in call.numbers} - {id(tensor) for tensor in call.tensors.values()}
+    weights = {id(p) for p in call.layer.parameters()} & frozen
+    bases = [
+        m
+        for m in call.layer.modules()
+        if m is not call.layer and any(id(p) in weights for p in m.parameters(recurse=False))
+    ]
     kept, runs = list[tuple[Tensor, Tensor]](), Counter[nn.Module]()
 
     def keep(module: nn.Module, _: object, output: object) -> None:
@@ -29,22 +36,23 @@ def _with_hooks_below(call: Call) -> dict[str, Tensor]:
         if isinstance(output, Tensor):
             kept.append((output.detach(), output.detach().clone()))
 
-    handles = [module.register_forward_hook(keep) for module in call.layer.modules() if module is not call.layer]
+    handles = [module.register_forward_hook(keep) for module in bases]
     try:
         seen = call.observe(call.x, call.dy)
     finally:
         for handle in handles:
             handle.remove()
-    own = {id(number) for number in call.numbers} - {id(tensor) for tensor in call.tensors.values()}
-    twice = [m for m, number in runs.items() if number > 1 and any(id(p) in own for p in m.parameters(recurse=False))]
     changed = any(not torch.equal(now.nan_to_num(), before.nan_to_num()) for now, before in kept)
-    seen |= {"runs of the base layer": torch.ones(1)} if twice else {}
+    seen |= {"runs of the base layer": torch.ones(1)} if max(runs.values(), default=0) > 1 else {}
     return seen | ({"a kept output of the base layer, changed": torch.ones(1)} if changed else {})
 
 
 def _after_failed_calls(call: Call) -> dict[str, Tensor] | None:
-    """Call the layer after calls that raised, with an input of the wrong width. Return None for token numbers."""
-    if not call.x.is_floating_point():
+    """Call the layer after calls that raised, with an input of the wrong width. Return None for token numbers.
+
+    On a GPU, return None too: a kernel without a check of shapes would end the process.
+    """
+    if not call.x.is_floating_point() or call.x.is_cuda:
         return None
     for recorded in (True, False):
         with (
@@ -100,8 +108,9 @@ def _by_autograd_grad(call: Call) -> dict[str, Tensor]:
 def _tensors_in_place(call: Call) -> dict[str, Tensor] | None:
     """Change one trained tensor in place between forward and backward, as a step of an optimizer would.
 
-    Torch may refuse this backward pass. Otherwise the gradients are those of the forward pass. Return the results of
-    the first tensor with which torch does not refuse, or None.
+    Torch may refuse this backward pass, and a layer under activation checkpointing computes the gradients with the
+    changed values. Otherwise the gradients are those of the forward pass. Return the results of the first tensor for
+    which this holds, or None.
     """
     for tensor in (tensor for name, tensor in call.tensors.items() if name not in _FACTORS_OF_KRON):
         held = tensor.detach().clone()
@@ -113,7 +122,10 @@ def _tensors_in_place(call: Call) -> dict[str, Tensor] | None:
             return y
 
         try:
-            return call.observe(call.x, call.dy, call=run)
+            seen = call.observe(call.x, call.dy, call=run)
+            recomputed = call.observe(call.x, call.dy)
+            if not all(torch.equal(seen[name], recomputed[name]) for name in seen if name != "y"):
+                return seen
         except RuntimeError:
             continue
         finally:
