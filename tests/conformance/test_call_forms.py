@@ -179,7 +179,7 @@ def test_an_argument_that_is_returned_unchanged_is_no_memory_of_an_output(is_cop
     def step(**given: Any) -> tuple[Any, ...]:
         outputs = list(module.reference(**given))
         for index, A in ((0, given["As"][0]), (4, given["As"][1])):
-            outputs[index] = A.clone() if is_copied else A
+            outputs[index] = A.detach().clone() if is_copied else A
         return tuple(outputs)
 
     mine = Implementation("returns-a", "operation", "lorafa_step", step, DTYPES)

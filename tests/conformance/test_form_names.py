@@ -75,5 +75,7 @@ _NOT_OF_THIS_CASE = (
     "image by image without a batch dimension",  # of a convolution
     "with token numbers in int32", "under no_grad in training mode token by token",  # of an embedding, of sequences
     "with a tiny {}", "under no_grad in training mode", "under no_grad in training mode before a later call",  # no dropout
+    "with tensors that are changed before backward", "with {} changed before backward",  # which torch refuses
+    "before other gradients", "with a graph that nothing needs",  # only of a failure
     "by a copy in {}", "by a pickled copy", "by torch.func",  # where the layer allows it
 )  # fmt: skip

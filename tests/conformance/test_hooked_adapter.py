@@ -15,6 +15,7 @@ from harness.conformance.execution import suite_run
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 from harness.records.record import Outcome
+from reference.shared.layers import targets
 
 
 class Hooked:
@@ -86,7 +87,7 @@ def by_hooks(wrong: float) -> Implementation:
         if config.init != "kaiming":
             raise Unsupported(f"start {config.init}")
         model.requires_grad_(False)
-        layers = {name: model.get_submodule(name) for name in config.targets}
+        layers = targets(model, config.targets)
         adapted = Hooked(model, layers, config, wrong * config.scaling)
         for path, layer in layers.items():
             bound, dtype = 1 / math.sqrt(layer.in_features), layer.weight.dtype

@@ -269,7 +269,7 @@ def test_a_keyboard_reaches_tables_their_explanations_and_the_content(show: Open
     with show(report) as shown:
         shown.page.keyboard.press("Tab")
         shown.page.keyboard.press("Enter")
-        assert shown.page.url.endswith("#table")
+        shown.page.wait_for_url(lambda url: url.endswith("#table"))
         assert shown.in_view("#table")
         region = shown.page.get_by_role("region", name="Every expected Cell")
         region.focus()

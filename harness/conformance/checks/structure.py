@@ -125,7 +125,7 @@ def _left_by_failed_attach(subject: Subject, case: Case) -> list[str]:
         return []
     model = copied(subject.original.model)
     model_of: Any = subject.model
-    replace(model, model_of.targets[-1], nn.Embedding(1, 1, max_norm=1.0))
+    replace(model, model_of.targets[-1], nn.Embedding(1, 1, max_norm=1.0, device=subject.own[0].device))
     modules = dict(model.named_modules())
     try:
         case.attach_again(model=model)
