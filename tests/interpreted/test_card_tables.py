@@ -132,8 +132,7 @@ def test_above_the_tokens_of_the_table_torch_computes_several_adapters(use: Use)
         several([0, 2, 0, -1])  # the host would wait for the indices of the sequences of adapter 0
         As = several(IDS, trained=(0, 1))
         assert triton.call_count == 4
-    assert As[1].grad is not None  # Triton gives an unused adapter a gradient of zeros
-    assert not As[1].grad.any()
+    assert As[1].grad is None  # the ids are on the host, so Triton's backward pass knows the unused adapter
 
 
 def test_ids_on_a_device_are_never_read(use: Use) -> None:

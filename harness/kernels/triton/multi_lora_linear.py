@@ -5,7 +5,7 @@ The layer is that of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -108,7 +108,15 @@ def _table(
 
 class _MultiLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, ids: Tensor, scalings: Sequence[float], *adapters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        ids: Tensor,
+        scalings: Sequence[float],
+        idle: Collection[int],
+        *adapters: Tensor,
+    ) -> Tensor:
         contiguous = [t.contiguous() for t in adapters]
         As, Bs = contiguous[: len(scalings)], contiguous[len(scalings) :]
         group = _AdapterGroup(As, Bs, scalings, x)
@@ -116,7 +124,7 @@ class _MultiLora(torch.autograd.Function):
         S = group.shrink(x, ids, _A)
         group.expand(y, S, ids, _B)
         ctx.save_for_backward(x, W, ids, S, *contiguous)
-        ctx.group = group
+        ctx.group, ctx.idle = group, idle
         return y
 
     @staticmethod
@@ -124,11 +132,11 @@ class _MultiLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, ids, S, *_ = ctx.saved_tensors
         group, dy = ctx.group, dy.contiguous()
-        (need_x, need_W), of_adapters = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        (need_x, need_W), of_adapters = ctx.needs_input_grad[:2], ctx.needs_input_grad[5:]
         need_A, need_B = any(of_adapters[: len(group.ranks)]), any(of_adapters[len(group.ranks) :])
         dx = dW = None
-        dAs: list[Tensor] | list[None] = [None] * len(group.ranks)
-        dBs: list[Tensor] | list[None] = [None] * len(group.ranks)
+        dAs: list[Tensor | None] = [None] * len(group.ranks)
+        dBs: list[Tensor | None] = [None] * len(group.ranks)
         if need_x or need_A:
             dS = group.shrink(dy, ids, _B)
         if need_x:
@@ -137,10 +145,10 @@ class _MultiLora(torch.autograd.Function):
         if need_W:
             dW = dy.flatten(0, 1).T @ x.flatten(0, 1)
         if need_A:
-            dAs = group.outer(x, dS, ids, _A)
+            dAs = [None if n in ctx.idle else dA for n, dA in enumerate(group.outer(x, dS, ids, _A))]
         if need_B:
-            dBs = group.outer(dy, S, ids, _B)
-        return dx, dW, None, None, *dAs, *dBs
+            dBs = [None if n in ctx.idle else dB for n, dB in enumerate(group.outer(dy, S, ids, _B))]
+        return dx, dW, None, None, None, *dAs, *dBs
 
 
 def multi_lora_linear(
@@ -155,8 +163,9 @@ def multi_lora_linear(
 
     If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
     These tensors have one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, W, As and Bs.
-    The gradient of an unused adapter is zero. Raises ValueError for wrong shapes or dtypes, and for an id that is
-    neither -1 nor an adapter. If the ids are on a GPU, a wrong id fails only at the next synchronisation.
+    The gradient of an unused adapter is None or, if the ids are on a GPU, zero: to read them would take a
+    synchronisation. Raises ValueError for wrong shapes or dtypes, and for an id that is neither -1 nor an adapter. If
+    the ids are on a GPU, a wrong id fails only at the next synchronisation.
     """
     count = len(As)
     if not count == len(Bs) == len(scalings):
@@ -176,6 +185,7 @@ def multi_lora_linear(
         torch._assert_async(known.all())
     if not count or not x.numel():
         return linear(x, W)
+    idle = set(range(count)).difference(chosen.tolist()) if chosen.device.type == "cpu" else set()
     rows = x.reshape(len(x), -1, x.shape[-1]).contiguous()
-    y: Tensor = _MultiLora.apply(rows, W, chosen.to(x.device, non_blocking=True), tuple(scalings), *As, *Bs)
+    y: Tensor = _MultiLora.apply(rows, W, chosen.to(x.device, non_blocking=True), tuple(scalings), idle, *As, *Bs)
     return y.view(*x.shape[:-1], len(W))
