@@ -151,7 +151,7 @@ def _groups_above_crossover(
 
     - if the ids are on the GPU, or the sequences of an adapter are not adjacent: the host would have to wait;
     - if the tensors are float32 on a GPU;
-    - if an unused adapter trains: it needs a gradient of zeros, and `products_per_adapter` would give it none.
+    - if an unused adapter trains.
     """
     limit = crossover_of("multi_lora_linear", card(x.device), len(W))
     if limit == inf or ids.device.type != "cpu" or not multiplied_by_triton(x):
