@@ -184,16 +184,16 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
     The term is gamma R(P, Q). As the config states, R is the mean of the norms ||P^T P - I|| and ||Q Q^T - I|| of all
-    layers, or the sum of their squares  (eq. 4). It is the same in both modes of the
-    model. If gamma is 0, there is no term, or all its numbers are 0.
+    layers, or the sum of their squares (eq. 4). It is the same in training and in eval mode. If gamma is 0, there
+    is no term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     was_training = subject.model.training
     subject.model.train(not was_training)
     other = _regularizer(subject.adapted)
     subject.model.train(was_training)
-    if (mine or other) and not exact(other, mine).passed:
-        return judged(subject, case, "regularizer", exact(other, mine), "in the other mode")
+    if (mine or other) and not (verdict := exact(other, mine)).passed:
+        return judged(subject, case, "regularizer", verdict, "in the other mode")
     if not truth and not mine:
         return skipped(subject, case, "regularizer", "gamma is 0")
     if not truth:

@@ -28,8 +28,8 @@ _ELEMENTS = 4096
 def check_moments(subject: Subject, case: Case) -> CheckResult:
     """With bits=8, the Method's own optimizer keeps moments of 4096 elements in 8 bits, and smaller ones in 32 bits.
 
-    It takes two steps with two parameters that are not projected, of 4096 and of 4095 elements, and moves them as the
-    reference does. M is coded by the signed map, and V by the unsigned one.
+    The optimizer takes two steps with two parameters that are not projected, of 4096 and of 4095 elements. They must move
+    as the reference moves them. M is coded by the signed map, and V by the unsigned one.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None or fresh.adapted.optimizer(0.1, 0.0) is None:

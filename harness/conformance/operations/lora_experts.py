@@ -34,10 +34,10 @@ def arguments(
     """Draw the arguments of one call.
 
     shape: (D, H), the features of a token and of an expert's hidden layer. experts: the number K of experts. chosen:
-    number of experts per token. used: only the last `used` experts are chosen. If `chosen` is larger, every token chooses
-    some of them more than once. padding: number of additional ranks in
-    which A and B are zero, as in a server that reserves the same memory for every adapter. transposed: the weights are
-    (K, inputs, outputs), as in gpt-oss.
+    number of experts per token. used: only the last `used` experts are chosen. If `chosen` is larger, every token
+    chooses some of them more than once. padding: number of additional ranks in which A and B are zero, as in a
+    server that reserves the same memory for every adapter. transposed: the weights are (K, inputs, outputs), as in
+    gpt-oss.
     """
     (D, H), K, total = shape, experts, rank + padding
 

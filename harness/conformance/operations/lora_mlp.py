@@ -43,9 +43,9 @@ def arguments(
     """Draw the arguments of a call.
 
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
-    ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True
-    also draws magnitudes; without them, every layer has plain LoRA. shared: gate
-    and up have one tensor as their A if their ranks are equal. gate: `large` multiplies the gate's weight by 2,048.
+    ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora:
+    True also draws magnitudes; without them, every layer has plain LoRA. shared: gate and up have one tensor as
+    their A if their ranks are equal. gate: `large` multiplies the gate's weight by 2,048.
     """
     F, D = shape
     layers = draw_adapted_layers(
