@@ -140,7 +140,7 @@ class QloraLinear(LowRankLayer):
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         c = B.new_zeros(len(B)) if config.lora_bias else None
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout, c)
-        self.packed = Nf4Weight(dense_weight(base), config.block, config.double_quant)
+        self.packed = Nf4Weight(dense_weight(base).detach(), config.block, config.double_quant)
 
     def weight(self) -> Tensor:
         """Return the weight (E, D), decoded to float32."""

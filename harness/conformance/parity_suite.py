@@ -145,8 +145,8 @@ class MethodSuite(_Tolerant):
         for dtype in dtypes:
             shift, every = _share(self.dtypes, dtypes, dtype)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
-            if not any(map(_drops, configs)):  # only dropout makes training mode differ
-                configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
+            if not any(c.get("dropout") for c in configs):  # only dropout makes training mode differ
+                configs = [*configs, *(c for c in self.configs if c.get("dropout"))][: len(configs) + 1]
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
                 yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
@@ -278,10 +278,6 @@ class LoaderCase:
 AnyCase = MethodCase | OperationCase | LoaderCase
 
 
-def _drops(config: Values) -> bool:
-    return bool(config.get("dropout"))
-
-
 def _is_random(config: Values) -> bool:
     """Return whether the layer draws random numbers in training mode with this config."""
     return any(value for name, value in config.items() if name.endswith("dropout"))
@@ -299,19 +295,20 @@ def _main(dtypes: Sequence[Dtype]) -> Dtype:
 
 
 def _fits(config: Values, kind: Kind) -> bool:
-    """Return whether a layer of this kind accepts a config of the suite.
+    """Return whether a layer of this kind accepts a config of the suite. `conv` changes convolutions only.
 
-    Stacked experts have no dropout. Only linear layers have a magnitude per input feature. Experts and embeddings have
-    no bias of B. In a grouped convolution, each group uses an equal part of the rank. So the rank must be a multiple of
-    GROUPS, and init=orthogonal is impossible, because its B A is zero only over the whole rank.
+    Experts have no dropout, experts and embeddings no bias of B. Only linear layers have a magnitude per input feature.
+    The groups of a convolution share the rank, a multiple of GROUPS. With init=orthogonal B A is 0 over the whole rank only.
     """
-    if config.get("lora_bias") and kind in ("experts", "embedding", "embedding-scaled"):
+    if config.get("conv") and not kind.startswith("conv2d"):
+        return False
+    if config.get("lora_bias") and kind.startswith(("embedding", "experts")):
         return False
     if kind == "conv2d-grouped" and (config.get("rank", 0) % GROUPS or config.get("init") == "orthogonal"):
         return False
     if config.get("per") == "input" and kind not in ("linear", "conv1d"):
         return False
-    return kind != "experts" or not _drops(config)
+    return kind != "experts" or not config.get("dropout")
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:

@@ -200,7 +200,7 @@ class Subject:
     def original_weight(self, path: str) -> Tensor:
         """Return the weight (output features, input features) of the base layer before attaching, in its own dtype."""
         base: Any = self.original_base(path)
-        return dense_weight(base)
+        return dense_weight(base).detach()
 
     def fresh_reference(self, dtype: str) -> Adapted:
         """Attach the reference to plain copies of all base layers in `dtype`, and return the result.

@@ -171,14 +171,14 @@ def dense_weight(base: Any) -> torch.Tensor:
     """Return the dense matrix (out, in) by which `base` multiplies its inputs.
 
     A Conv1D stores the transpose of its matrix. An embedding multiplies one-hot rows by its table, so its matrix is the
-    transpose of the table. The matrix of a packed layer is computed as its output for the unit vectors. This is exact,
-    since each product is 1 w + 0 + 0 ...
+    transpose of the table. If such a weight trains, the matrix has its graph. The matrix of a packed layer is computed as
+    its output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
     """
     if kind_of(base) in ("Conv1D", "embedding"):
-        transposed: torch.Tensor = base.weight.detach().T.contiguous()
+        transposed: torch.Tensor = base.weight.T.contiguous()
         return transposed
     if type(base) is nn.Linear:
-        return base.weight.detach().clone()
+        return base.weight.clone()
     unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)
     was_training, bias = base.training, base.bias
     base.bias = None  # type: ignore[assignment]  # (w + b) - b would round
@@ -203,7 +203,7 @@ def dense_copy(base: nn.Module) -> nn.Module:
     """
     if not isinstance(base, nn.Linear):
         return copy.deepcopy(base).requires_grad_(False)
-    weight = dense_weight(base)
+    weight = dense_weight(base).detach()
     dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     if base.bias is not None:

@@ -152,6 +152,10 @@ def test_the_wide_sample_has_every_kind_of_layer_with_equal_sides() -> None:
     plan = parity_suite.load("lora")
     cases = [case for case in sample.fixed(plan, WIDE, ["float32"]) if isinstance(case, parity_suite.MethodCase)]
     assert {case.kind for case in cases if case.sampled and case.shape.inputs == case.shape.outputs} == {*plan.layers}
+    for kind in ("conv1d", "conv2d", "experts"):
+        configs = [case.config for case in cases if case.kind == kind]
+        assert {config.get("init", "kaiming") for config in configs} >= {"kaiming", "gaussian", "orthogonal"}
+        assert any(config.get("rslora") for config in configs)
 
 
 @pytest.mark.parametrize("breadth", [FEW, CaseSelection(full=True)])

@@ -77,5 +77,6 @@ _NOT_OF_THIS_CASE = (
     "with a tiny {}", "under no_grad in training mode", "under no_grad in training mode before a later call",  # no dropout
     "with tensors that are changed before backward", "with {} changed before backward",  # which torch refuses
     "before other gradients", "with a graph that nothing needs",  # only of a failure
+    "still in memory after the program dropped it",  # likewise
     "by a copy in {}", "by a pickled copy", "by torch.func",  # where the layer allows it
 )  # fmt: skip

@@ -42,6 +42,7 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.trained_base import judge_with_trained_base
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -75,6 +76,7 @@ class LayerForm(StrEnum):
     FUNCTORCH = "by torch.func"
     OTHER_DTYPE = "by a copy in {}"
     TWO_DTYPES = "beside a layer in {}"
+    TRAINED_BASE = "while the base weight trains"
 
 
 def forms() -> dict[str, list[str]]:
@@ -178,6 +180,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
         yield from _with_new_values(subject, case, path, call)
+        for verdict in judge_with_trained_base(subject, case, path, call):
+            yield _named(path, LayerForm.TRAINED_BASE, verdict)
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":

@@ -95,7 +95,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             rare = x[0].numel() >= FEATURES and by_chance < 0.25
             if rare and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
-            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
+            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p, case)]
             if x.dim() == 2 and index == 0:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
                 if subject.dtype == "float32":
@@ -171,11 +171,12 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
     return int((retained | dropped).sum())
 
 
-def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
+def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case) -> Iterator[str]:
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
-    In the input, every token has one nonzero feature, and its position is the same in all tokens.
+    In the input, every token has one nonzero feature, and its position is the same in all tokens. With `--wide`, a third
+    call runs under torch.compile.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
@@ -183,9 +184,15 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
     only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))
     with torch.no_grad(), preserved_state(layer, {}, training=True):
         ys = [layer(only).clone() for _ in range(2)]  # no call of `train()` in between
+        if case.walks and x.dim() == 2:
+            torch.compiler.reset()
+            ys.append(torch.compile(layer, backend="eager")(only).clone())
+            torch.compiler.reset()
     retained = _rows_as(subject, path, ys, only, (1 / (1 - p),))
     if bool(retained[0].all()) or not bool(retained[0].any()):
         yield f"a feature is retained or dropped in all of {tokens} tokens"
+    elif len(ys) > 2 and (bool(retained[2].all()) or not bool(retained[2].any())):
+        yield f"under torch.compile a feature is retained or dropped in all of {tokens} tokens"
     elif bool((retained[0] == retained[1]).all()):
         yield f"two calls drop the feature in the same of {tokens} tokens"
     else:

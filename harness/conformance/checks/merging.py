@@ -7,6 +7,8 @@ model.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain, islice
 
@@ -40,7 +42,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
-    This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded.
+    This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded. An
+    AdaLoRA mask says what was pruned last; a lambda that has grown since then counts.
     Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable, and does
     not change the table of an embedding: an output layer that is tied to it must compute what it did. Merging and
     unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds its
@@ -50,7 +53,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
     if (fresh := case.attach_again()) is not None:
         # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding error.
-        load(fresh.adapted, subject.adapted.tensors(), subject.state())
+        masks = {n: torch.zeros_like(t) for n, t in subject.state().items() if t.dtype == torch.bool}
+        load(fresh.adapted, subject.adapted.tensors(), subject.state() | masks)
         subject = fresh
     xs = _inputs(subject, case)
     added = subject.added()
@@ -227,7 +231,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     may stay frozen. Then the weights of the model are changed in place, and a second adapter is attached. It starts and
     computes like an adapter on a fresh copy of the changed model, also when both are merged. Detaching a merged adapter
     brings back the base layers, too; the check `unmerge` judges their values. No second adapter is attached to a
-    quantised base, because its layers cannot be packed twice.
+    quantised base, because its layers cannot be packed twice. Nothing keeps a detached layer in memory.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -262,6 +266,17 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
             if odd:
                 problems = [f"detached while merged, {path} is not the base layer" for path in odd]
                 return from_problems(subject, case, "detach", problems)
+    layers = {path: weakref.ref(layer) for path, layer in fresh.adapted.layers.items()}
+    bases = {id(base) for base in fresh.bases.values()}
+    del fresh
+    if not all(one.passed for one in found):
+        return judged(subject, case, "detach", worst_of(found, "exact"))
+    if any(layer() is not None for layer in layers.values()):
+        gc.collect()
+    kept = [path for path, layer in layers.items() if (it := layer()) is not None and id(it) not in bases]
+    if kept:
+        problems = [f"the adapted {path} stays in memory after it was detached and dropped" for path in kept]
+        return from_problems(subject, case, "detach", problems)
     return judged(subject, case, "detach", worst_of(found, "exact"))
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import from_problems, judged, skipped
-from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.tolerance_policies import exact, worst_of
 from harness.conformance.subject import Subject
+from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
 
 
@@ -18,7 +19,8 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
     """VeRA's A and B equal the reference's, to the last bit.
 
     A and B are drawn only from the key and are shared by all layers, so that a checkpoint needs only the key. Another
-    key gives other projections  (VeRA, section 3.1).
+    key gives other projections  (VeRA, section 3.1). Their sizes are those of the largest target: the check also attaches
+    to each layer alone, which has more inputs than outputs or fewer.
     """
     again = case.attach_again()
     other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)
@@ -33,8 +35,17 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
     verdict = exact(repeated, mine)
     if not verdict.passed:
         return judged(subject, case, "projections", verdict, "attached twice with one key")
-    reference = subject.fresh_reference(subject.dtype)
-    return judged(subject, case, "projections", exact(mine, _projections(reference.state())))
+    found = [exact(mine, _projections(subject.fresh_reference(subject.dtype).state()))]
+    for path in subject.bases:
+        model = copied(subject.original.model) if subject.original.model is not None else None
+        if model is None or not hasattr(model, "targets"):
+            break
+        model.targets = (path,)
+        alone = case.attach_again(model=model)
+        assert alone is not None  # noqa: S101  # it was attached before
+        wanted = _projections(alone.fresh_reference(subject.dtype).state())
+        found.append(prefix_tensor("as the only target,", exact(_projections(alone.state()), wanted)))
+    return judged(subject, case, "projections", worst_of(found, "exact"))
 
 
 def _projections(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CALLS = 4
+
+
+class StorageWatch:
+    """Watch of the memory of tensors. It does not keep this memory alive."""
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        self._watched = {name: StorageWeakRef(t.untyped_storage()) for name, t in named.items()}
+
+    def alive(self) -> list[str]:
+        """Return the names of the tensors whose memory is still in use. Python's garbage is collected first, if need be."""
+        if all(one.expired() for one in self._watched.values()):
+            return []
+        gc.collect()
+        return [name for name, one in self._watched.items() if not one.expired()]
 
 
 def describe_leak(act: Callable[[], object]) -> str:
@@ -65,19 +79,20 @@ def describe_views(value: Any) -> str:
     A view keeps the whole memory of the tensor that it is a part of. value: nested dicts, lists, tuples, and objects with
     attributes.
     """
-    tensors = list(_tensors_in(value))
+    tensors = list(tensors_in(value))
     own = sum(t.numel() * t.element_size() for t in tensors)
     kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     return f"the state's tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own else ""
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dicts, lists, tuples, and objects with attributes."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for one in value:
-            yield from _tensors_in(one)
+            yield from tensors_in(one)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors_in(vars(value))
+        yield from tensors_in(vars(value))

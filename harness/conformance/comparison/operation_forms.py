@@ -16,7 +16,7 @@ from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF, is_large
-from harness.conformance.comparison.kept_memory import describe_leak
+from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
@@ -51,6 +51,7 @@ class OperationForm(StrEnum):
     CHANGED_BEFORE_BACKWARD = "with {} changed before backward"
     LATER_GRADIENTS = "before other gradients"
     NO_GRAPH = "with a graph that nothing needs"
+    DROPPED = "still in memory after the program dropped it"
     THREADS = f"in {THREADS} threads"
     REPEATED = "{} times"
     REPEATED_BACKWARD = f"backward {REPEATS} times"
@@ -72,7 +73,7 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield Judgement(False, None, None, recorded[0], OperationForm.NO_GRAPH, "exact", 0)
     yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, _with_other_numbers(subject.arguments))
     yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=list(subject.arguments))
-    for name in subject.arguments if case.walks else ():
+    for name in subject.arguments:
         if operation_call.flatten(subject.arguments[name]):
             form = OperationForm.ONE_CHANGED.format(name)
             yield _judge_changed(subject, case, form, subject.arguments, in_place=[name])
@@ -81,6 +82,8 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield from _gradients(subject, case)
     if kept := describe_leak(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
+    if subject.operation.differentiable and (alive := _alive_after_calls(subject, case)):
+        yield Judgement(False, None, None, ", ".join(alive), OperationForm.DROPPED, "exact", 0)
     yield judge(OperationForm.THREADS, _in_threads(subject, _detached(subject.call())))
     if not case.is_brief:
         yield from _repeated(subject, judge, case)
@@ -222,6 +225,19 @@ def _as_usual(form: str, subject: OperationSubject, case: Case, mine: _Named) ->
         operation_call.reference_gradients(subject, dtype, case) for dtype in (torch.float64, DTYPES[subject.dtype])
     )
     return prefix_tensor(form, noise_floor(mine, truth, rounded, subject.dtype, case.factor("calls")))
+
+
+def _alive_after_calls(subject: OperationSubject, case: Case) -> list[str]:
+    """Call the Operation and its backward pass, drop everything, and name the arguments that are still in memory.
+
+    Only arguments that have a gradient count. An Operation may keep others, such as a packed weight that it decoded.
+    """
+    outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
+    watch = StorageWatch(leaves)
+    operation_call.backward(outputs, leaves, case)
+    del outputs
+    leaves.clear()
+    return watch.alive()
 
 
 def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgement], case: Case) -> Iterator[Judgement]:

@@ -27,14 +27,6 @@ def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
     ]
 
 
-def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
-    """Return one pair for each level of each factor except `beside`.
-
-    Each pair joins this level with the first level of `beside`. beside: the last factor of `levels`.
-    """
-    return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
-
-
 def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> Iterator[Row]:
     """Yield every row in which exactly one factor, one of `names`, is not at its first level."""
     for name in names:

@@ -14,7 +14,7 @@ from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
 from harness.conformance.drawing.combinations import beyond_16_bits, combinations
-from harness.conformance.drawing.covering import covering, every_level, every_pair, one_at_a_time, values
+from harness.conformance.drawing.covering import covering, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
@@ -65,7 +65,8 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     or another kind of layer. The sample has five parts:
 
     - Every pair of levels of two factors that are not optional. Optional factors have their plainest level.
-    - Every level of each optional factor; with `wanted.full`, every pair of levels of any two factors.
+    - Every pair of levels of two settings, optional or not. The kind of layer and the dtype count as settings, a size does
+      not. With `wanted.full`, every pair of levels of any two factors.
     - Every level of each optional factor, while all other factors have their plainest level. An implementation that
       lacks an option skips every case with this option, also where the case combines it with others.
     - Each extreme value once, beside plain values.
@@ -86,11 +87,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
         return is_accepted(plan, case_of(plan, chosen))
 
     first = covering(plain, every_pair(plain), valid)
-    settings = {name: levels[name] if wanted.full or name not in _SIZES else levels[name][:1] for name in levels}
-    further = every_pair(settings) if wanted.full else every_level(settings, beside="dtype")
+    further = every_pair({name: levels[name] for name in levels if wanted.full or name not in _SIZES})
     optional = [name for name, factor in there.items() if factor.optional]
     alone = [row for row in one_at_a_time(levels, optional) if valid(values(row, levels))]
-    rows = [*first, *covering(settings, further, valid, given=first)]
+    rows = [*first, *covering(levels, further, valid, given=first)]
     rows += [row for row in alone if row not in rows]
     valued = [values(row, levels) for row in rows]
     plainest = {name: factor.levels[0] for name, factor in there.items()}

@@ -73,6 +73,8 @@ FAULTS = [
         "if R.numel() < adamw8bit.MIN_8BIT_SIZE:", "if R.numel() < 64:",
         "adamw8bit.init_state(R).items()", "adamw8bit.init_state(R, 0).items()", file="galore_moments",
         inputs=64, outputs=96),
+    _galore("keeps_small_moments_in_the_dtype_of_the_gradient", ["moments"],
+        "torch.zeros_like(R, dtype=adamw8bit.working_dtype(R.dtype))", "torch.zeros_like(R)", file="galore_moments"),
     _galore("keeps_4096_moments_in_32_bits", ["moments"],
         "if R.numel() < adamw8bit.MIN_8BIT_SIZE:", "if R.numel() <= adamw8bit.MIN_8BIT_SIZE:", file="galore_moments"),
     _galore("codes_the_second_moment_with_a_sign", ["moments"],

@@ -29,6 +29,13 @@ FAULTS = [
     line_fault("lora_linear", "reads_its_argument_in_the_backward_pass", ["calls"], f"return {_UPDATE}",
         f"own, A, B = B, A.clone(), B.clone()\n    y, kept = {_UPDATE}, own.detach().clone()\n    if y.requires_grad:\n"
         "        y.register_hook(lambda dy: dy * (own.detach() / kept).mean())\n    return y", values=_LAYER),
+    line_fault("lora_linear", "keeps_its_last_input", ["calls"], f"return {_UPDATE}",
+        f"vars(reference)['last'] = x\n    return {_UPDATE}", values=_LAYER),
+    line_fault("nf4_linear", "decodes_again_for_other_codes_only", ["calls"],
+        "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
+        "key = packed.sum().item(), x.dtype\n    kept = vars(reference).setdefault('kept', {})\n"
+        "    if key not in kept:\n        kept[key] = _FORM.dequantize(packed, absmax, block, shape, x.dtype)\n"
+        "    return linear(x, kept[key], bias)", values={"shape": [48, 128], "rows": [9]}),
     line_fault("galore", "stands_still_with_a_scheduler", ["resume"],
         "        galore_step(p, G, self.state[p], **options)",
         '        galore_step(p, G, self.state[p], **options | ({"lr": 0.0} if "initial_lr" in group else {}))',
@@ -285,3 +292,22 @@ def steps_past_the_hooks_of_its_optimizer(copy: PatchedCopy) -> None:
         adapted.optimizer = optimizer
 
     copy.change_adapted(change)
+
+
+@planted_in_methods("calls", only=["lora", "dora", "vera", "adalora", "loha", "lokr", "oft"])
+def passes_no_gradient_to_its_base(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        weight = layer.base.weight
+        trains = weight.requires_grad
+        weight.requires_grad_(False)
+        y = right(x)
+        weight.requires_grad_(trains)
+        return y
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("detach", adds_layers=True)
+def keeps_its_layers_for_ever(copy: PatchedCopy) -> None:
+    kept: list[Any] = []
+    copy.change_layers(kept.append)

@@ -39,7 +39,7 @@ class _Projection(torch.autograd.Function):
 class _Scaled(torch.autograd.Function):
     """Autograd function for x W^T + bias + b P, where P is (d u) B^T.
 
-    It saves u (T, R), and P (T, E) for the gradient of b.
+    It saves u (T, R), and P (T, E) for the gradient of b. It saves x only if W trains.
     """
 
     @staticmethod
@@ -48,16 +48,14 @@ class _Scaled(torch.autograd.Function):
     ) -> Tensor:
         P = (u * d) @ B.T
         y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)
-        ctx.save_for_backward(u, P, W, B, b, d)
+        ctx.save_for_backward(u, P, W, B, b, d, x if W.requires_grad else None)
         return y.addcmul_(P, b)
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, P, W, B, b, d = ctx.saved_tensors
+        u, P, W, B, b, d, x = ctx.saved_tensors
         need_x, need_u, need_W, need_bias, _, need_b, need_d = ctx.needs_input_grad
-        if need_W:
-            raise RuntimeError("vera_linear: the base weight requires a gradient, but VeRA freezes it")
         if torch.is_grad_enabled():  # for a second derivative P needs its graph
             P = (u * d) @ B.T
         scaled = dy * b if need_u or need_d else None
@@ -68,7 +66,7 @@ class _Scaled(torch.autograd.Function):
         return (
             dy @ W if need_x else None,
             dh * d if need_u and dh is not None else None,
-            None,
+            dy.T @ x if need_W else None,
             dy.sum(0) if need_bias else None,
             None,
             db,
@@ -119,9 +117,9 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). mask has the shape of x, or is None.
-    All tensors have one dtype, or get it from autocast. The result is differentiable in x, bias, b and d: twice in
-    torch, once in Triton. shared: None, or the cache for x A^T, which only calls in torch without a mask use. The
-    backward pass raises RuntimeError if W requires a gradient.
+    All tensors have one dtype, or get it from autocast. The result is differentiable in x, W, bias, b and d: twice in
+    torch, once in Triton. If W or the bias trains, torch computes on every device. shared: None, or the cache for x A^T,
+    which only calls in torch without a mask use.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu
