@@ -76,6 +76,7 @@ _NOT_OF_THIS_CASE = (
     "with token numbers in int32", "under no_grad in training mode token by token",  # of an embedding, of sequences
     "with a tiny {}", "under no_grad in training mode", "under no_grad in training mode before a later call",  # no dropout
     "with tensors that are changed before backward", "with {} changed before backward",  # which torch refuses
+    "with outputs that are changed in place",  # likewise
     "before other gradients", "with a graph that nothing needs",  # only of a failure
     "still in memory after the program dropped it",  # likewise
     "by a copy in {}", "by a pickled copy", "by torch.func",  # where the layer allows it

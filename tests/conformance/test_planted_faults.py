@@ -11,7 +11,7 @@ from harness.conformance.faults import PatchedCopy
 
 def test_the_manual_says_how_many_faults_are_planted() -> None:
     manual = (Path(harness.conformance.__file__).parent / "README.md").read_text(encoding="utf-8")
-    assert f"| {len(faults.every())} planted by the authors of the checks" in manual
+    assert f"| {len(faults.every()):,} planted by the authors of the checks" in manual
 
 
 def test_every_fault_has_a_name_of_its_own_and_an_expected_check_that_exists() -> None:

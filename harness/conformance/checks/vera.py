@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
         return judged(subject, case, "projections", verdict, "attached twice with one key")
     found = [exact(mine, _projections(subject.fresh_reference(subject.dtype).state()))]
     for path in subject.bases:
-        model = copied(subject.original.model) if subject.original.model is not None else None
-        if model is None or not hasattr(model, "targets"):
+        model: Any = copied(subject.original.model)
+        if not hasattr(model, "targets"):
             break
         model.targets = (path,)
         alone = case.attach_again(model=model)

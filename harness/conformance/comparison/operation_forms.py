@@ -49,6 +49,7 @@ class OperationForm(StrEnum):
     ZEROS = "with gradients that are zeros"
     NO_LEAVES = "from arguments that are no leaves"
     CHANGED_BEFORE_BACKWARD = "with {} changed before backward"
+    OUTPUTS_IN_PLACE = "with outputs that are changed in place"
     LATER_GRADIENTS = "before other gradients"
     NO_GRAPH = "with a graph that nothing needs"
     DROPPED = "still in memory after the program dropped it"
@@ -181,6 +182,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield judge(OperationForm.NO_LEAVES, leaves=False)
     for name in alone:
         yield from _changed_before_backward(subject, case, name)
+    yield from _outputs_in_place(subject, case)
     yield from _before_other_gradients(subject, case)
 
 
@@ -203,6 +205,21 @@ def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -
     except RuntimeError:
         return
     yield _as_usual(OperationForm.CHANGED_BEFORE_BACKWARD.format(name), subject, case, mine)
+
+
+def _outputs_in_place(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    """Double the outputs in place before backward, and yield a judgement of the gradients.
+
+    Torch may refuse this, for example because the backward pass needs an output.
+    """
+    outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
+    incoming = {name: dy * HALF for name, dy in operation_call.incoming_gradients(outputs, case).items()}
+    try:
+        doubled = {name: t.mul_(2) if t.requires_grad else t for name, t in outputs.items()}
+        mine = operation_call.backward(doubled, leaves, case, incoming=incoming)
+    except RuntimeError:
+        return
+    yield _as_usual(OperationForm.OUTPUTS_IN_PLACE, subject, case, mine)
 
 
 def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:

@@ -31,6 +31,9 @@ FAULTS = [
         "        y.register_hook(lambda dy: dy * (own.detach() / kept).mean())\n    return y", values=_LAYER),
     line_fault("lora_linear", "keeps_its_last_input", ["calls"], f"return {_UPDATE}",
         f"vars(reference)['last'] = x\n    return {_UPDATE}", values=_LAYER),
+    line_fault("lora_linear", "reads_its_output_in_the_backward_pass", ["calls"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    kept = y.detach().clone()\n    if y.requires_grad:\n        seen = y.detach()\n"
+        "        y.register_hook(lambda dy: dy * (seen.norm() / kept.norm()))\n    return y", values=_LAYER),
     line_fault("nf4_linear", "decodes_again_for_other_codes_only", ["calls"],
         "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
         "key = packed.sum().item(), x.dtype\n    kept = vars(reference).setdefault('kept', {})\n"
