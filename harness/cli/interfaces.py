@@ -138,11 +138,23 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
 
 
+_MEANINGS = {
+    "sides": "input and output features of the first layer; the second one maps back",
+    "model": "plain: two layers to adapt. wide: also a larger layer that stays as it is. deep: ten layers to adapt. tied: "
+    "two of them share a weight",
+    "magnitude": "the input. large, huge: multiplied by a power of two. small, tiny: divided by one. outlier: one feature is "
+    "64 times as large. zero-rows: every second row is 0. constant: all 1. positive: no signs",
+    "weights": "size of the base weights, likewise",
+}
+
+
 def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     yield "settings that --wide and --drawn vary:"
     for name, factor in sample.factors(plan, plan.dtypes).items():
         levels = ", ".join(map(_shown, (*factor.levels, *factor.extremes)))
         yield f"  {name}: {levels}{_bounds(factor)}"
+        if name in _MEANINGS:
+            yield f"    {_MEANINGS[name]}"
 
 
 def _bounds(factor: Factor) -> str:

@@ -222,6 +222,8 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("lora", "copy.deepcopy"),
         ("lora", "`embed_scale`"),
         ("galore", "M: float32 [3, 128]"),
+        ("vera", "deep: ten layers to adapt."),
+        ("vera", "zero-rows: every second row is 0."),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
