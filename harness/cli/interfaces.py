@@ -93,6 +93,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not raise the `_version` of what they change: no cache may use it"
+    yield "if a program lets a base weight train, it gets its gradient, or the layer raises RuntimeError"
 
 
 def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
@@ -142,8 +143,8 @@ _MEANINGS = {
     "sides": "input and output features of the first layer; the second one maps back",
     "model": "plain: two layers to adapt. wide: also a larger layer that stays as it is. deep: ten layers to adapt. tied: "
     "two of them share a weight",
-    "magnitude": "the input. large, huge: multiplied by a power of two. small, tiny: divided by one. outlier: one feature is "
-    "64 times as large. zero-rows: every second row is 0. constant: all 1. positive: no signs",
+    "magnitude": "the input. large, huge: multiplied by a power of two. small, tiny: divided by one. outlier: one feature "
+    "is 64 times as large. zero-rows: every second row is 0. constant: all 1. positive: no signs",
     "weights": "size of the base weights, likewise",
 }
 

@@ -21,7 +21,7 @@ def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call)
     """Let the weight of the base layer at `path` require a gradient, and yield a judgement of output and gradients.
 
     Nothing is judged if the weight trains already (GaLore), if the layer does not hold it, or if the Method replaces it
-    (PiSSA).
+    (PiSSA). A layer may refuse by RuntimeError, but it may not compute another gradient or none.
     """
     weight = getattr(subject.bases[path], "weight", None)
     held = {id(p) for p in call.layer.parameters()}
@@ -29,7 +29,10 @@ def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call)
         return
     if not weight.is_floating_point() or method_info(subject.method).spec.start_from_weight:
         return
-    mine = _observe(call.layer, call.tensors, call.x, call.dy, training=call.training, base=subject.bases[path])
+    try:
+        mine = _observe(call.layer, call.tensors, call.x, call.dy, training=call.training, base=subject.bases[path])
+    except RuntimeError:
+        return
     truth, draws = reference_runs(subject, path, call.x, call.dy, run=partial(_observe, base=None))
     yield noise_floor(mine, truth, draws, subject.dtype, case.factor("calls"))
 
