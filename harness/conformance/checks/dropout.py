@@ -165,10 +165,15 @@ def _masked_outputs(
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Return the number of tokens in which training mode retains all features or drops all features."""
-    y = observe(layer, {}, x, dy, training=True)["y"]
-    retained, dropped = _rows_as(subject, path, [y], x, (1 / (1 - p), 0.0))
-    return int((retained | dropped).sum())
+    """Return the number of tokens in which training mode retains all features or drops all features.
+
+    Return 0 if rounding hides the difference, so that most tokens of the reference seem to be such tokens, too.
+    """
+    layers = layer, subject.reference(path, subject.dtype).layer
+    ys = [observe(one, {}, x, dy, training=True)["y"] for one in layers]
+    retained, dropped, own_retained, own_dropped = _rows_as(subject, path, ys, x, (1 / (1 - p), 0.0))
+    hidden = int((own_retained | own_dropped).sum()) > len(x) // 2
+    return 0 if hidden else int((retained | dropped).sum())
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case) -> Iterator[str]:
