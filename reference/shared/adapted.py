@@ -157,9 +157,10 @@ class AdaptedLayers(AdaptedModel):
         return [t for layer in self.layers.values() for t in layer.tensors().values()]
 
     def merge(self) -> None:
-        """Replace each adapted layer by a plain layer with the same output."""
+        """Replace each adapted layer by a plain layer with the same output. What is merged already stays as it is."""
         for path, layer in self.layers.items():
-            replace(self.model, path, layer.merged())
+            if self.model.get_submodule(path) is layer:
+                replace(self.model, path, layer.merged())
 
     def unmerge(self) -> None:
         """Put back the adapted layers. This is exact, because `merge` leaves the base layers unchanged."""

@@ -75,12 +75,12 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         eval_modes = {module: module.training for module in subject.model.modules()}
         modules = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
         subject.adapted.merge()
-        subject.adapted.merge()  # what is merged already stays as it is
         lacking = _lacking_weights(subject)
         made_trainable = _trainable_beside(subject, trainable)
         changed = [path for path, table in tables.items() if not torch.equal(table, before[path])]
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
+        subject.adapted.merge()  # what is merged already stays as it is
         outputs["after merging"] = _merged_outputs(subject, xs)
         load(subject.adapted, values)
         subject.adapted.unmerge()

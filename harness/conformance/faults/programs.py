@@ -102,6 +102,20 @@ def merges_into_plain_tensors(copy: PatchedCopy) -> None:
     copy.change_adapted(change)
 
 
+@planted("lora", "merge", values=_LORA)
+def merges_the_present_adapter_again(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        merge, unmerge = adapted.merge, adapted.unmerge
+
+        def merged() -> None:
+            unmerge()
+            merge()
+
+        adapted.merge = merged
+
+    copy.change_adapted(change)
+
+
 @planted("lora", "detach", values=_LORA)
 def merges_one_model_at_a_time(copy: PatchedCopy) -> None:
     busy: list[Any] = []
