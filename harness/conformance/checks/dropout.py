@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
 
@@ -21,7 +21,7 @@ from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
-from harness.conformance.subject import DTYPES, Subject, warm
+from harness.conformance.subject import DTYPES, Subject, initial_shapes, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
 from harness.records.record import CheckResult
 
@@ -217,8 +217,16 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case
 
 
 def _of_rank_one(subject: Subject, case: Case, path: str, p: float) -> Iterator[str]:
-    """Yield the messages of `_share` about a new adapter of rank 1, for which a program may take another path."""
+    """Yield the messages of `_share` about a new adapter of rank 1, for which a program may take another path.
+
+    Yield none if the Method refuses rank 1 with the other settings, as LoRA does with init=orthogonal.
+    """
     ranks = {f.name: 1 for f in fields(subject.config) if f.name.endswith("rank")}
+    bases = {path: subject.original_base(path)}
+    try:
+        initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
+    except ValueError:
+        return
     fresh = case.attach_again(**ranks)
     if fresh is not None:
         warm(fresh.added(), case.generator(salt=1))
