@@ -17,7 +17,14 @@ from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import (
+    ROUNDED_SUMS,
+    Judgement,
+    exact,
+    noise_floor,
+    perturbed,
+    worst_of,
+)
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
@@ -104,8 +111,9 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     tinit, tfinal and total_steps. At the end,
     target_rank lambdas per layer are left on average. Between two prunings a pruned lambda may become nonzero again,
     and the check sets all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are
-    the same as in the reference, by the scores of eq. 7. In half precision two lambdas with close scores may change
-    places. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the start.
+    the same as in the reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up
+    to a quarter of all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the
+    start, and whose gradients are so small that scores in float16 would be 0.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
     `state()` contains the pruning masks, the check writes other masks there once, which must take effect. Once, it continues
@@ -135,24 +143,28 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     mine = _unmasked(fresh.adapted)
     if (long := case.attach_again(**_LONG)) is not None:
         truth = _reference(long, "float64")
-        problems += [f"of 6000, {one}" for step in _LONG_STEPS for one in _problems_after(step, long, truth, case)]
+        for step in _LONG_STEPS:
+            problems += [f"of 6000, {one}" for one in _problems_after(step, long, truth, case, _SMALL)]
     return from_problems(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
 
 
-def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case) -> Iterator[str]:
-    """Let `fresh` and the reference `truth` take a step with the same tensors and gradients, and compare their lambdas."""
+def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case, size: float = 1.0) -> Iterator[str]:
+    """Let `fresh` and the reference `truth` take a step with the same tensors and gradients, and compare their lambdas.
+
+    size: standard deviation of the gradients.
+    """
     held = dict(fresh.adapted.tensors())
     for adapted in (fresh.adapted, truth):
         _set_tensors(adapted, DTYPES[fresh.dtype], case.generator(salt=100 + step))
-        _set_gradients(adapted, case.generator(salt=200 + step), DTYPES[fresh.dtype])
+        _set_gradients(adapted, case.generator(salt=200 + step), DTYPES[fresh.dtype], size)
         adapted.after_step(step)
     if any(held.get(name) is not tensor for name, tensor in fresh.adapted.tensors().items()):
         yield f"after step {step} tensors() has other tensors, which no optimizer knows"
     mine, want = (_unmasked(adapted) for adapted in (fresh.adapted, truth))
     if int(mine.sum()) != int(want.sum()):
         yield f"after step {step} {int(mine.sum())} of {len(mine)} lambdas are left, should be {int(want.sum())}"
-    elif fresh.dtype in ("float32", "float64") and not torch.equal(mine, want):
-        yield f"after step {step} {int((mine != want).sum())} lambdas are left or pruned against the scores"
+    elif (other := int((mine != want).sum())) > (0 if fresh.dtype in ROUNDED_SUMS else max(2, len(mine) // 4)):
+        yield f"after step {step} {other} lambdas are left or pruned against the scores"
 
 
 @check(States.WARM, depends_on_sizes=False)

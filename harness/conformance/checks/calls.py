@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
+from harness.conformance.comparison.base_layer import HOOKED, TRAINED, judge_hooked_base, judge_with_trained_base
 from harness.conformance.comparison.call_forms import (
     IMAGE_LAYOUTS,
     LAYOUTS,
@@ -42,7 +43,6 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
-from harness.conformance.comparison.trained_base import judge_with_trained_base
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -76,7 +76,8 @@ class LayerForm(StrEnum):
     FUNCTORCH = "by torch.func"
     OTHER_DTYPE = "by a copy in {}"
     TWO_DTYPES = "beside a layer in {}"
-    TRAINED_BASE = "while the base weight trains"
+    TRAINED_BASE = TRAINED
+    HOOKED_BASE = HOOKED
 
 
 def forms() -> dict[str, list[str]]:
@@ -180,8 +181,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
         yield from _with_new_values(subject, case, path, call)
-        for verdict in judge_with_trained_base(subject, case, path, call):
-            yield _named(path, LayerForm.TRAINED_BASE, verdict)
+        yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))
+        yield from (_named(path, HOOKED, one) for one in judge_hooked_base(subject, path, call))
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":

@@ -1,4 +1,4 @@
-"""Checks of merging, unmerging, detaching and saving.
+"""Checks of merging, unmerging and detaching.
 
 Merging adds the adapter's update to the base weight. Unmerging undoes this. Detaching removes the adapter from the
 model.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, islice
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
@@ -28,13 +27,11 @@ from harness.conformance.comparison.tolerance_policies import Judgement, exact, 
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.methods.module_copy import copied
-from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _UNMERGED = "after unmerging without merging"
 _CHANGED = "unmerged twice, with another adapter"
 _AGAIN = "after merging again, in training mode"
-_PACKED = (torch.uint8, torch.int8)
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
@@ -56,7 +53,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         masks = {n: torch.zeros_like(t) for n, t in subject.state().items() if t.dtype == torch.bool}
         load(fresh.adapted, subject.adapted.tensors(), subject.state() | masks)
         subject = fresh
-    xs = _inputs(subject, case)
+    xs = layer_inputs(subject, case)
     added = subject.added()
     values = {name: t.detach().clone() for name, t in added.items()}
     trained = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
@@ -71,7 +68,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         # Built before merging: the references use the model's own base weights, and must show if merging damages these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.unmerge()
-        outputs[_UNMERGED] = _outputs(subject, xs)
+        outputs[_UNMERGED] = layer_outputs(subject, xs)
         eval_modes = {module: module.training for module in subject.model.modules()}
         modules = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
         subject.adapted.merge()
@@ -84,14 +81,14 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         outputs["after merging"] = _merged_outputs(subject, xs)
         load(subject.adapted, values)
         subject.adapted.unmerge()
-        outputs["after unmerging"] = _outputs(subject, xs)
+        outputs["after unmerging"] = layer_outputs(subject, xs)
         left = [path for path, module in modules.items() if subject.model.get_submodule(path) is not module]
         switched = _switched(eval_modes)
         now = {name for name, tensor in subject.adapted.tensors().items() if tensor.requires_grad}
         subject.adapted.unmerge()
         for tensor in added.values():
             tensor.mul_(HALF)
-        outputs[_CHANGED] = _outputs(subject, xs)
+        outputs[_CHANGED] = layer_outputs(subject, xs)
         if fresh is not None:
             outputs[_AGAIN] = _merged_in_training(subject, xs, switched)
         load(subject.adapted, values)
@@ -169,7 +166,7 @@ def _merged_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor
     """Return the outputs of the merged layers in eval mode."""
     for path in xs:
         subject.model.get_submodule(path).eval()  # not chained: not every library's `eval` returns the module
-    return _outputs(subject, xs)
+    return layer_outputs(subject, xs)
 
 
 @check(States.WARM, depends_on_sizes=False, only_wide=True)
@@ -236,7 +233,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
         return skipped(subject, case, "detach", "the case cannot attach again")
-    xs = _inputs(fresh, case)
+    xs = layer_inputs(fresh, case)
     trained = {id(p) for p in fresh.model.parameters() if p.requires_grad}
     _used(fresh, case)
     fresh.adapted.detach()
@@ -245,7 +242,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     if odd:
         return from_problems(subject, case, "detach", odd)
     with torch.no_grad():
-        outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
+        outputs = exact(layer_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
     weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
     found = [outputs, weights]
     if not fresh.packed and all(one.passed for one in found):
@@ -298,78 +295,6 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
     return seen
 
 
-@check(States.WARM, depends_on_sizes=False)
-def check_save(subject: Subject, case: Case) -> CheckResult:
-    """`tensors()` and `state()` are the whole state of an adapter; the model's state_dict has every changing value.
-
-    A freshly attached model into which `tensors()` and `state()` are copied gives the same outputs and gradients, to
-    the last bit. This holds even if this model has already run with another state. `state()` returns the adapter's own
-    tensors, not copies, so that a program can load values by writing to them.
-
-    The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
-    attached. Afterwards both models give the same outputs and the same `state()`. Tensors that are no parameters of the
-    model (hooks hold them) are copied separately. Models with packed weights are left out here.
-    """
-    fresh = case.attach_again()
-    if fresh is None:
-        return skipped(subject, case, "save", "the case cannot attach again")
-    saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
-    if saved != places:
-        names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
-        return from_problems(subject, case, "save", names)
-    load(fresh.adapted, subject.adapted.tensors())
-    state = {name: t.detach().clone() for name, t in subject.state().items()}
-    # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.
-    other = {name: (t == 0).to(t.dtype) for name, t in state.items()}
-    found = []
-    for values in (other, state) if state else ():
-        load(fresh.adapted, {}, values)
-        found.append(exact(fresh.state(), values))
-        if values is other:
-            with torch.no_grad():
-                _outputs(fresh, _inputs(fresh, case))  # what an adapter keeps of this state must not outlive it
-    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
-        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        before = observe(layer, subject.tensors_of(path), x, dy)
-        loaded = observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy)
-        found.append(prefix_tensor(path, exact(loaded, before)))
-    found += _by_state_dict(subject, fresh, other, case)
-    return judged(subject, case, "save", worst_of(found, "exact"))
-
-
-def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tensor], case: Case) -> Iterator[Judgement]:
-    """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
-
-    The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model has packed weights, i.e. integers of 8 bits.
-    """
-    saved = subject.model.state_dict()
-    if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
-        return  # libraries load packed weights in ways of their own
-    model = copied(subject.original.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(-0.5)
-    other = case.attach_again(model=model)
-    assert other is not None  # noqa: S101  # it was attached before
-    constants = method_info(subject.method).spec.start_from_config
-    names = [name for name in changed if name.rpartition(".")[2] not in constants]
-    if names:
-        load(fresh.adapted, {}, changed)
-        other.model.load_state_dict(fresh.model.state_dict())
-        both = ({name: state[name] for name in names} for state in (other.state(), changed))
-        yield prefix_tensor("after load_state_dict", exact(*both))
-    other.model.load_state_dict(saved)
-    tensors = subject.adapted.tensors()
-    if not owns(subject.model, tensors):
-        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
-    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
-        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
-        seen = observe(layer, subject.tensors_of(path), x, dy)
-        yield prefix_tensor(f"after load_state_dict, {path}", exact(loaded, seen))
-
-
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
     """Return the output of a merged copy of the reference. Merging rounds the weight to the reference's dtype."""
     merged = copy.deepcopy(reference)
@@ -382,12 +307,13 @@ def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) ->
     return {"y": layer.eval()(x)}
 
 
-def _outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
+def layer_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run the model's layer at each path on its input in `xs`, and return the outputs by path."""
     return {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
 
 
-def _inputs(subject: Subject, case: Case) -> dict[str, Tensor]:
+def layer_inputs(subject: Subject, case: Case) -> dict[str, Tensor]:
+    """Draw an input for each adapted layer, and return the inputs by path."""
     return {
         path: inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))[0]
         for index, path in enumerate(subject.adapted.layers)

@@ -51,6 +51,7 @@ class OperationForm(StrEnum):
     CHANGED_BEFORE_BACKWARD = "with {} changed before backward"
     OUTPUTS_IN_PLACE = "with outputs that are changed in place"
     LATER_GRADIENTS = "before other gradients"
+    SECOND_ORDER = "the gradient of a gradient"
     NO_GRAPH = "with a graph that nothing needs"
     DROPPED = "still in memory after the program dropped it"
     THREADS = f"in {THREADS} threads"
@@ -183,6 +184,8 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     for name in alone:
         yield from _changed_before_backward(subject, case, name)
     yield from _outputs_in_place(subject, case)
+    if subject.dtype == "float32":
+        yield from _second_order(subject, case)
     yield from _before_other_gradients(subject, case)
 
 
@@ -220,6 +223,39 @@ def _outputs_in_place(subject: OperationSubject, case: Case) -> Iterator[Judgeme
     except RuntimeError:
         return
     yield _as_usual(OperationForm.OUTPUTS_IN_PLACE, subject, case, mine)
+
+
+def _second_order(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    """Differentiate the gradients, and yield a judgement of the second derivatives.
+
+    An Operation may raise RuntimeError instead, as a kernel does whose backward pass has no derivative.
+    """
+
+    def observed(function: Callable[..., object], dtype: torch.dtype) -> _Named:
+        outputs, leaves = operation_call.forward(subject, function, dtype)
+        used = {n: t for n, t in outputs.items() if t.requires_grad}
+        incoming = operation_call.incoming_gradients(outputs, case)
+        dys = {n: incoming[n].requires_grad_(True) for n in used}
+        first = torch.autograd.grad(
+            [*used.values()], [*leaves.values()], [*dys.values()], create_graph=True, allow_unused=True
+        )
+        generator = case.generator(salt=78)
+        weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in leaves.values()]
+        terms = [(g * w.to(g)).sum() for g, w in zip(first, weights, strict=True) if g is not None]
+        total, given = torch.stack(terms).sum(), leaves | {f"the gradient of {n}": dy for n, dy in dys.items()}
+        if not total.requires_grad:
+            return {f"grad {n}": torch.zeros_like(t) for n, t in given.items()}
+        second = torch.autograd.grad(total, [*given.values()], allow_unused=True)
+        pairs = zip(given.items(), second, strict=True)
+        return {f"grad {n}": torch.zeros_like(t) if g is None else g for (n, t), g in pairs}
+
+    truth, rounded = (observed(subject.operation.reference, dtype) for dtype in (torch.float64, torch.float32))
+    try:
+        mine = observed(subject.function, torch.float32)
+    except RuntimeError:
+        return
+    verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("calls"))
+    yield prefix_tensor(OperationForm.SECOND_ORDER, verdict)
 
 
 def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:

@@ -140,11 +140,18 @@ def _extremes(
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
-    """Return a Hypothesis strategy that draws cases which the reference accepts. For a loader it draws nothing."""
+    """Return a Hypothesis strategy that draws cases which the reference accepts. For a loader it draws nothing.
+
+    Inputs and weights are not both tiny, because products of two subnormal numbers have no digits to compare.
+    """
     if isinstance(plan, LoaderSuite):
         return st.nothing()
     drawn = strategies.case_values(factors(plan, dtypes)).map(lambda chosen: replace(case_of(plan, chosen), drawn=True))
-    return drawn.filter(lambda case: is_accepted(plan, case))
+
+    def is_tiny(case: AnyCase) -> bool:
+        return isinstance(case, MethodCase) and case.magnitude == "tiny" and case.weights == "tiny"
+
+    return drawn.filter(lambda case: not is_tiny(case) and is_accepted(plan, case))
 
 
 def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> MethodCase | OperationCase:

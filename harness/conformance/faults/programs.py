@@ -31,6 +31,9 @@ FAULTS = [
         "        y.register_hook(lambda dy: dy * (own.detach() / kept).mean())\n    return y", values=_LAYER),
     line_fault("lora_linear", "keeps_its_last_input", ["calls"], f"return {_UPDATE}",
         f"vars(reference)['last'] = x\n    return {_UPDATE}", values=_LAYER),
+    line_fault("lora_linear", "has_a_backward_pass_without_a_graph", ["calls"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy.detach())\n    return y",
+        values=_LAYER),
     line_fault("lora_linear", "reads_its_output_in_the_backward_pass", ["calls"], f"return {_UPDATE}",
         f"y = {_UPDATE}\n    kept = y.detach().clone()\n    if y.requires_grad:\n        seen = y.detach()\n"
         "        y.register_hook(lambda dy: dy * (seen.norm() / kept.norm()))\n    return y", values=_LAYER),
@@ -39,6 +42,10 @@ FAULTS = [
         "key = packed.sum().item(), x.dtype\n    kept = vars(reference).setdefault('kept', {})\n"
         "    if key not in kept:\n        kept[key] = _FORM.dequantize(packed, absmax, block, shape, x.dtype)\n"
         "    return linear(x, kept[key], bias)", values={"shape": [48, 128], "rows": [9]}),
+    line_fault("lokr", "runs_no_hook_of_its_base", ["calls"],
+        "self.base(x_TD) + x_TD", "self.base.forward(x_TD) + x_TD", values=_LORA),
+    line_fault("vera", "runs_no_hook_of_its_base", ["calls"],
+        "self.base(x_TD) + self.b", "self.base.forward(x_TD) + self.b", values={"rank": 3, "projection_key": 7}),
     line_fault("galore", "stands_still_with_a_scheduler", ["resume"],
         "        galore_step(p, G, self.state[p], **options)",
         '        galore_step(p, G, self.state[p], **options | ({"lr": 0.0} if "initial_lr" in group else {}))',
@@ -328,3 +335,12 @@ def passes_no_gradient_to_its_base(copy: PatchedCopy) -> None:
 def keeps_its_layers_for_ever(copy: PatchedCopy) -> None:
     kept: list[Any] = []
     copy.change_layers(kept.append)
+
+
+@planted_in_methods("save", only=["lora", "dora", "vera", "adalora", "pissa", "loha", "lokr", "oft"])
+def lists_the_parameters_that_it_began_with(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        first = adapted.parameters()
+        adapted.parameters = lambda: first
+
+    copy.change_adapted(change)

@@ -1,8 +1,9 @@
-"""The gradient of a base weight that a program trains beside the adapter."""
+"""What programs do with the base layer of an adapted layer: they train its weight, or register hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,29 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.call_forms import Call
+from harness.conformance.comparison.call_programs import runs_below
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor
 from harness.conformance.subject import Subject
 from harness.methods.spec import method_info
+
+TRAINED = "while the base weight trains"
+HOOKED = "with hooks on the base layer that never run"
+
+
+def judge_hooked_base(subject: Subject, path: str, call: Call) -> Iterator[Judgement]:
+    """Yield a failure if forward hooks on the base layer do not run, although the reference runs its base layer.
+
+    A layer that holds no base layer (loralib's layers hold the weight itself) has no such hooks.
+    """
+    own = subject.reference(path, subject.dtype)
+    base: Any = getattr(own.layer, "base", None)
+    below = subject.bases[path] in [*call.layer.modules()]
+    if base is None or not below or any(runs_below(call).values()):
+        return
+    if any(runs_below(replace(call, layer=own.layer, tensors=own.tensors, numbers=[*base.parameters()])).values()):
+        yield Judgement(False, None, None, "y", "the base layer does not run", "exact", 0)
 
 
 def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:

@@ -1,0 +1,106 @@
+"""Check of saving: what `tensors()`, `state()` and the model's state_dict hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.checks import States, check
+from harness.conformance.checks.merging import layer_inputs, layer_outputs
+from harness.conformance.comparison.call_forms import owns
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, worst_of
+from harness.conformance.subject import DTYPES, Subject, load
+from harness.methods.module_copy import copied
+from harness.methods.spec import method_info
+from harness.records.record import CheckResult
+
+_PACKED = (torch.uint8, torch.int8)
+
+
+@check(States.WARM, depends_on_sizes=False)
+def check_save(subject: Subject, case: Case) -> CheckResult:
+    """`tensors()` and `state()` are the whole state of an adapter; the model's state_dict has every changing value.
+
+    A freshly attached model into which `tensors()` and `state()` are copied gives the same outputs and gradients, to
+    the last bit. This holds even if this model has already run with another state. `state()` returns the adapter's own
+    tensors, not copies, so that a program can load values by writing to them.
+
+    The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
+    attached. Afterwards both models give the same outputs and the same `state()`. If the model assigns new parameters
+    (`assign=True`), `tensors()` and `parameters()` list those. Tensors that are no parameters of the model (hooks hold
+    them) are copied separately. Models with packed weights are left out here.
+    """
+    fresh = case.attach_again()
+    if fresh is None:
+        return skipped(subject, case, "save", "the case cannot attach again")
+    saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
+    if saved != places:
+        names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
+        return from_problems(subject, case, "save", names)
+    load(fresh.adapted, subject.adapted.tensors())
+    state = {name: t.detach().clone() for name, t in subject.state().items()}
+    # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.
+    other = {name: (t == 0).to(t.dtype) for name, t in state.items()}
+    found = []
+    for values in (other, state) if state else ():
+        load(fresh.adapted, {}, values)
+        found.append(exact(fresh.state(), values))
+        if values is other:
+            with torch.no_grad():
+                layer_outputs(
+                    fresh, layer_inputs(fresh, case)
+                )  # what an adapter keeps of this state must not outlive it
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        before = observe(layer, subject.tensors_of(path), x, dy)
+        loaded = observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy)
+        found.append(prefix_tensor(path, exact(loaded, before)))
+    found += _by_state_dict(subject, fresh, other, case)
+    return judged(subject, case, "save", worst_of(found, "exact"))
+
+
+def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tensor], case: Case) -> Iterator[Judgement]:
+    """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
+
+    The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
+    `subject`. Nothing is judged if the model has packed weights, i.e. integers of 8 bits.
+    """
+    saved = subject.model.state_dict()
+    if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
+        return  # libraries load packed weights in ways of their own
+    model = copied(subject.original.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+    other = case.attach_again(model=model)
+    assert other is not None  # noqa: S101  # it was attached before
+    constants = method_info(subject.method).spec.start_from_config
+    names = [name for name in changed if name.rpartition(".")[2] not in constants]
+    if names:
+        load(fresh.adapted, {}, changed)
+        other.model.load_state_dict(fresh.model.state_dict())
+        both = ({name: state[name] for name in names} for state in (other.state(), changed))
+        yield prefix_tensor("after load_state_dict", exact(*both))
+    other.model.load_state_dict(saved)
+    tensors = subject.adapted.tensors()
+    if not owns(subject.model, tensors):
+        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
+        seen = observe(layer, subject.tensors_of(path), x, dy)
+        yield prefix_tensor(f"after load_state_dict, {path}", exact(loaded, seen))
+    if owns(subject.model, tensors):
+        other.model.load_state_dict(saved, assign=True)
+        held = {id(p) for p in other.model.parameters()}
+        listed = [*other.adapted.tensors().values(), *other.adapted.parameters()]
+        stale = sum(id(t) not in held for t in listed)
+        form = "the tensors to train after load_state_dict(assign=True)"
+        if stale:
+            yield Judgement(False, None, None, form, f"{stale} are not the model's any more", "exact", 0)
