@@ -31,7 +31,7 @@ from harness.records.record import CheckResult, Outcome
 from reference import adalora, lora
 from reference.operations import multi_lora
 
-DRAWN = CaseSelection(drawn=60, seed=11)
+DRAWN = CaseSelection(drawn=100, seed=11)
 WIDE = CaseSelection(wide=True)
 LEVELS = {"a": [1, 2, 3], "b": ["x", "y"], "c": [True, False], "d": [0.0, 0.5, 1.0, 2.0]}
 
@@ -109,10 +109,10 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
 
 
 @pytest.mark.nightly
-def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
+def test_an_operation_that_is_wrong_between_130_and_1400_tokens_fails_in_the_wide_sample() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
-        return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
+        return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1) if y.shape[1] < 1400 else y
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
     plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
@@ -126,7 +126,7 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails() -> None:
     assert not failures(FEW)
     assert {one.check for one in failed} >= {"outputs", "backward"}
     tokens = {word for one in failed for word in one.case.split() if word.startswith("tokens=")}
-    assert tokens == {"tokens=515", "tokens=1030", "tokens=2060", "tokens=65600"}
+    assert tokens == {"tokens=515", "tokens=1030"}
 
 
 @pytest.mark.parametrize(

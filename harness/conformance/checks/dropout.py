@@ -222,7 +222,7 @@ def _of_rank_one(subject: Subject, case: Case, path: str, p: float) -> Iterator[
     Yield none if the Method refuses rank 1 with the other settings, as LoRA does with init=orthogonal.
     """
     ranks = {f.name: 1 for f in fields(subject.config) if f.name.endswith("rank")}
-    bases = {path: subject.original_base(path)}
+    bases = {one: subject.original_base(one) for one in subject.bases}
     try:
         initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
     except ValueError:

@@ -40,13 +40,14 @@ def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call)
     """Let the weight of the base layer at `path` require a gradient, and yield a judgement of output and gradients.
 
     Nothing is judged if the weight trains already (GaLore), if the layer does not hold it, or if the Method replaces it
-    (PiSSA). A layer may refuse by RuntimeError, but it may not compute another gradient or none.
+    (PiSSA) or adds no layer. A layer may refuse by RuntimeError, but it may not compute another gradient or none.
     """
     weight = getattr(subject.bases[path], "weight", None)
     held = {id(p) for p in call.layer.parameters()}
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or id(weight) not in held:
         return
-    if not weight.is_floating_point() or method_info(subject.method).spec.start_from_weight:
+    has_base = hasattr(subject.reference(path, subject.dtype).layer, "base")
+    if not weight.is_floating_point() or method_info(subject.method).spec.start_from_weight or not has_base:
         return
     try:
         mine = _observe(call.layer, call.tensors, call.x, call.dy, training=call.training, base=subject.bases[path])

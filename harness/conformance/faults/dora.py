@@ -51,7 +51,7 @@ FAULTS = [
         'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
         "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
     _dora("takes_the_norm_of_a_square_conv1d_transposed", ["forward", "norm"],
-        "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
+        "base.weight.T.contiguous()", "base.weight.detach().contiguous()", file="layers",
         layer="conv1d", inputs=32, outputs=32),
     _dora("takes_the_norm_of_each_entry_of_a_table", ["forward", "norm"],
         "self.m = nn.Parameter(norms(self.direction()).detach())",

@@ -42,7 +42,7 @@ FAULTS = [
         'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
         "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
     _pissa("splits_a_square_conv1d_transposed", ["identity"],
-        "base.weight.detach().T.contiguous()", "base.weight.detach().contiguous()", file="layers",
+        "base.weight.T.contiguous()", "base.weight.detach().contiguous()", file="layers",
         layer="conv1d", inputs=32, outputs=32),
     _pissa("splits_the_weight_that_its_base_had_at_first", ["detach"],
         "split(dense_weight(base), config, floating_dtype(base), generator)",
