@@ -25,11 +25,13 @@ HOOKED = "with hooks on the base layer that never run"
 def judge_hooked_base(subject: Subject, path: str, call: Call) -> Iterator[Judgement]:
     """Yield a failure if forward hooks on the base layer do not run, although the reference runs its base layer.
 
-    A layer that holds no base layer (loralib's layers hold the weight itself) has no such hooks.
+    A layer that holds no other layer as its base has no such hooks: loralib's layers hold the weight itself, and an
+    adapter of hooks changes the output of the base layer.
     """
     own = subject.reference(path, subject.dtype)
     base: Any = getattr(own.layer, "base", None)
-    below = subject.bases[path] in [*call.layer.modules()]
+    layer = subject.bases[path]
+    below = layer is not call.layer and any(module is layer for module in call.layer.modules())
     if base is None or not below or any(runs_below(call).values()):
         return
     if any(runs_below(replace(call, layer=own.layer, tensors=own.tensors, numbers=[*base.parameters()])).values()):
