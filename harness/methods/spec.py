@@ -49,7 +49,8 @@ class Adapted(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.
 
-        The model's state_dict has these tensors, unless hooks instead of modules hold them.
+        The model's state_dict has these tensors, unless hooks instead of modules hold them. Each call looks them up, because
+        `load_state_dict(assign=True)` gives the model new parameters. So does each call of `parameters`.
         """
 
     def state(self) -> dict[str, Tensor]:

@@ -80,6 +80,8 @@ class WrappedLayers(AdaptedLayers):
                 "pass wrap_layers the argument `update`, a function that returns what a layer adds to the weight"
             )
         for path, layer in self.layers.items():
+            if self.model.get_submodule(path) is not layer:
+                continue  # what is merged already stays as it is
             dense = dense_copy(self.bases[path])
             dense.weight += self.update(layer).to(dense.weight.dtype)
             replace(self.model, path, dense)

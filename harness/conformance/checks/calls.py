@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.base_layer import HOOKED, TRAINED, judge_hooked_base, judge_with_trained_base
+from harness.conformance.comparison.base_layer import TRAINED, judge_with_trained_base
 from harness.conformance.comparison.call_forms import (
     IMAGE_LAYOUTS,
     LAYOUTS,
@@ -77,7 +77,6 @@ class LayerForm(StrEnum):
     OTHER_DTYPE = "by a copy in {}"
     TWO_DTYPES = "beside a layer in {}"
     TRAINED_BASE = TRAINED
-    HOOKED_BASE = HOOKED
 
 
 def forms() -> dict[str, list[str]]:
@@ -182,7 +181,6 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
         yield from _with_new_values(subject, case, path, call)
         yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))
-        yield from (_named(path, HOOKED, one) for one in judge_hooked_base(subject, path, call))
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":

@@ -23,6 +23,7 @@ from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject, initial_shapes, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
 
 FEATURES = 32
@@ -222,7 +223,7 @@ def _of_rank_one(subject: Subject, case: Case, path: str, p: float) -> Iterator[
     Yield none if the Method refuses rank 1 with the other settings, as LoRA does with init=orthogonal.
     """
     ranks = {f.name: 1 for f in fields(subject.config) if f.name.endswith("rank")}
-    bases = {one: subject.original_base(one) for one in subject.bases}
+    bases = {one: copied(subject.original_base(one)) for one in subject.bases}  # attaching freezes them
     try:
         initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
     except ValueError:

@@ -39,8 +39,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
-    This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded. An
-    AdaLoRA mask says what was pruned last; a lambda that has grown since then counts.
+    This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded. Merging
+    includes every lambda that is not zero, whatever AdaLoRA's mask says.
     Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable, and does
     not change the table of an embedding: an output layer that is tied to it must compute what it did. Merging and
     unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds its
@@ -50,7 +50,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
     if (fresh := case.attach_again()) is not None:
         # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding error.
-        masks = {n: torch.zeros_like(t) for n, t in subject.state().items() if t.dtype == torch.bool}
+        masks = {n: torch.zeros_like(t) for n, t in subject.state().items() if n.endswith(".mask")}
         load(fresh.adapted, subject.adapted.tensors(), subject.state() | masks)
         subject = fresh
     xs = layer_inputs(subject, case)

@@ -53,9 +53,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
         found.append(exact(fresh.state(), values))
         if values is other:
             with torch.no_grad():
-                layer_outputs(
-                    fresh, layer_inputs(fresh, case)
-                )  # what an adapter keeps of this state must not outlive it
+                # What an adapter keeps of this state must not outlive it.
+                layer_outputs(fresh, layer_inputs(fresh, case))
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         before = observe(layer, subject.tensors_of(path), x, dy)
@@ -100,7 +99,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         other.model.load_state_dict(saved, assign=True)
         held = {id(p) for p in other.model.parameters()}
         listed = [*other.adapted.tensors().values(), *other.adapted.parameters()]
-        stale = sum(id(t) not in held for t in listed)
+        stale = len({id(t) for t in listed} - held)
         form = "the tensors to train after load_state_dict(assign=True)"
         if stale:
             yield Judgement(False, None, None, form, f"{stale} are not the model's any more", "exact", 0)

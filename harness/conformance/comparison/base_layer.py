@@ -1,9 +1,8 @@
-"""What programs do with the base layer of an adapted layer: they train its weight, or register hooks."""
+"""Judgement of an adapted layer while a program trains the weight of its base layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.call_forms import Call
-from harness.conformance.comparison.call_programs import runs_below
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor
@@ -19,30 +17,14 @@ from harness.conformance.subject import Subject
 from harness.methods.spec import method_info
 
 TRAINED = "while the base weight trains"
-HOOKED = "with hooks on the base layer that never run"
-
-
-def judge_hooked_base(subject: Subject, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield a failure if forward hooks on the base layer do not run, although the reference runs its base layer.
-
-    A layer that holds no other layer as its base has no such hooks: loralib's layers hold the weight itself, and an
-    adapter of hooks changes the output of the base layer.
-    """
-    own = subject.reference(path, subject.dtype)
-    base: Any = getattr(own.layer, "base", None)
-    layer = subject.bases[path]
-    below = layer is not call.layer and any(module is layer for module in call.layer.modules())
-    if base is None or not below or any(runs_below(call).values()):
-        return
-    if any(runs_below(replace(call, layer=own.layer, tensors=own.tensors, numbers=[*base.parameters()])).values()):
-        yield Judgement(False, None, None, "y", "the base layer does not run", "exact", 0)
 
 
 def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Let the weight of the base layer at `path` require a gradient, and yield a judgement of output and gradients.
 
     Nothing is judged if the weight trains already (GaLore), if the layer does not hold it, or if the Method replaces it
-    (PiSSA) or adds no layer. A layer may refuse by RuntimeError, but it may not compute another gradient or none.
+    (PiSSA) or adds no layer. A layer may refuse by RuntimeError or ValueError, but may not compute another
+    gradient or none.
     """
     weight = getattr(subject.bases[path], "weight", None)
     held = {id(p) for p in call.layer.parameters()}
@@ -53,7 +35,7 @@ def judge_with_trained_base(subject: Subject, case: Case, path: str, call: Call)
         return
     try:
         mine = _observe(call.layer, call.tensors, call.x, call.dy, training=call.training, base=subject.bases[path])
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return
     truth, draws = reference_runs(subject, path, call.x, call.dy, run=partial(_observe, base=None))
     yield noise_floor(mine, truth, draws, subject.dtype, case.factor("calls"))

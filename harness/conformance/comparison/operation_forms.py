@@ -184,7 +184,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     for name in alone:
         yield from _changed_before_backward(subject, case, name)
     yield from _outputs_in_place(subject, case)
-    if subject.dtype == "float32":
+    if subject.dtype == "float32" and case.magnitude == "normal":
         yield from _second_order(subject, case)
     yield from _before_other_gradients(subject, case)
 
@@ -228,11 +228,11 @@ def _outputs_in_place(subject: OperationSubject, case: Case) -> Iterator[Judgeme
 def _second_order(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     """Differentiate the gradients, and yield a judgement of the second derivatives.
 
-    An Operation may raise RuntimeError instead, as a kernel does whose backward pass has no derivative.
+    An Operation may raise RuntimeError instead, or record no graph in its backward pass, as a kernel does.
     """
 
-    def observed(function: Callable[..., object], dtype: torch.dtype) -> _Named:
-        outputs, leaves = operation_call.forward(subject, function, dtype)
+    def observed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> _Named | None:
+        outputs, leaves = operation_call.forward(one, function, dtype)
         used = {n: t for n, t in outputs.items() if t.requires_grad}
         incoming = operation_call.incoming_gradients(outputs, case)
         dys = {n: incoming[n].requires_grad_(True) for n in used}
@@ -244,18 +244,24 @@ def _second_order(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         terms = [(g * w.to(g)).sum() for g, w in zip(first, weights, strict=True) if g is not None]
         total, given = torch.stack(terms).sum(), leaves | {f"the gradient of {n}": dy for n, dy in dys.items()}
         if not total.requires_grad:
-            return {f"grad {n}": torch.zeros_like(t) for n, t in given.items()}
+            return None
         second = torch.autograd.grad(total, [*given.values()], allow_unused=True)
         pairs = zip(given.items(), second, strict=True)
         return {f"grad {n}": torch.zeros_like(t) if g is None else g for (n, t), g in pairs}
 
-    truth, rounded = (observed(subject.operation.reference, dtype) for dtype in (torch.float64, torch.float32))
+    def draws() -> Iterator[_Named]:
+        near = ((subject, torch.float32), *operation_call.perturbed_subjects(subject, case))
+        found = (observed(one, subject.operation.reference, dtype) for one, dtype in near)
+        yield from (one for one in found if one is not None)
+
+    truth = observed(subject, subject.operation.reference, torch.float64)
     try:
-        mine = observed(subject.function, torch.float32)
+        mine = observed(subject, subject.function, torch.float32)
     except RuntimeError:
         return
-    verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("calls"))
-    yield prefix_tensor(OperationForm.SECOND_ORDER, verdict)
+    if truth is not None and mine is not None:
+        verdict = noise_floor(mine, truth, draws(), subject.dtype, case.factor("calls"))
+        yield prefix_tensor(OperationForm.SECOND_ORDER, verdict)
 
 
 def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
@@ -274,19 +280,24 @@ def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[J
 
 def _as_usual(form: str, subject: OperationSubject, case: Case, mine: _Named) -> Judgement:
     """Judge the gradients `mine` by those that the reference computes in a plain call."""
-    truth, rounded = (
-        operation_call.reference_gradients(subject, dtype, case) for dtype in (torch.float64, DTYPES[subject.dtype])
-    )
-    return prefix_tensor(form, noise_floor(mine, truth, rounded, subject.dtype, case.factor("calls")))
+    own, reference = DTYPES[subject.dtype], subject.operation.reference
+
+    def draws() -> Iterator[_Named]:
+        yield operation_call.reference_gradients(subject, own, case)
+        for near, dtype in operation_call.perturbed_subjects(subject, case):
+            yield operation_call.gradients(near, reference, dtype, case)
+
+    truth = operation_call.reference_gradients(subject, torch.float64, case)
+    return prefix_tensor(form, noise_floor(mine, truth, draws(), subject.dtype, case.factor("calls")))
 
 
 def _alive_after_calls(subject: OperationSubject, case: Case) -> list[str]:
-    """Call the Operation and its backward pass, drop everything, and name the arguments that are still in memory.
+    """Call the Operation and its backward pass, drop everything, and name the inputs that are still in memory.
 
-    Only arguments that have a gradient count. An Operation may keep others, such as a packed weight that it decoded.
+    Only the inputs of a layer count, such as x. An Operation may keep a weight, or a factor that it has cast.
     """
     outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
-    watch = StorageWatch(leaves)
+    watch = StorageWatch({name: leaf for name, leaf in leaves.items() if name in subject.operation.inputs})
     operation_call.backward(outputs, leaves, case)
     del outputs
     leaves.clear()

@@ -255,7 +255,9 @@ def call(
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     walks = 0 if of.sampled else WALKS
-    return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, factors=plan.factors())
+    return subject, Case(
+        "call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=plan.factors()
+    )
 
 
 def attach(

@@ -42,10 +42,6 @@ FAULTS = [
         "key = packed.sum().item(), x.dtype\n    kept = vars(reference).setdefault('kept', {})\n"
         "    if key not in kept:\n        kept[key] = _FORM.dequantize(packed, absmax, block, shape, x.dtype)\n"
         "    return linear(x, kept[key], bias)", values={"shape": [48, 128], "rows": [9]}),
-    line_fault("lokr", "runs_no_hook_of_its_base", ["calls"],
-        "self.base(x_TD) + x_TD", "self.base.forward(x_TD) + x_TD", values=_LORA),
-    line_fault("vera", "runs_no_hook_of_its_base", ["calls"],
-        "self.base(x_TD) + self.b", "self.base.forward(x_TD) + self.b", values={"rank": 3, "projection_key": 7}),
     line_fault("galore", "stands_still_with_a_scheduler", ["resume"],
         "        galore_step(p, G, self.state[p], **options)",
         '        galore_step(p, G, self.state[p], **options | ({"lr": 0.0} if "initial_lr" in group else {}))',

@@ -68,6 +68,8 @@ class TorchtuneLayers(WrappedLayers):
         from torchtune.modules.peft import get_merged_lora_ckpt
 
         for path, layer in self.layers.items():
+            if self.model.get_submodule(path) is not layer:
+                continue  # what is merged already stays as it is
             state = {f"layer.{name}": t.clone() for name, t in layer.state_dict().items() if name != "weight"}
             dense = dense_copy(self.bases[path])
             state["layer.weight"] = dense.weight.clone()
