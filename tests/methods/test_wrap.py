@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,12 +26,12 @@ class _Shifted(nn.Module):
 def test_merging_again_leaves_what_is_merged_as_it_is() -> None:
     model = nn.Sequential(OrderedDict(proj=nn.Linear(3, 2, bias=False)))
     adapted = wrap(model, Config(targets=("proj",)), _Shifted, None, lambda layer: layer.number.expand(2, 3))
-    x = torch.ones(1, 3)
+    x, layer = torch.ones(1, 3), cast("_Shifted", adapted.layers["proj"])
     with torch.no_grad():
         before = model(x)
         adapted.merge()
-        merged: Any = model.proj
-        adapted.layers["proj"].number.add_(1)  # type: ignore[operator,union-attr]
+        merged = model.proj
+        layer.number.add_(1)
         adapted.merge()
         assert model.proj is merged
         assert torch.equal(model(x), before)

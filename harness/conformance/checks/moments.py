@@ -76,4 +76,6 @@ def _in_16_bits(fresh: Subject, case: Case) -> list[str]:
     small.grad = torch.ones_like(small)
     optimizer.step()
     found = {t.dtype for t in tensors_in(optimizer.state[small]) if t.numel() == small.numel()}
-    return [f"moments of 4095 elements are in {one}" for one in found if found <= {torch.bfloat16, torch.float16}]
+    if not found <= {torch.bfloat16, torch.float16}:
+        return []
+    return [f"moments of 4095 elements are in {one}" for one in found]

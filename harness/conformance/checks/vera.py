@@ -21,8 +21,8 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
     """VeRA's A and B equal the reference's, to the last bit.
 
     A and B are drawn only from the key and are shared by all layers, so that a checkpoint needs only the key. Another
-    key gives other projections  (VeRA, section 3.1). Their sizes are those of the largest target: the check also attaches
-    to each layer alone, which has more inputs than outputs or fewer.
+    key gives other projections  (VeRA, section 3.1). Their sizes are those of the largest target. The check also attaches
+    to each layer alone, because one has more inputs than outputs and the other fewer.
     """
     again = case.attach_again()
     other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)

@@ -22,23 +22,6 @@ def _with_hooks_below(call: Call) -> dict[str, Tensor]:
 
     If a kept output changes, or if the base layer runs twice, add an entry, so that the comparison fails.
     """
-    kept = list[tuple[Tensor, Tensor]]()
-    seen, runs = _observe_below(call, kept)
-    changed = any(not torch.equal(now.nan_to_num(), before.nan_to_num()) for now, before in kept)
-    seen |= {"runs of the base layer": torch.ones(1)} if max(runs.values(), default=0) > 1 else {}
-    return seen | ({"a kept output of the base layer, changed": torch.ones(1)} if changed else {})
-
-
-def runs_below(call: Call) -> Counter[nn.Module]:
-    """Call the layer, and count how often each module below it runs that holds a weight of the base layer."""
-    return _observe_below(call, [])[1]
-
-
-def _observe_below(call: Call, kept: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], Counter[nn.Module]]:
-    """Observe the layer with forward hooks on its base layer. Return what was observed, and the runs of each module.
-
-    kept: list to which the hooks add each output of the base layer, and a copy of it.
-    """
     frozen = {id(number) for number in call.numbers} - {id(tensor) for tensor in call.tensors.values()}
     weights = {id(p) for p in call.layer.parameters()} & frozen
     bases = [
@@ -46,7 +29,7 @@ def _observe_below(call: Call, kept: list[tuple[Tensor, Tensor]]) -> tuple[dict[
         for m in call.layer.modules()
         if m is not call.layer and any(id(p) in weights for p in m.parameters(recurse=False))
     ]
-    runs = Counter[nn.Module]()
+    kept, runs = list[tuple[Tensor, Tensor]](), Counter[nn.Module]()
 
     def keep(module: nn.Module, _: object, output: object) -> None:
         runs[module] += 1
@@ -55,10 +38,13 @@ def _observe_below(call: Call, kept: list[tuple[Tensor, Tensor]]) -> tuple[dict[
 
     handles = [module.register_forward_hook(keep) for module in bases]
     try:
-        return call.observe(call.x, call.dy), runs
+        seen = call.observe(call.x, call.dy)
     finally:
         for handle in handles:
             handle.remove()
+    changed = any(not torch.equal(now.nan_to_num(), before.nan_to_num()) for now, before in kept)
+    seen |= {"runs of the base layer": torch.ones(1)} if max(runs.values(), default=0) > 1 else {}
+    return seen | ({"a kept output of the base layer, changed": torch.ones(1)} if changed else {})
 
 
 def _after_failed_calls(call: Call) -> dict[str, Tensor] | None:
