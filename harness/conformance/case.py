@@ -57,13 +57,13 @@ class Case:
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Function that takes a model from `attach_fresh`, and returns the function `forward` that fits this model."""
     walks: int = 0
-    """Number of random walks (random sequences of calls) to try. If it is 0, checks also leave out other long tests."""
+    """Number of random walks (random sequences of calls) to try."""
     is_drawn: bool = False
     """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
     instead of a thousand, and never repeat calls of a large layer."""
     is_brief: bool = False
-    """True if the selection of cases is not wide (see `CaseSelection.is_wide`). Checks then do not repeat an Operation's
-    call many times."""
+    """True if checks leave out what takes long: to compile a layer, and to repeat a call a hundred times. False for a
+    suite's typical case, and for some cases of a wide selection (see `CaseSelection.is_wide`)."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None

@@ -179,6 +179,9 @@ class MethodCase:
     """True if Hypothesis drew the case."""
     typical: bool = False
     """True for the suite's most ordinary case. Without `--wide`, some long checks of a Method run only in this case."""
+    representative: bool = False
+    """True for the suite's first case of a kind of layer, and for its first case of a dtype with linear layers. Without
+    `--wide`, the check `calls` runs only in these cases and in the typical one."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -254,6 +257,8 @@ class OperationCase:
     """True if the tensors are very long. Checks that call the Operation many times are then left out."""
     typical: bool = False
     """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
+    representative: bool = False
+    """True for the suite's first case of a dtype. Without `--wide`, the check `calls` runs only in these cases."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -270,6 +275,8 @@ class LoaderCase:
     """Always False: `harness.conformance.drawing.sample` makes no cases for loaders."""
     typical: bool = False
     """Always False: no check of a loader is limited to a typical case."""
+    representative: bool = False
+    """Always False, for the same reason."""
 
     def __str__(self) -> str:
         return self.adapter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import pytest
@@ -51,24 +50,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # The reference in 16 bits: test_self_test.py, where no check may accuse it.
-    [
-        ("reference", "float32"),
-        ("fused", "float32"),
-        ("hf-peft", "float32"),
-        pytest.param("reference", "float64", marks=pytest.mark.nightly),
-        *(
-            pytest.param(name, dtype, marks=pytest.mark.nightly)
-            for name, dtype in itertools.product(["fused", "hf-peft"], DTYPES)
-            if dtype != "float32"
-        ),
-    ],
+    [("reference", "float32"), ("reference", "float64"), *(("fused", dtype) for dtype in DTYPES)],
 )
 def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})
     monkeypatch.setattr(parity_suite, "load", lambda _: plan)
     tried = list(suite_run.run(method(name), dtypes=(dtype,)))
     assert failed(tried) == set()
-    assert len({t.case for t in tried}) == len(plan.configs)
+    assert {t.case for t in tried} == {str(case) for case in sample.fixed(plan, FEW, (dtype,))}
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
     usual = {name for name in plan.checks if tried_by_default(name)}
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == usual - by_its_nature
@@ -115,12 +104,26 @@ def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> No
             assert case.shape.inputs != case.shape.outputs  # a square layer hides a transposed matrix
 
 
-def test_other_ways_to_call_are_tried_in_the_typical_example_alone() -> None:
+@pytest.mark.parametrize("target", ["lora", "qlora", "lora_linear"])
+def test_other_ways_to_call_are_tried_in_one_example_of_each_dtype_and_kind_of_layer(target: str) -> None:
+    plan = parity_suite.load_plan(target)
+    every = list(sample.fixed(plan, FEW, DTYPES))
+    tried = [case for case in every if case.typical or case.representative]
+    assert len({(case.dtype, getattr(case, "kind", "")) for case in tried}) == len(tried)
+    assert {case.dtype for case in tried} == {case.dtype for case in every}
+    assert {getattr(case, "kind", "") for case in tried} == {getattr(case, "kind", "") for case in every}
+    one = checks.every()["calls"]
+    assert one.is_tried(wide=False, sampled=False, typical=False, representative=True)
+    assert not one.is_tried(wide=False, sampled=False, typical=False)
+
+
+def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:
     every, wide = checks.every(), CaseSelection(wide=True)
     names = [name for name in every if tried_by_default(name) and every[name].only_wide]
     assert names == ["calls", "moments", "svd", "targets"]
     for one in names:
         assert not every[one].is_tried(wide=False, sampled=False, typical=False)
+        assert every[one].is_tried(wide=False, sampled=False, typical=False, representative=True) == (one == "calls")
     assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
 
 

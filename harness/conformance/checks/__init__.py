@@ -96,18 +96,23 @@ class Check(Generic[_Subject]):
     also_in_typical_case: bool
     """True if a check with `only_wide` is also tried when the selection is not wide, but only in the suite's typical
     case."""
+    also_in_representative_cases: bool
+    """The same for the typical case and the suite's first case of each kind of layer and of each dtype."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
         return self.function(subject, case)
 
-    def is_tried(self, *, wide: bool, sampled: bool, typical: bool) -> bool:
+    def is_tried(self, *, wide: bool, sampled: bool, typical: bool, representative: bool = False) -> bool:
         """Return whether the check is tried in a case.
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
-        selection adds to the suite's examples. typical: whether the case is the suite's typical case.
+        selection adds to the suite's examples. typical: whether the case is the suite's typical case. representative:
+        whether it is the suite's first case of a kind of layer or of a dtype.
         """
-        selected = wide or not self.only_wide or (self.also_in_typical_case and typical)
+        also = self.also_in_typical_case and typical
+        also |= self.also_in_representative_cases and (typical or representative)
+        selected = wide or not self.only_wide or also
         return selected and (self.depends_on_sizes or not sampled)
 
 
@@ -119,6 +124,7 @@ def check(
     depends_on_sizes: bool = True,
     only_wide: bool = False,
     also_in_typical_case: bool = False,
+    also_in_representative_cases: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
     """Return a decorator that turns the function `check_NAME` into the Check NAME.
 
@@ -130,9 +136,8 @@ def check(
         if not function.__name__.startswith(_PREFIX):
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
         name = function.__name__.removeprefix(_PREFIX)
-        return Check(
-            name, function, states, tuple(in_cell), reference, depends_on_sizes, only_wide, also_in_typical_case
-        )
+        also = also_in_typical_case, also_in_representative_cases
+        return Check(name, function, states, tuple(in_cell), reference, depends_on_sizes, only_wide, *also)
 
     return declare
 

@@ -89,7 +89,7 @@ def forms() -> dict[str, list[str]]:
     }
 
 
-@check(States.WARM, only_wide=True, also_in_typical_case=True)
+@check(States.WARM, only_wide=True, also_in_representative_cases=True)
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
@@ -161,7 +161,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         # transformers' Conv1D itself takes no strided input.
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)
         layouts = LAYOUTS if rows else IMAGE_LAYOUTS if images else {}
-        long = LONG_FORMS if index == 0 and case.walks else {}
+        long = {} if index or case.is_brief else LONG_FORMS
         if case.is_drawn:
             left_out = [LONG_RUN_FORM, *([REPEATED_FORM] if is_large(numbers) else [])]
             long = {name: form for name, form in long.items() if name not in left_out}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
+from harness.conformance.comparison.call_forms import MODES, Call, Form, forms_without_gradients
+from harness.conformance.comparison.call_histories import HISTORIES
 from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
@@ -38,6 +40,19 @@ IMAGES = 8
 """Smallest number of images with which a convolution is checked."""
 MANY = 8_192
 """Number of tokens, all equal, in the input of `_share`."""
+PLAIN = Form(lambda call: call.observe(call.x, call.dy))
+"""Form of a plain call with gradients."""
+_ALL_FORMS = {**MODES, **HISTORIES, **forms_without_gradients({})}
+FORMS: dict[str, Form] = {
+    name: _ALL_FORMS[name]
+    for name in (
+        "with an input that needs no gradient", "with frozen tensors", "under activation checkpointing",
+        "under reentrant checkpointing", "in a second backward pass", "after calls of other sizes",
+        "after earlier outputs were overwritten", "with hooks", "by a deep copy", "by a pickled copy",
+        "by a copy that was in float64", "by functional_call", "under no_grad in training mode",
+    )
+}  # fmt: skip
+"""Name -> form in which the layer runs in training mode. Most other forms change the number or layout of the tokens."""
 
 
 @check(States.WARM)
@@ -47,7 +62,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
     uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not drop or retain
     all features of a wide token together. The random numbers need not equal the reference's.
-    All this holds for every rank; in float32, rank 1 is tried too.
+    All this holds for every rank and in every form of a call. In float32 the check also tries rank 1, the largest rank
+    that a layer can have, torch.compile and other forms, such as a call under activation checkpointing.
 
     In the check's input, every token has only one feature that is not zero. The output must equal the reference's
     output with this feature either retained or dropped, which reveals the mask. The gradients must equal the
@@ -72,35 +88,29 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         # dy[:0] fits no output, so that no gradients are computed: `gradient` compares them in eval mode.
         problems += _changes(subject, path, layer, only, dy[:0], case, training=False)
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
-        is_retained, is_dropped = _rows_as(subject, path, [mine["y"]], only, (1 / (1 - p), 0.0))
-        if neither := int((~(is_retained | is_dropped)).sum()):
-            problems.append(f"{path}: {neither} of {len(x)} outputs fit neither a retained nor a dropped feature")
+        seen = _RevealedMask(subject, case, path, p, only, dy, where)
+        is_retained, is_dropped = seen.masks(mine["y"])
+        if problem := seen.problem(mine, is_retained, is_dropped):
+            problems.append(f"{path}: {problem}")
+        if not bool((is_retained | is_dropped).all()):
             continue
         total += int((is_retained ^ is_dropped).sum())
         dropped += int((is_dropped & ~is_retained).sum())
         if bool((is_retained ^ is_dropped).all()):
-            masked = partial(_masked, is_retained.double().view(-1, *(1,) * (x.dim() - 1)) / (1 - p))
-            truth, draws = reference_runs(subject, path, only, dy, run=masked)
-
-            def known(seen: dict[str, Tensor], where: Tensor = where) -> dict[str, Tensor]:
-                """Return `seen` with `grad x` only at the nonzero features, because only their mask is known."""
-                return {**seen, "grad x": seen["grad x"].flatten(1).gather(1, where)}
-
-            factor = case.factor("gradient")
-            verdict = noise_floor(known(mine), known(truth), map(known, draws), subject.dtype, factor)
-            if verdict.decided and not verdict.passed:
-                problems.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
             by_chance = (
                 p ** x[0].numel() + (1 - p) ** x[0].numel()
             )  # share of tokens that a right mask treats as a whole
             rare = x[0].numel() >= FEATURES and by_chance < 0.25
             if rare and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
-            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p, case)]
+            in_float32 = subject.dtype == "float32" and x.dim() == 2 and index == 0
+            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p, in_float32)]
             if x.dim() == 2 and index == 0:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
-                if subject.dtype == "float32":
-                    problems += [f"{path} with rank=1: {problem}" for problem in _of_rank_one(subject, case, path, p)]
+            if in_float32:
+                problems += [f"{path} {problem}" for problem in _of_other_ranks(subject, case, path, p)]
+                call = Call(layer, subject.tensors_of(path), only, dy, training=True)
+                problems += [f"{path} {problem}" for problem in _in_forms(seen, call)]
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
     if drops and not total and not problems:
         return skipped(subject, case, "dropout", "in this state the adapter adds nothing")
@@ -108,6 +118,70 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         problems.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
     detail = f"{dropped} of {total} features dropped at p = {p:g}" if drops else "an embedding drops nothing"
     return from_problems(subject, case, "dropout", problems, detail)
+
+
+@dataclass(frozen=True)
+class _RevealedMask:
+    """Input of a layer in training mode whose output reveals the mask: every token has one nonzero feature."""
+
+    subject: Subject
+    case: Case
+    path: str
+    p: float
+    x: Tensor
+    dy: Tensor
+    where: Tensor
+    """Positions (T, 1) of the nonzero features in the flattened tokens."""
+
+    def masks(self, y: Tensor) -> list[Tensor]:
+        """Return two bool tensors (T,): whether the output y fits the reference's if the feature is retained, and if it
+        is dropped. Both are True if the adapter adds nothing.
+        """
+        return _rows_as(self.subject, self.path, [y], self.x, (1 / (1 - self.p), 0.0))
+
+    def problem(
+        self, seen: dict[str, Tensor], is_retained: Tensor, is_dropped: Tensor, form: Form = PLAIN
+    ) -> str | None:
+        """Compare output and gradients with the reference's for the mask that the output shows.
+
+        Return None if they agree, or if the output does not show the mask of every token. form: how the layer ran.
+        """
+        if neither := int((~(is_retained | is_dropped)).sum()):
+            return f"{neither} of {len(self.x)} outputs fit neither a retained nor a dropped feature"
+        if not bool((is_retained ^ is_dropped).all()):
+            return None
+        mask = is_retained.double().view(-1, *(1,) * (self.x.dim() - 1)) / (1 - self.p)
+        truth, draws = reference_runs(self.subject, self.path, self.x, self.dy, run=partial(_masked, mask))
+        names = form.shown(truth)
+
+        def known(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """Return the tensors that the form gives, and `grad x` only at the nonzero features, whose mask is known."""
+            found = {name: t for name, t in named.items() if name in names or named is seen}
+            if "grad x" in found:
+                found["grad x"] = found["grad x"].flatten(1).gather(1, self.where)
+            return found
+
+        factor = self.case.factor("gradient")
+        verdict = noise_floor(known(seen), known(truth), map(known, draws), self.subject.dtype, factor)
+        if verdict.decided and not verdict.passed:
+            by = verdict.worst if verdict.error is None else f"is off by {verdict.error:.3g}"
+            return f"with the forward pass's mask {verdict.tensor} {by}"
+        return None
+
+
+def _in_forms(revealed: _RevealedMask, call: Call) -> Iterator[str]:
+    """Yield a message for each form of a call that uses another mask in the backward pass, or drops another share."""
+    for name, form in FORMS.items():
+        seen = form.run(call)
+        if seen is None:
+            continue
+        is_retained, is_dropped = revealed.masks(seen["y"])
+        tokens, dropped = len(is_dropped), int(is_dropped.sum())
+        spread = DROPOUT_SIGMAS * (tokens * revealed.p * (1 - revealed.p)) ** 0.5 + 1
+        if problem := revealed.problem(seen, is_retained, is_dropped, form):
+            yield f"{name}: {problem}"
+        elif abs(dropped - revealed.p * tokens) > spread:
+            yield f"{name}: {dropped} of {tokens} features dropped, should be {revealed.p * tokens:.0f} +- {spread:.0f}"
 
 
 def _changes(
@@ -177,12 +251,12 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
     return 0 if hidden else int((retained | dropped).sum())
 
 
-def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case) -> Iterator[str]:
+def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: bool) -> Iterator[str]:
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
-    In the input, every token has one nonzero feature, and its position is the same in all tokens. With `--wide`, a third
-    call runs under torch.compile.
+    In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: True also
+    tries a call under torch.compile.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
@@ -190,7 +264,7 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case
     only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))
     with torch.no_grad(), preserved_state(layer, {}, training=True):
         ys = [layer(only).clone() for _ in range(2)]  # no call of `train()` in between
-        if case.walks and x.dim() == 2:
+        if compiles:
             torch.compiler.reset()
             ys.append(torch.compile(layer, backend="eager")(only).clone())
             torch.compiler.reset()
@@ -217,21 +291,25 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, case: Case
             yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"
 
 
-def _of_rank_one(subject: Subject, case: Case, path: str, p: float) -> Iterator[str]:
-    """Yield the messages of `_share` about a new adapter of rank 1, for which a program may take another path.
+def _of_other_ranks(subject: Subject, case: Case, path: str, p: float) -> Iterator[str]:
+    """Yield the messages of `_share` about new adapters of extreme ranks, for which a program may take another path.
 
-    Yield none if the Method refuses rank 1 with the other settings, as LoRA does with init=orthogonal.
+    The ranks are 1 and the number of input or output features of the layer, whichever is smaller. Leave out a rank that
+    the Method refuses with the other settings, as LoRA refuses rank 1 with init=orthogonal.
     """
-    ranks = {f.name: 1 for f in fields(subject.config) if f.name.endswith("rank")}
-    bases = {one: copied(subject.original_base(one)) for one in subject.bases}  # attaching freezes them
-    try:
-        initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
-    except ValueError:
-        return
-    fresh = case.attach_again(**ranks)
-    if fresh is not None:
-        warm(fresh.added(), case.generator(salt=1))
-        yield from _share(fresh, path, fresh.adapted.layers[path], p)
+    names = [f.name for f in fields(subject.config) if f.name.endswith("rank")]
+    for rank in (1, min(subject.bases[path].get_parameter("weight").shape)) if names else ():
+        bases = {one: copied(subject.original_base(one)) for one in subject.bases}  # attaching freezes them
+        ranks = dict.fromkeys(names, rank)
+        try:
+            initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
+        except ValueError:
+            continue
+        fresh = case.attach_again(**ranks)
+        if fresh is not None:
+            warm(fresh.added(), case.generator(salt=1))
+            for problem in _share(fresh, path, fresh.adapted.layers[path], p):
+                yield f"with rank={rank}: {problem}"
 
 
 def _share(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:

@@ -21,6 +21,7 @@ from harness.conformance.parity_suite import (
     MAIN_MAGNITUDES,
     AnyCase,
     CaseShape,
+    LoaderCase,
     LoaderSuite,
     Magnitude,
     MethodCase,
@@ -74,7 +75,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
-    yield from sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize)
+    yield from _with_representatives(sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize))
     if not wanted.is_wide or isinstance(plan, LoaderSuite):
         return
     there = factors(plan, dtypes)
@@ -102,6 +103,25 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
             case = case_of(plan, plainest | some)
             if isinstance(case, OperationCase):
                 yield replace(case, sampled=True, is_long=True)
+
+
+def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
+    """Mark the first example of each kind of layer, and the first of each dtype among linear layers and Operations.
+
+    The typical example represents its kind and dtype, so no other example of both is marked.
+    """
+
+    def represents(case: AnyCase) -> tuple[str, str]:
+        kind = case.kind if isinstance(case, MethodCase) else "linear"
+        return kind, case.dtype if kind == "linear" else ""
+
+    seen = {represents(case) for case in examples if case.typical}
+    for case in examples:
+        if isinstance(case, LoaderCase) or represents(case) in seen:
+            yield case
+        else:
+            seen.add(represents(case))
+            yield replace(case, representative=True)
 
 
 def _of_typical(plan: ParitySuite, dtypes: Collection[str]) -> Iterator[AnyCase]:

@@ -131,7 +131,8 @@ def run_case(
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
     wide = wide and not (isinstance(of, OperationCase) and of.is_long)
-    tried = [n for n, one in every.items() if one.is_tried(wide=wide, sampled=of.sampled, typical=of.typical)]
+    role = {"sampled": of.sampled, "typical": of.typical, "representative": of.representative}
+    tried = [name for name, one in every.items() if one.is_tried(wide=wide, **role)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
@@ -204,7 +205,7 @@ def _run_method(
         return
     subject, case = made
     subject.disturbed += disturbed
-    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
     for state in plan.states:
         in_state = dataclasses.replace(case, state=state)
         if state == "warm":
@@ -224,7 +225,7 @@ def _run_operation(
     runner: CaseRunner, plan: OperationSuite, of: OperationCase, device: torch.device, tried: Sequence[str], wide: bool
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
-    case = case if wide else dataclasses.replace(case, walks=0, is_brief=True)
+    case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
     for name in tried:
         yield runner.check(name, subject, case)
 
@@ -319,9 +320,10 @@ def attach(
     run_model, forward = whole(subject.model)
     original = subject.original.model
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
+    is_brief = of.sampled and of.shape.tokens > 1
     case = Case(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
-        base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if of.sampled and of.shape.tokens > 1 else WALKS,
+        base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
     )  # fmt: skip

@@ -36,6 +36,9 @@ FAULTS = [
         values={"rank": 3, "projection_key": 7}, model="wide"),
     line_fault("lora", "drops_nothing_with_rank_1", ["dropout"], "self.dropout(x_TD) @ self.A.T",
         "(self.dropout(x_TD) if len(self.A) > 1 else x_TD) @ self.A.T", values={**_LORA, "dropout": 0.25}),
+    line_fault("lora", "drops_nothing_with_a_full_rank", ["dropout"], "self.dropout(x_TD) @ self.A.T",
+        "(self.dropout(x_TD) if len(self.A) < min(self.base.weight.shape) else x_TD) @ self.A.T",
+        values={**_LORA, "dropout": 0.25}),
     # Kernels, padding and experts.
     line_fault("lora", "pads_half_an_even_kernel_on_both_sides", ["forward", "gradient"], _CONVOLVED,
         '    if padding == "same":\n'
