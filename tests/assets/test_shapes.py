@@ -216,6 +216,15 @@ def check_spread(config: Any, model: Any, factory: Any) -> None:
         assert torch.equal(mine, other)
 
 
+def test_a_model_in_float64_has_the_weights_of_float32(tmp_path: Path) -> None:
+    made = [random_model.build(folder_of(MIXTRAL, tmp_path), dtype) for dtype in (torch.float64, torch.float32)]
+    for model in made:
+        random_model.draw(model, CPU)
+    wide, usual = (dict(model.named_parameters()) for model in made)
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float64}
+    assert all(torch.equal(wide[name], tensor.double()) for name, tensor in usual.items())
+
+
 def test_what_no_initialiser_sets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model.build(folder_of(TINY, tmp_path), torch.float32)
     model.model.layers[0].mlp.register_parameter("gate", torch.nn.Parameter(torch.empty(3, device="meta")))

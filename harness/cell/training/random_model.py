@@ -49,7 +49,8 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
 
     The first part has the modules outside the blocks; every further part is a block. Each part has its own seed. The
     weights are drawn on `device` by the initialiser with which the model would be trained from scratch. The initialiser's
-    standard deviations avoid overflow in 16 bits. Raises AssetError for a weight that the initialiser does not set.
+    standard deviations avoid overflow in 16 bits. A model in float64 gets the weights that it has in float32, so that
+    their losses can be compared. Raises AssetError for a weight that the initialiser does not set.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
     blocks = [f"{path}.{name}" for path, m in outermost_lists(model).items() for name, _ in m.named_children()]
@@ -78,6 +79,11 @@ def _draw(
 
     homes: id of a tied weight on the meta device -> the weight drawn for it, or None if it is not drawn yet.
     """
+    dtypes = {
+        (path, name): tensor.dtype
+        for path, module in modules.items()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
     for module in modules.values():
         for name, parameter in module.named_parameters(recurse=False):
             home = homes.get(id(parameter))
@@ -97,14 +103,16 @@ def _draw(
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 what = f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled"
                 raise AssetError(what, where="phase load", hint="name a model with weights")
+            tensor.data = tensor.data.to(dtypes[path, name])
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor with the shape and dtype of `tensor` on `device`. It holds NaN, or 0 if the dtype is an integer.
+    """Return a tensor with the shape and dtype of `tensor` on `device`, but float32 in place of float64.
 
-    If a NaN remains later, the initialiser has left the tensor out.
+    It holds NaN, or 0 if the dtype is an integer. If a NaN remains later, the initialiser has left the tensor out.
     """
-    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
+    dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device, dtype=dtype)
 
 
 def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
