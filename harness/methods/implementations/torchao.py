@@ -34,7 +34,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):
         raise Unsupported(f"torchao supports matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
-    return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
+    return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.detach().flatten(), block).float()
 
 
 @implements("nf4-dq", **_OPERATION | {"kind": "base"})

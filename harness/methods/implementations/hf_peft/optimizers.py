@@ -40,10 +40,10 @@ def lorafa_step(
     optimizer.param_groups[0].update(betas=betas, eps=eps, correct_bias=bias_correction)
     tensors = _tensors(model, role)
     for path, m, v in zip(("0", "1"), ms, vs, strict=True):
-        state = {"step": step - 1, "exp_avg_B": m.clone(), "exp_avg_sq_B": v.clone()}
+        state = {"step": step - 1, "exp_avg_B": m.detach().clone(), "exp_avg_sq_B": v.detach().clone()}
         optimizer.state[f"{_PREFIX}.{path}.lora"] = state
     other_name = next(name for name, p in model.named_parameters() if p is tensors["other"])
-    optimizer.state[other_name] = {"step": step - 1, "exp_avg": other_m.clone(), "exp_avg_sq": other_v.clone()}
+    optimizer.state[other_name] = {"step": step - 1, "exp_avg": other_m.detach().clone(), "exp_avg_sq": other_v.detach().clone()}
     for name, gradient in (("B0", gs[0]), ("B1", gs[1]), ("other", other_g)):
         tensors[name].grad = None if gradient is None else gradient.clone()
     optimizer.step()
