@@ -43,7 +43,8 @@ def lorafa_step(
         state = {"step": step - 1, "exp_avg_B": m.detach().clone(), "exp_avg_sq_B": v.detach().clone()}
         optimizer.state[f"{_PREFIX}.{path}.lora"] = state
     other_name = next(name for name, p in model.named_parameters() if p is tensors["other"])
-    optimizer.state[other_name] = {"step": step - 1, "exp_avg": other_m.detach().clone(), "exp_avg_sq": other_v.detach().clone()}
+    moments = {"exp_avg": other_m.detach().clone(), "exp_avg_sq": other_v.detach().clone()}
+    optimizer.state[other_name] = {"step": step - 1, **moments}
     for name, gradient in (("B0", gs[0]), ("B1", gs[1]), ("other", other_g)):
         tensors[name].grad = None if gradient is None else gradient.clone()
     optimizer.step()
