@@ -32,7 +32,7 @@ so it is never cut."""
 _COLOURS = {
     "green": ("✓", "ok", "pass", "reproduced"),
     "red": ("✗", "FAIL", "fail", "BROKEN", "no", "error", "nonconforming", "untrained", "lost", "not-reproduced"),
-    "yellow": ("?", "!", "defect", "oom", "timeout", "inconclusive", "note", "reproduced-under"),
+    "yellow": ("?", "!", "defect", "oom", "timeout", "inconclusive", "note", "reproduced-under", "reproduced-mixed"),
 }
 """Signs and words of statuses, by colour. A sign stands at the start of a line; a word stands there or in a table."""
 _COLOUR_OF = {word: colour for colour, words in _COLOURS.items() for word in words}

@@ -25,6 +25,14 @@ class MeasureRequest:
     """Name of each argument -> its value. A value may be another MeasureRequest, or a list of them; then the measure
     gets the numbers that these requests give."""
 
+    def find(self, argument: str) -> str:
+        """Return the first text that is called `argument`, here or in a request inside this one; empty if there is none."""
+        own = self.arguments.get(argument)
+        if isinstance(own, str):
+            return own
+        values = [one for value in self.arguments.values() for one in (value if isinstance(value, list) else [value])]
+        return next((found for one in values if isinstance(one, MeasureRequest) and (found := one.find(argument))), "")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -69,6 +77,8 @@ class Claim:
     """Known reason why our result differs from the paper's, if there is one."""
     where: str = ""
     """Place of the claim: `file:line`."""
+    entry: str = ""
+    """Place of the entry of `claims:` that is the claim, or has it as a row: `file:line`."""
 
     @property
     def rule(self) -> str:

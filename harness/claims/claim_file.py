@@ -223,6 +223,7 @@ class _ClaimFileReader:
             needs=merged.needs or "",
             note=" ".join((merged.note or "").split()),
             where=self.document.where(*at),
+            entry=self.document.where(*way),
         )
 
     @staticmethod

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from harness.claims.claim import Claim, MeasureRequest
+from harness.claims.consistency import with_table_conventions
 from harness.claims.judge import JudgedClaim, Missing, judge, plain
 from harness.claims.measure import MeasureResult
 from harness.process.supervisor import Subprocess, python_module
@@ -47,7 +47,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
                 count = len(_requests(claim))
                 found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
                 del read[:count]
-    return [judge(claim, found[claim.id]) for claim in claims]
+    return with_table_conventions([(claim, found[claim.id], judge(claim, found[claim.id])) for claim in claims])
 
 
 def _wait(worker: Subprocess) -> str:
@@ -67,23 +67,11 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
     """Divide claims into at most `jobs` lists of similar length. All claims about one model are in the same list."""
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
-        of_model.setdefault(_model(plain(claim.request)), []).append(claim)
+        of_model.setdefault(claim.request.find("model"), []).append(claim)
     shares: list[list[Claim]] = [[] for _ in range(max(1, min(jobs, len(of_model))))]
     for same in sorted(of_model.values(), key=len, reverse=True):
         min(shares, key=len).extend(same)
     return shares
-
-
-def _model(request: Any) -> str:
-    """Return the first model that a measure's request names, directly or in a nested request.
-
-    If it names no model, return an empty string.
-    """
-    if isinstance(request, dict):
-        if isinstance(request.get("model"), str):
-            return str(request["model"])
-        return next((name for value in request.values() if (name := _model(value))), "")
-    return ""
 
 
 def _read(line: str) -> MeasureResult | Missing:

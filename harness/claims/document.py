@@ -14,7 +14,8 @@ from harness.claims.judge import STAND_IN, JudgedClaim
 from harness.errors import UsageError
 from harness.records.base_model import mistake
 
-SCHEMA = 3
+SCHEMA = 4
+"""Versions before 4 have no verdict `reproduced-mixed`."""
 KIND = "claims"
 
 

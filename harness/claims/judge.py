@@ -22,6 +22,7 @@ class ClaimVerdict(StrEnum):
 
     REPRODUCED = "reproduced"
     UNDER = "reproduced-under"
+    MIXED = "reproduced-mixed"
     NOT_REPRODUCED = "not-reproduced"
     INCONCLUSIVE = "inconclusive"
     NOT_RUN = "not-run"
@@ -31,6 +32,8 @@ MEANING = {
     ClaimVerdict.REPRODUCED: "our result rounds to the printed figure, computed as the paper describes; if the claim has a "
     "looser rule (`explain rounding`), it is shown next to our result",
     ClaimVerdict.UNDER: "reproduced under another convention, rank or unit than the paper states, which is shown",
+    ClaimVerdict.MIXED: "reproduced, but not with the unit, rounding and reading that reproduce more figures of its "
+    "table; one of these is named",
     ClaimVerdict.NOT_REPRODUCED: "not reproduced under any tried reading; our results are shown with their arithmetic",
     ClaimVerdict.INCONCLUSIVE: "cannot be decided: the paper omits information, or the measurement is too uncertain",
     ClaimVerdict.NOT_RUN: "not computed here; the reason and the requirement are shown",

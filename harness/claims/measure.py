@@ -60,6 +60,8 @@ class Measure:
     arguments: type[BaseModel]
     """Pydantic model that checks what a claim writes under `with:`."""
     function: Callable[..., MeasureResult]
+    is_unit: bool
+    """True if the measure shows a quantity in another unit than the printed one."""
     nested: Mapping[str, Nested] = field(default_factory=dict)
     """Name of each parameter that may be the result of another measure -> its annotation, which says which measures are
     allowed."""
@@ -128,11 +130,16 @@ Config = dict[str, Any]
 Positive = Annotated[int, Field(ge=1)]
 
 
-def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
-    """Return a decorator that marks a function as a measure. dimension: kind of the measured quantity, e.g. `bytes`."""
+def measure(
+    dimension: Dimension, *, is_unit: bool = False
+) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
+    """Return a decorator that marks a function as a measure.
+
+    dimension: kind of the measured quantity, e.g. `bytes`. is_unit: see `Measure`.
+    """
 
     def mark(function: Callable[..., MeasureResult]) -> Callable[..., MeasureResult]:
-        function.dimension = dimension  # type: ignore[attr-defined]
+        function.dimension, function.is_unit = dimension, is_unit  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -163,4 +170,5 @@ def _measure(name: str, function: Any) -> Measure:
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[key] = (hints[key], default)
     strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
-    return Measure(name, function.dimension, create_model(name, __config__=strict, **fields), function, nested)
+    arguments = create_model(name, __config__=strict, **fields)
+    return Measure(name, function.dimension, arguments, function, function.is_unit, nested)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from harness.errors import did_you_mean
 
@@ -78,6 +77,18 @@ class Rounding:
         return RULES[self.rule]
 
 
+class FigureConvention(NamedTuple):
+    """A way to read the digits and the unit of a figure."""
+
+    cut: bool
+    """True if the digits are cut off instead of rounded. Without effect if the claim has a rule or a relation."""
+    binary: bool
+    """True if MB means MiB. Without effect on other figures than sizes in decimal units."""
+
+
+CONVENTIONS = tuple(FigureConvention(cut, binary) for cut in (False, True) for binary in (False, True))
+"""All conventions, in the order in which `agrees` tries them. The first is: as printed."""
+
 _CUT = "digits cut off, not rounded"
 RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
@@ -137,11 +148,22 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
     rounded. most: if given, the computed number is a range from `value` to `most`, and one reading must agree with all
     numbers in this range.
     """
+    agreeing = conventions(printed, value, rounding, most)
+    return next((words for one, words in agreeing.items() if not one.cut or _may_be_cut(printed, rounding)), None)
+
+
+def conventions(
+    printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None
+) -> dict[FigureConvention, str]:
+    """Return the conventions by which the figure agrees with a computed number, each in words.
+
+    Unlike `agrees`, this takes the few digits of figures such as `1x` for cut off, too. most: see `agrees`.
+    """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
-    for words, one, rule in _readings(printed, rounding):
-        if all(_matches(one, end, rule) for end in ends):
-            return words
-    return None
+    readings = [(convention, *_read(printed, rounding, convention)) for convention in CONVENTIONS]
+    return {
+        convention: words for convention, words, one, rule in readings if all(_matches(one, end, rule) for end in ends)
+    }
 
 
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
@@ -153,27 +175,31 @@ def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fract
         return False
     return any(
         _matches(one, value, rule) or _matches(one, most, rule) or (not one.relation and value < one.number < most)
-        for _, one, rule in _readings(printed, rounding)
+        for convention in CONVENTIONS
+        if not convention.cut or _may_be_cut(printed, rounding)
+        for _, one, rule in [_read(printed, rounding, convention)]
     )
 
 
-def _readings(printed: Printed, rounding: Rounding) -> Iterator[tuple[str, Printed, Rounding]]:
-    for words, one in _units(printed):
-        yield words, one, rounding
-    # A cut figure covers all numbers up to the next figure, `1x` nearly up to 2x. Below 4 units that is too much.
-    if rounding.rule == "nearest" and not printed.relation and abs(printed.number) >= 4 * printed.last:
-        for words, one in _units(printed):
-            yield "; ".join(filter(None, [_CUT, words])), one, Rounding("cut")
+def _may_be_cut(printed: Printed, rounding: Rounding) -> bool:
+    """Return whether a figure has enough digits that their cutting off explains a computed number.
+
+    A cut figure covers all numbers up to the next figure, `1x` nearly up to 2x. Below 4 units that is too much.
+    """
+    return rounding.rule == "nearest" and not printed.relation and abs(printed.number) >= 4 * printed.last
 
 
-def _units(printed: Printed) -> Iterator[tuple[str, Printed]]:
-    yield "", printed
+def _read(printed: Printed, rounding: Rounding, convention: FigureConvention) -> tuple[str, Printed, Rounding]:
+    """Return a convention in words, and the figure and its rule as read by this convention."""
+    words = []
+    if convention.cut and rounding.rule == "nearest" and not printed.relation:
+        words, rounding = [_CUT], Rounding("cut")
     binary = f"{printed.unit[:1]}iB"
-    if printed.dimension == "bytes" and binary in _BYTES and printed.unit != binary:
+    if convention.binary and printed.dimension == "bytes" and binary in _BYTES and printed.unit != binary:
         factor = _BYTES[binary] / UNITS["bytes"][printed.unit]
-        if UNITS["bytes"][printed.unit] > 1 and not printed.unit.endswith("iB"):
-            words = f"{printed.unit} read as {binary}"
-            yield words, replace(printed, number=printed.number * factor, last=printed.last * factor, unit=binary)
+        words.append(f"{printed.unit} read as {binary}")
+        printed = replace(printed, number=printed.number * factor, last=printed.last * factor, unit=binary)
+    return "; ".join(words), printed, rounding
 
 
 def _matches(printed: Printed, value: Fraction, rounding: Rounding) -> bool:

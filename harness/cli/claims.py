@@ -62,7 +62,7 @@ def claims(
       4  a claim could not be computed because of a failure
       5  no claim was computed
     """
-    from harness.claims import claim_file, compute, document, selection, table
+    from harness.claims import claim_file, compute, consistency, document, selection, table
     from harness.process.signals import handle_termination
     from harness.records import environment, store
     from harness.report import claims_page
@@ -79,7 +79,9 @@ def claims(
         folders = [store.find_run(name).resolve() for name in runs]
         with handle_termination():  # without this, a child could outlive this process
             software = environment.describe().software
-            rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
+            wanted = selection.chosen(read, tiers, ids, headlines=headlines)
+            judged = compute.judged(consistency.with_tables(wanted, read), jobs, folders)
+            rows = [row for row in judged if row.id in {claim.id for claim in wanted}]
     if page:
         claims_page.write_page(rows, software, page, headlines=headlines)
     options.print_document(document.document(rows, software), as_json, lambda _: table.lines(rows))

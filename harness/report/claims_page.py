@@ -44,7 +44,10 @@ def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str,
     papers = group((row.paper, row) for row in rows)
     headlines = group((row.headline, row) for row in rows if row.headline)
     findings = [
-        row for verdict in (ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER) for row in rows if row.verdict is verdict
+        row
+        for verdict in (ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.MIXED, ClaimVerdict.UNDER)
+        for row in rows
+        if row.verdict is verdict
     ]
     return {
         "counts": _counts(rows),
@@ -120,7 +123,7 @@ def _row(row: JudgedClaim) -> dict[str, Any]:
         "ours": row.ours or DASH,
         "rule": "not recorded" if row.rule is None else row.rule,
         "got": row.got or "not computed here",
-        "under_or_why": row.under or row.why,
+        "under_or_why": "; ".join(filter(None, [row.under, row.why])),
         "how": readings[0]["how"] if readings else "",
         "badge": _badge(row.verdict),
         "readings": readings,

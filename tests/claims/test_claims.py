@@ -152,7 +152,7 @@ def test_what_was_computed_is_shown_again(
     assert "none of these claims belongs to a headline" in capsys.readouterr().err
     file.write_text(ledger[1][:-20])
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
-    file.write_text(ledger[1].replace('"schema": 3', '"schema": 99'))
+    file.write_text(ledger[1].replace('"schema": 4', '"schema": 99'))
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "is not JSON" in said

@@ -16,7 +16,7 @@ def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> MeasureResu
     return MeasureResult(number * to, f"{written(of)} as {number:,} x {written(to)}")
 
 
-@measure("count")
+@measure("count", is_unit=True)
 def in_binary_millions(of: Quantity) -> MeasureResult:
     """A count, divided by 2^20 and written as if it had been divided by one million.
 
@@ -25,7 +25,7 @@ def in_binary_millions(of: Quantity) -> MeasureResult:
     return MeasureResult(of * 10**6 / 2**20, f"{written(of)} / 2^20, in millions")
 
 
-@measure("bytes")
+@measure("bytes", is_unit=True)
 def in_gigabytes_of_1024_million(of: Quantity) -> MeasureResult:
     """Bytes, divided by 1,024 x 10^6 and written as if they had been divided by 10^9.
 
