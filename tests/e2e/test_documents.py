@@ -153,7 +153,7 @@ def test_report_of_every_published_run(command: Command, tmp_path: Path, run: Pa
 def test_published_pages_of_claims_are_made_of_the_published_ledger(
     tmp_path: Path, page: str, option: list[str]
 ) -> None:
-    folder, made = PUBLISHED / "2026-11-29-claims-cpu", tmp_path / page
+    folder, made = PUBLISHED / "2026-11-30-claims-cpu", tmp_path / page
     assert (
         main(["claims", "--show", str(folder / "claims.json"), *option, "--html", str(made)]) == 1
     )  # not all reproduced
