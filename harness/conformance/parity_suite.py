@@ -158,8 +158,27 @@ class MethodSuite(_Tolerant):
                     yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _CaseRole:
+    """Origin of a case, and which checks it tries. A loader's case has none of these roles."""
+
+    sampled: bool = False
+    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
+
+    Such a case tries only the checks that depend on sizes and settings. Checks of a Method that otherwise run in every
+    state (`States.ALL`) run only in the suite's last state, where they notice most.
+    """
+    drawn: bool = False
+    """True if Hypothesis drew the case."""
+    typical: bool = False
+    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
+    representative: bool = False
+    """True for the suite's first case of a kind of layer, and for its first case of a dtype with linear layers or an
+    Operation. Without `--wide`, the check `calls` runs only in these cases and in the typical one."""
+
+
 @dataclass(frozen=True)
-class MethodCase:
+class MethodCase(_CaseRole):
     """One case of a Method's parity suite."""
 
     config: Values
@@ -169,19 +188,6 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     weights: WeightSize = "normal"
-    sampled: bool = False
-    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
-
-    Such a case tries only the checks that depend on sizes and settings. Checks that otherwise run in every state
-    (`States.ALL`) run only in the suite's last state, where they notice most.
-    """
-    drawn: bool = False
-    """True if Hypothesis drew the case."""
-    typical: bool = False
-    """True for the suite's most ordinary case. Without `--wide`, some long checks of a Method run only in this case."""
-    representative: bool = False
-    """True for the suite's first case of a kind of layer, and for its first case of a dtype with linear layers. Without
-    `--wide`, the check `calls` runs only in these cases and in the typical one."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -242,23 +248,15 @@ _PlainSuite = TypeVar("_PlainSuite", OperationSuite, LoaderSuite)
 
 
 @dataclass(frozen=True)
-class OperationCase:
+class OperationCase(_CaseRole):
     """One case of an Operation's parity suite."""
 
     values: Values
     """Keyword arguments for the function that draws the Operation's arguments."""
     dtype: Dtype
     magnitude: Magnitude = "normal"
-    sampled: bool = False
-    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
-    drawn: bool = False
-    """True if Hypothesis drew the case."""
     is_long: bool = False
     """True if the tensors are very long. Checks that call the Operation many times are then left out."""
-    typical: bool = False
-    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
-    representative: bool = False
-    """True for the suite's first case of a dtype. Without `--wide`, the check `calls` runs only in these cases."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -266,17 +264,11 @@ class OperationCase:
 
 
 @dataclass(frozen=True)
-class LoaderCase:
+class LoaderCase(_CaseRole):
     """One case of a loader: one adapter from suites/adapters, in one dtype of the base model."""
 
     adapter: str
     dtype: Dtype
-    sampled: bool = False
-    """Always False: `harness.conformance.drawing.sample` makes no cases for loaders."""
-    typical: bool = False
-    """Always False: no check of a loader is limited to a typical case."""
-    representative: bool = False
-    """Always False, for the same reason."""
 
     def __str__(self) -> str:
         return self.adapter
