@@ -37,7 +37,7 @@ from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.derivatives import by_functorch, second_order
 from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
-from harness.conformance.comparison.kept_memory import describe_leak
+from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
@@ -77,6 +77,7 @@ class LayerForm(StrEnum):
     OTHER_DTYPE = "by a copy in {}"
     TWO_DTYPES = "beside a layer in {}"
     TRAINED_BASE = TRAINED
+    DROPPED = OperationForm.DROPPED.value
 
 
 def forms() -> dict[str, list[str]]:
@@ -95,7 +96,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
     The ways are modes of torch, shapes and layouts of the input, earlier calls, copies, threads and more. A way that
     does not apply is left out: token numbers, for example, are not changed in place. copy.deepcopy must copy a layer.
-    pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow.
+    pickle may refuse a layer, but a pickled layer must compute the same as the original. No call may make memory grow, and
+    after the backward pass a layer keeps neither its input nor its output.
 
     The gradients of the input and of the adapter's tensors can be differentiated again. If the first layer of a model
     has another dtype, the other layers compute the same as before, to the last bit. A layer does not change what its base
@@ -179,6 +181,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
+        if held := kept_after_backward(layer, x, dy, training=call.training):
+            yield Judgement(False, None, None, f"{path} {', '.join(held)}", LayerForm.DROPPED, "exact", 0)
         yield from _with_new_values(subject, case, path, call)
         yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))
         if rows:
@@ -343,9 +347,8 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
         expected = {n: t for n, t in truth.items() if n in seen}
         yield _named(path, LayerForm.FUNCTORCH, noise_floor(seen, expected, known, subject.dtype, factor))
-    rounded_alike = {t.dtype for t in tensors.values()} <= {
-        DTYPES[subject.dtype]
-    }  # False if an adapter stays in float32
+    own_dtype = DTYPES[subject.dtype]  # an adapter may stay in float32
+    rounded_alike = all(t.dtype == own_dtype for t in tensors.values())
     if path in subject.packed or not rounded_alike or not owns(layer, tensors):
         return
     other = OTHER_DTYPE[subject.dtype]

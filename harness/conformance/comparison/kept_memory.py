@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from harness.conformance.comparison.observations import preserved_state
 
 CALLS = 4
 
@@ -40,6 +42,21 @@ def describe_leak(act: Callable[[], object]) -> str:
             counts = [_after(act, made, collect=True) for _ in range(2)]  # a cycle in each call is no leak
     grown = counts[1] - counts[0]
     return f"{grown} tensors are left after {CALLS} calls" if grown >= CALLS else ""
+
+
+def kept_after_backward(layer: nn.Module, x: Tensor, dy: Tensor, *, training: bool) -> list[str]:
+    """Run a layer forward and backward in the given mode, and drop its input and its output.
+
+    Return the names of those that the layer keeps in memory: `x`, `y` or both.
+    """
+    with preserved_state(layer, {}, training):
+        given = x.clone().requires_grad_(x.is_floating_point())
+        y = layer(given)
+        watch = StorageWatch({"x": given, "y": y})
+        if y.requires_grad:
+            y.backward(dy)
+        del given, y
+    return watch.alive()
 
 
 def _after(act: Callable[[], object], made: _Allocations, *, collect: bool = False) -> int:

@@ -57,6 +57,10 @@ FAULTS = [
         "h_TR = self.dropout(x_TD) @ self.A.T",
         "h_TR = (x_TD if torch.compiler.is_compiling() else self.dropout(x_TD)) @ self.A.T",
         values={**_METHOD, "dropout": 0.25}),
+    line_fault("lora", "keeps_its_last_input_in_training", ["calls"],
+        "h_TR = self.dropout(x_TD) @ self.A.T",
+        "self.__dict__['_seen'] = x_TD.detach() if self.training else None\n"
+        "        h_TR = self.dropout(x_TD) @ self.A.T", values=_METHOD),
     line_fault("vera", "drops_nothing_in_a_copy", ["dropout"],
         "h_TR = self.d * (self.dropout(x_TD) @ self.A.T)",
         "mine = self.__dict__.setdefault('_mine', id(self)) == id(self)\n"
