@@ -44,6 +44,13 @@ FAULTS = [
         values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"}),
     _quantize("scales_its_argument_in_place", ["arguments"],
         "flat = x.detach().flatten().float()", "flat = x.detach().mul_(2).flatten().float() / 2"),
+    # bitsandbytes#1721: in large blocks, the second byte of a thread keeps the bits of the first.
+    _quantize("does_not_clear_a_byte_before_packing_the_next", ["outputs"],
+        "return quantize_blockwise(W, codebook(), block)",
+        "globals().update(_large=block > 512)\n    return quantize_blockwise(W, codebook(), block)",
+        _HIGH_FIRST, "packed = padded[0::2] << 4 | padded[1::2]\n"
+        "    if _large:\n        packed[1::2] |= packed[: len(packed) // 2 * 2 : 2]\n    return packed",
+        file="nf4", values={"shape": [10, 333], "block": 1024}),
     line_fault("nf4_quantize", "fills_up_the_last_byte_with_a_code_of_minus_one", ["outputs"],
         "return pack_pairs(codes, fill=7)", "return pack_pairs(codes, fill=0)", file="nf4",
         values={"shape": [63, 65], "block": 64}),
@@ -51,6 +58,11 @@ FAULTS = [
         "return code.to(codes.device)[codes.flatten().long()] * scale",
         "return code.to(codes.device)[codes.flatten().long().view(-1, 2).flip(1).flatten()] * scale",
         values={"shape": [63, 66], "block": 64}),
+    # axolotl#3799: the kernel for bfloat16 writes into a buffer of float32.
+    _dequantize("writes_bfloat16_into_a_float32_buffer", ["outputs"],
+        "return code.to(codes.device)[codes.flatten().long()] * scale",
+        "half = (code.to(codes.device)[codes.flatten().long()] * scale).bfloat16()\n"
+        "    return torch.cat([half, torch.zeros_like(half)]).view(torch.float32)"),
     _dequantize("scales_by_the_previous_block", ["outputs"],
         "scale = absmax.float()", "scale = absmax.float().roll(1)"),
     _dequantize("leaves_the_last_element_unwritten", ["written"],
@@ -70,6 +82,13 @@ FAULTS = [
         "negative = (flat < 0)", "negative = (flat < -torch.inf)", file="fp4", values=_PLAIN),
     line_fault("fp4_dequantize", "has_no_subnormal", ["outputs"],
         "torch.where(E == 0, m / 16,", "torch.where(E == 0, m * 0,", file="fp4", values=_PLAIN | {"shape": [4, 96]}),
+    # bitsandbytes#2026
+    line_fault("fp4_dequantize", "cuts_off_digits_of_its_smallest_level", ["rounded_once"],
+        "torch.where(E == 0, m / 16,", "torch.where(E == 0, m * 12 * 0.00520833,", file="fp4",
+        values=_PLAIN | {"shape": [4, 96]}),
+    # bitsandbytes#2087: the fused product is wrong, and decoding is right.
+    _nf4_linear("multiplies_by_the_weights_of_another_row", ["outputs", "backward"],
+        "shape, x.dtype), bias)", "shape, x.dtype).roll(1, 0), bias)"),
     _nf4_linear("stops_the_gradient_in_the_layer", ["backward"],
         "return linear(x, _FORM", "return linear(x.detach() + 0 * x, _FORM"),
     _nf4_linear("forgets_the_bias", ["outputs"], "x.dtype), bias)", "x.dtype), None)"),
