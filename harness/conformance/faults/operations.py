@@ -13,6 +13,8 @@ _STEP = {"shape": [64, 80], "weight_decay": 0.1}
 _GALORE = {"shape": [8, 24], "rank": 8, "weight_decay": 0.1, "eps": 0.1}
 _GALORE_8 = {"shape": [48, 96], "rank": 4, "weight_decay": 0.1}
 _BATCH = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}
+_PADDED = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [24, 20], "tokens": 5}
+_ADDED = "            y = y.index_add(0, rows, update.to(y.dtype))"
 _SEARCH = "codes = torch.bucketize(scaled, midpoints)"
 _HIGH_FIRST = "return padded[0::2] << 4 | padded[1::2]"
 _LOW_FIRST = "return padded[1::2] << 4 | padded[0::2]"
@@ -133,6 +135,25 @@ FAULTS = [
         "rows = (chosen == i)", "rows = (chosen.clamp(min=0) == i)"),
     _multi_lora("scales_all_rows_by_the_first_scaling", ["outputs", "backward"],
         "update = scaling * (", "update = scalings[0] * ("),
+    _multi_lora("counts_the_rows_that_are_not_zero_as_the_length", ["outputs", "backward"], _ADDED,
+        "            length = x[rows].any(-1).sum(-1)[:, None]\n"
+        "            update = update * (torch.arange(x.shape[1]) < length)[..., None]\n" + _ADDED,
+        values={**_PADDED, "padding": "left"}),
+    _multi_lora("takes_the_length_of_the_first_sequence_for_all", ["outputs", "backward"], _ADDED,
+        "            update = update * (torch.arange(x.shape[1]) < x[0].any(-1).sum())[:, None]\n" + _ADDED,
+        values={**_PADDED, "padding": "right"}),
+    _multi_lora("skips_a_sequence_that_begins_with_padding", ["outputs", "backward"], _ADDED,
+        "            update = update * x[rows, 0].any(-1)[:, None, None]\n" + _ADDED,
+        values={**_PADDED, "padding": "left"}),
+    _multi_lora("gives_no_gradient_to_padding", ["backward"], "    y = base_out\n",
+        "    y, x = base_out, torch.where(x.any(-1, keepdim=True), x, x.detach())\n",
+        values={**_PADDED, "padding": "right"}),
+    _multi_lora("skips_rows_that_are_the_last_one", ["outputs", "backward"], _ADDED,
+        "            update = update * (x[rows] != x[rows, -1:]).any(-1, keepdim=True)\n" + _ADDED,
+        values={**_PADDED, "padding": "right-token"}),
+    _multi_lora("skips_rows_that_are_the_first_one", ["outputs", "backward"], _ADDED,
+        "            update = update * (x[rows] != x[rows, :1]).any(-1, keepdim=True)\n" + _ADDED,
+        values={**_PADDED, "padding": "left-token"}),
     line_fault("paged_adamw", "pages_in_zeros", ["outputs"],
         "return torch.empty(page.shape, dtype=page.dtype, device=device).copy_(page)",
         "return torch.zeros(page.shape, dtype=page.dtype, device=device)",
