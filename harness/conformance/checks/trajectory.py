@@ -69,13 +69,14 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     draws, same_draws = tee(end_of_reference(subject.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
     factor = case.factors.get("trajectory", TRAJECTORY_FACTOR)
     verdict, detail = carried_noise(mine, truth, draws, subject.dtype, factor), ""
-    if others is not None and (problem := bitsandbytes_problem(next(iter(truth.values())).device)):
-        detail = f"without bitsandbytes: {problem}"
-    elif others is not None:
-        load(others.adapted, start, state)
-        by_others = end(others.model, others.adapted, "bitsandbytes")
-        other = carried_noise(by_others, truth, same_draws, subject.dtype, factor)
-        verdict = worst_of([verdict, prefix_tensor("by bitsandbytes", other)], verdict.policy)
+    if others is not None and verdict.passed:
+        if problem := bitsandbytes_problem(next(iter(truth.values())).device):
+            detail = f"without bitsandbytes: {problem}"
+        else:
+            load(others.adapted, start, state)
+            by_others = end(others.model, others.adapted, "bitsandbytes")
+            other = carried_noise(by_others, truth, same_draws, subject.dtype, factor)
+            verdict = worst_of([verdict, prefix_tensor("by bitsandbytes", other)], verdict.policy)
     return judged(subject, case, "trajectory", verdict, detail)
 
 
