@@ -210,7 +210,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("rank", "inner width"),
         ("lora", "first.B: float32 [96, 3], all 0 at the start"),
         ("adalora", "after_step: Update the averages"),
-        ("multi_lora_linear", "As: a list of 3: float32 [64, 1000]; "),
+        ("multi_lora_linear", "As: a list of 2: float32 [4, 16]; float32 [8, 16]"),
         ("nf4_quantize", "packed: uint8 ["),
         ("rounding", "magnitude: of the same order"),
         ("history", "`history reset` accepts a level"),

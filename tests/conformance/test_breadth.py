@@ -199,6 +199,19 @@ def test_so_many_different_adapters_occur_in_a_batch(distinct: int) -> None:
     assert set(given["ids"].tolist()) == {-1, *range(distinct)}
 
 
+@pytest.mark.parametrize("padding", ["left", "right", "left-token", "right-token"])
+def test_sequences_of_mixed_lengths_are_padded_on_one_side(padding: str) -> None:
+    arguments = operations.every()["multi_lora_linear"].arguments
+    given = arguments(
+        torch.float32, torch.Generator(), ids=(0, -1, 0), ranks=(2,), shape=(8, 4), tokens=3, padding=padding
+    )
+    x = given["x"].flip(1) if padding.startswith("left") else given["x"]
+    token = x[0, -1]
+    assert bool(token.any()) == padding.endswith("token")
+    is_padding = (x == token).all(-1)
+    assert is_padding.tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+
+
 @pytest.mark.nightly
 @pytest.mark.usefixtures("forks")
 @pytest.mark.slow

@@ -14,6 +14,7 @@ TABLE = Path(harness.conformance.__file__).parent / "PUBLIC_BUGS.md"
 SERVER = Path(__file__).parents[1] / "support" / "model_server.py"
 SERVED_TESTS = Path(__file__).with_name("test_served.py")
 SERVED, FROM_SERVER = "check --served", "served: "
+UNTRAINED_TESTS = Path(__file__).parents[1] / "runner" / "test_untrained.py"
 FAULTS = {(fault.target, fault.name): fault for fault in faults.every()}
 
 
@@ -39,12 +40,27 @@ def test_every_named_check_and_fault_exists_and_the_fault_is_expected_of_the_che
             assert not fault or fault.startswith(FROM_SERVER), bug
             assert all(f'fault == "{name}"' in made or f'fault != "{name}"' in made for name in names(fault)), bug
             assert all(f'"{name}"' in planted_in for name in names(fault)), bug
+        elif check.startswith("Cell outcome"):
+            assert all(f"def {name}(" in UNTRAINED_TESTS.read_text(encoding="utf-8") for name in names(fault)), bug
         else:
             assert set(names(tried)) <= set(checks.every()), bug
             for name in names(fault):
                 planted = FAULTS[names(target)[0] if target else "adapter_files", name]
                 assert set(planted.expected) & set(names(tried)), (bug, name)
         assert state.startswith("caught" if fault else "not yet: "), bug
+
+
+def test_the_counts_above_the_tables_are_those_of_the_tables() -> None:
+    caught: dict[str, list[bool]] = {}
+    for bug, _, _, state in rows(4):
+        project = ""
+        for named, number in re.findall(r"([\w-]+)?#(\d+)", bug):
+            project = named or project
+            caught.setdefault(f"{project}#{number}", []).append(state.startswith("caught"))
+    of_each = [all(one) + any(one) for one in caught.values()]
+    total, whole, part, none = len(of_each), of_each.count(2), of_each.count(1), of_each.count(0)
+    sentence = f"Of the {total} reports below, {whole} are caught, {part} is caught in part, and {none} are not"
+    assert sentence in TABLE.read_text(encoding="utf-8")
 
 
 def test_every_defect_has_its_reproduction_among_the_known_ones() -> None:

@@ -240,9 +240,21 @@ def _takes_a_fused_step(model: Any, x: Tensor) -> None:
     torch.optim.AdamW([model.k.A, model.k.B], lr=0.5, fused=True).step()
 
 
+def _takes_a_step_of_bitsandbytes(model: Any, x: Tensor) -> None:
+    """Such a step does not raise the version either, and is no step of an optimizer of torch."""
+    factors = [model.k.A, model.k.B]
+    for factor in factors:
+        factor.grad = torch.ones_like(factor)
+    optimizer = pytest.importorskip("bitsandbytes.optim").AdamW(factors, lr=0.5)
+    versions = [factor._version for factor in factors]
+    optimizer.step()
+    assert [factor._version for factor in factors] == versions
+
+
 CHANGES = [
-    _takes_a_fused_step, _writes_to_x, _gives_x_other_memory, _writes_to_b, _writes_a_vector_to_the_factors,
-    _replaces_a_factor, _replaces_the_base_weight, _writes_to_the_bias, _switches_the_adapter_off,
+    _takes_a_fused_step, _takes_a_step_of_bitsandbytes, _writes_to_x, _gives_x_other_memory, _writes_to_b,
+    _writes_a_vector_to_the_factors, _replaces_a_factor, _replaces_the_base_weight, _writes_to_the_bias,
+    _switches_the_adapter_off,
 ]  # fmt: skip
 
 

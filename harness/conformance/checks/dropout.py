@@ -256,9 +256,12 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
     In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: True also
-    tries a call under torch.compile.
+    tries a call under torch.compile. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike.
     """
-    tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
+    bits = -math.log2(max(p, 1 - p))  # of one token; 0 if p is so small that 1 - p rounds to 1
+    if bits * MANY < DROPOUT_SURE_BITS:
+        return
+    tokens = math.ceil(DROPOUT_SURE_BITS / bits)
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
     x, dy = inputs(subject.original_base(path), tokens, dtype, generator, images=tokens)
     only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))

@@ -33,7 +33,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     tensors, not copies, so that a program can load values by writing to them.
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
-    attached. Afterwards both models give the same outputs and the same `state()`. If the model assigns new parameters
+    attached. Afterwards both models give the same outputs and the same `state()`, and loading has neither frozen a
+    parameter nor let a frozen one train. If the model assigns new parameters
     (`assign=True`), `tensors()` and `parameters()` list those. Tensors that are no parameters of the model (hooks hold
     them) are copied separately. Models with packed weights are left out here.
     """
@@ -87,7 +88,10 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         other.model.load_state_dict(fresh.model.state_dict())
         both = ({name: state[name] for name in names} for state in (other.state(), changed))
         yield prefix_tensor("after load_state_dict", exact(*both))
+    trained = _trainable(other)
     other.model.load_state_dict(saved)
+    if changes := sorted(trained ^ _trainable(other)):
+        yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)
     tensors = subject.adapted.tensors()
     if not owns(subject.model, tensors):
         load(other.adapted, tensors)  # hooks hold them, so the model does not save them
@@ -104,3 +108,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         form = "the tensors to train after load_state_dict(assign=True)"
         if stale:
             yield Judgement(False, None, None, form, f"{stale} are not the model's any more", "exact", 0)
+
+
+def _trainable(subject: Subject) -> set[str]:
+    return {name for name, parameter in subject.model.named_parameters() if parameter.requires_grad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import tee
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import judged, skipped
-from harness.conformance.comparison.optimizer_steps import optimizer_of
-from harness.conformance.comparison.tolerance_policies import carried_noise, perturbed
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.optimizer_steps import AdamW, bitsandbytes_problem, optimizer_of
+from harness.conformance.comparison.tolerance_policies import carried_noise, perturbed, worst_of
 from harness.conformance.subject import Subject, attach_reference, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR
 from harness.methods.spec import Adapted
@@ -26,24 +27,25 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
     Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
-    optimizer is the Method's own, or torch's fused AdamW with weight decay.
+    optimizer is the Method's own, or torch's fused AdamW with weight decay. With `--wide`, in float32, the steps are
+    also taken by the AdamW of bitsandbytes, if it is installed.
     """
     if subject.dtype == "float64":
         return skipped(
             subject, case, "trajectory", "a float64 reference does not show how much the steps amplify rounding errors"
         )
-    fresh = case.attach_again()
+    fresh, others = case.attach_again(), case.attach_again() if case.walks and subject.dtype == "float32" else None
     if fresh is None or case.forward is None:
         return skipped(subject, case, "trajectory", "the case cannot attach again")
     start = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     state = {name: t.detach().clone() for name, t in subject.state().items()}
     forward = case.forward
 
-    def end(model: nn.Module, adapted: Adapted) -> dict[str, Tensor]:
+    def end(model: nn.Module, adapted: Adapted, adamw: AdamW = "fused") -> dict[str, Tensor]:
         model.eval()
         for path in adapted.layers:
             model.get_submodule(path).train(subject.trains_plainly)
-        return _trained(model, adapted, forward, case, subject.dtype)
+        return _trained(model, adapted, forward, case, subject.dtype, adamw)
 
     def end_of_reference(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
         """Train the reference in `dtype`, and return the trained tensors.
@@ -64,19 +66,28 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     if not truth:
         return skipped(subject, case, "trajectory", "nothing trains")
     # One run in this dtype may happen to have almost no error. Further runs start within the dtype's rounding errors.
-    draws = (end_of_reference(subject.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
+    draws, same_draws = tee(end_of_reference(subject.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
     factor = case.factors.get("trajectory", TRAJECTORY_FACTOR)
-    return judged(subject, case, "trajectory", carried_noise(mine, truth, draws, subject.dtype, factor))
+    verdict, detail = carried_noise(mine, truth, draws, subject.dtype, factor), ""
+    if others is not None and verdict.passed:
+        if problem := bitsandbytes_problem(next(iter(truth.values())).device):
+            detail = f"without bitsandbytes: {problem}"
+        else:
+            load(others.adapted, start, state)
+            by_others = end(others.model, others.adapted, "bitsandbytes")
+            other = carried_noise(by_others, truth, same_draws, subject.dtype, factor)
+            verdict = worst_of([verdict, prefix_tensor("by bitsandbytes", other)], verdict.policy)
+    return judged(subject, case, "trajectory", verdict, detail)
 
 
 def _trained(
-    model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case, dtype: str
+    model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case, dtype: str, adamw: AdamW
 ) -> dict[str, Tensor]:
     """Train for STEPS steps, and return the trainable tensors. dtype: dtype of the subject."""
     parameters = list(dict.fromkeys(adapted.parameters()))  # the check `parameters` reports duplicates
     if not parameters:
         return {}
-    optimizer = optimizer_of(adapted, parameters, dtype, fused=True)
+    optimizer = optimizer_of(adapted, parameters, dtype, adamw=adamw)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         y = forward(model)

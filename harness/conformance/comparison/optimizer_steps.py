@@ -1,18 +1,29 @@
-"""The optimizer with which checks take steps."""
+"""The optimizers with which checks take steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.tolerance_constants import EPSILON, LEARNING_RATE_EPS
 from harness.methods.spec import Adapted
 
+AdamW = Literal["plain", "fused", "bitsandbytes"]
+"""Implementation of AdamW: torch's default, torch's fused one, or the one of bitsandbytes with moments of 32 bits.
+
+The last two write into the tensors without raising their `_version`. A layer with a cache that relies on `_version` is
+then wrong after the step. Measured with torch 2.13 and bitsandbytes 0.50.2 on a CPU: no optimizer of bitsandbytes
+raises `_version` (AdamW, AdamW8bit, PagedAdamW, Lion and LAMB, in float32, float64 and 16 bits), but all of them call
+the hooks of `torch.optim.optimizer.register_optimizer_step_post_hook`.
+"""
+
 
 def optimizer_of(
-    adapted: Adapted, tensors: Iterable[Tensor], dtype: str, *, fused: bool = False
+    adapted: Adapted, tensors: Iterable[Tensor], dtype: str, *, adamw: AdamW = "plain"
 ) -> torch.optim.Optimizer:
     """Return the Method's own optimizer. If there is none, return AdamW with weight decay over `tensors`.
 
@@ -22,9 +33,27 @@ def optimizer_of(
 
     AdamW's first step is lr g / (|g| + eps). Here eps is large. With a small eps, the few elements with a gradient near
     zero would dominate the error, and two correct programs could differ by any factor.
-
-    fused: use torch's fused AdamW. Like bitsandbytes' optimizers, it writes into the tensors without raising their
-    `_version`. A layer with a cache that relies on `_version` is then wrong after the step.
     """
     lr = max(1e-2, LEARNING_RATE_EPS * EPSILON[dtype])
-    return adapted.optimizer(lr, 0.1) or torch.optim.AdamW(list(tensors), lr=lr, weight_decay=0.1, eps=1.0, fused=fused)
+    own = adapted.optimizer(lr, 0.1)
+    return own or _implementation(adamw)(list(tensors), lr=lr, weight_decay=0.1, eps=1.0)
+
+
+@cache
+def bitsandbytes_problem(device: torch.device) -> str:
+    """Return why the AdamW of bitsandbytes takes no step on `device`, or an empty string if it does."""
+    parameter = nn.Parameter(torch.ones(2, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        _implementation("bitsandbytes")([parameter]).step()
+    except Exception as error:  # noqa: BLE001  # old releases have no optimizers for a CPU, and raise what they like
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _implementation(adamw: AdamW) -> Callable[..., Any]:
+    if adamw == "bitsandbytes":
+        from bitsandbytes.optim import AdamW as OfBitsandbytes
+
+        return OfBitsandbytes  # type: ignore[no-any-return]
+    return partial(torch.optim.AdamW, fused=adamw == "fused")

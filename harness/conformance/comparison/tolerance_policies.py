@@ -240,7 +240,7 @@ def _equal(have: Tensor, want: Tensor) -> bool:
 
 
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Judge 16-bit tensors by the share of elements that differ from the correctly rounded float64 truth.
+    """Judge tensors by the share of elements that differ from the correctly rounded float64 truth.
 
     The error is this share. It reveals a second or a wrong rounding, which hardly changes the Frobenius norm.
     """

@@ -33,10 +33,20 @@ FAULTS = [
         "        if self.__dict__.get('_key') != key:\n"
         "            self.__dict__.update(_key=key, _norm=norms(self.direction(W0_ED), self.per).detach())\n"
         "        norm = self._norm"),
+    # torchtune#2250
+    _dora("never_trains_the_magnitude", ["gradient", "step"], _G, _G.replace("self.m", "self.m.detach()")),
+    # unsloth-zoo#954: `use_dora` is ignored.
+    _dora("is_plain_lora", ["parameters", "forward"],
+        'return {**super().tensors(), "m": self.m}', "return super().tensors()", _G, "return torch.ones_like(norm)"),
+    # fsdp_qlora#68
+    _dora("ignores_alpha_and_dropout", ["forward", "dropout"],
+        "config.alpha / config.rank, config.dropout)\n        self.detach_norm, self.per",
+        "1.0, 0.0)\n        self.detach_norm, self.per", values={**_USUAL, "dropout": 0.5}),
     _dora("leaves_the_scaling_out_of_the_norm", ["forward"],
         "norm = norms(self.direction(W0_ED), self.per)", "norm = norms(W0_ED + self.B @ self.A, self.per)"),
     _dora("does_not_scale_the_base", ["forward"],
         "(g - 1) * (dropped_TD @ W0_ED.T) + g * self.scaling", "g * self.scaling"),
+    # peft#2049
     _dora("divides_by_zero_rows", ["zero_rows"],
         "return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)", "return m / norm"),
     _dora("guards_the_norm_by_a_number_that_weights_may_have", ["identity"],
@@ -45,6 +55,10 @@ FAULTS = [
     _dora("starts_with_magnitudes_of_one", ["norm", "identity"],
         "nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())",
         "nn.Parameter(torch.ones(base.out_features))"),
+    # mlx-examples#832: `base` gets its weight after the magnitudes are computed.
+    _dora("starts_with_the_magnitudes_of_a_random_layer", ["norm", "identity"],
+        "nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())",
+        "nn.Parameter(norms(nn.Linear(base.in_features, base.out_features).weight).detach())"),
     _dora("merges_without_the_magnitude", ["norm", "merge"],
         "g = gain(self.m, norms(V_ED, self.per))", "g = torch.ones_like(norms(V_ED, self.per))"),
     _dora("merges_a_square_conv1d_transposed", ["merge"],

@@ -44,6 +44,8 @@ FAULTS = [
     _lora("swaps_a_and_b", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)", inputs=32, outputs=32),
     _lora("detaches_a", ["gradient", "step"], _INPUT, "self.dropout(x_TD) @ self.A.detach().T"),
+    # unsloth-zoo#892, for an output layer
+    _lora("doubles_the_gradient", ["gradient", "step"], _PRODUCT, "(u := " + _PRODUCT + ") + (u - u.detach())"),
     _lora("loses_the_gradient_of_its_input", ["gradient"], _INPUT, "self.dropout(x_TD).detach() @ self.A.T"),
     _lora("drops_in_eval_mode", ["forward", "deterministic"],
         _INPUT, "nn.functional.dropout(x_TD, 0.1, training=True) @ self.A.T"),
@@ -52,6 +54,9 @@ FAULTS = [
         _INPUT, "(self.dropout(x_TD) if torch.is_grad_enabled() else x_TD) @ self.A.T", values=_DROP),
     _lora("drops_without_scaling_up", ["dropout"],
         _INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T", values=_DROP),
+    # fms-acceleration#97
+    _lora("forgets_the_mask_in_the_backward_pass", ["dropout"], _INPUT,
+        "(x_TD + (self.dropout(x_TD) - x_TD).detach()) @ self.A.T", values=_DROP),
     _lora("rounds_the_dropout_to_sixteenths", ["dropout"], _INPUT,
         "(nn.functional.dropout(x_TD, 0.125) * (0.875 / 0.9) if self.training else x_TD) @ self.A.T",
         values={**_USUAL, "dropout": 0.1}),
@@ -258,7 +263,7 @@ def skips_the_update_of_several_large_rows(copy: PatchedCopy) -> None:
     )
 
 
-@planted("lora", "forward", "gradient", values=_USUAL, magnitude="small")
+@planted("lora", "forward", "gradient", values=_USUAL, magnitude="small")  # KernelBench#165
 def takes_small_inputs_for_zero(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: right(x) if not x.numel() or x.abs().max() > 1e-9 else layer.base(x))
 
@@ -321,6 +326,14 @@ def adds_its_update_again_when_it_is_merged(copy: PatchedCopy) -> None:
         adapted.merge = merged
 
     copy.change_adapted(change)
+
+
+@planted("lora", "save", values=_USUAL)
+def trains_the_base_after_loading(copy: PatchedCopy) -> None:
+    """Public bug: unsloth-zoo#939."""
+    copy.change_layers(
+        lambda layer: layer.register_load_state_dict_post_hook(lambda one, _: one.requires_grad_(True) and None)
+    )
 
 
 @planted("lora", "save", values=_USUAL)

@@ -13,6 +13,8 @@ _STEP = {"shape": [64, 80], "weight_decay": 0.1}
 _GALORE = {"shape": [8, 24], "rank": 8, "weight_decay": 0.1, "eps": 0.1}
 _GALORE_8 = {"shape": [48, 96], "rank": 4, "weight_decay": 0.1}
 _BATCH = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}
+_PADDED = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [24, 20], "tokens": 5}
+_ADDED = "            y = y.index_add(0, rows, update.to(y.dtype))"
 _SEARCH = "codes = torch.bucketize(scaled, midpoints)"
 _HIGH_FIRST = "return padded[0::2] << 4 | padded[1::2]"
 _LOW_FIRST = "return padded[1::2] << 4 | padded[0::2]"
@@ -44,6 +46,13 @@ FAULTS = [
         values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"}),
     _quantize("scales_its_argument_in_place", ["arguments"],
         "flat = x.detach().flatten().float()", "flat = x.detach().mul_(2).flatten().float() / 2"),
+    # bitsandbytes#1721: in large blocks, the second byte of a thread keeps the bits of the first.
+    _quantize("does_not_clear_a_byte_before_packing_the_next", ["outputs"],
+        "return quantize_blockwise(W, codebook(), block)",
+        "globals().update(_large=block > 512)\n    return quantize_blockwise(W, codebook(), block)",
+        _HIGH_FIRST, "packed = padded[0::2] << 4 | padded[1::2]\n"
+        "    if _large:\n        packed[1::2] |= packed[: len(packed) // 2 * 2 : 2]\n    return packed",
+        file="nf4", values={"shape": [10, 333], "block": 1024}),
     line_fault("nf4_quantize", "fills_up_the_last_byte_with_a_code_of_minus_one", ["outputs"],
         "return pack_pairs(codes, fill=7)", "return pack_pairs(codes, fill=0)", file="nf4",
         values={"shape": [63, 65], "block": 64}),
@@ -51,6 +60,11 @@ FAULTS = [
         "return code.to(codes.device)[codes.flatten().long()] * scale",
         "return code.to(codes.device)[codes.flatten().long().view(-1, 2).flip(1).flatten()] * scale",
         values={"shape": [63, 66], "block": 64}),
+    # axolotl#3799: the kernel for bfloat16 writes into a buffer of float32.
+    _dequantize("writes_bfloat16_into_a_float32_buffer", ["outputs"],
+        "return code.to(codes.device)[codes.flatten().long()] * scale",
+        "half = (code.to(codes.device)[codes.flatten().long()] * scale).bfloat16()\n"
+        "    return torch.cat([half, torch.zeros_like(half)]).view(torch.float32)"),
     _dequantize("scales_by_the_previous_block", ["outputs"],
         "scale = absmax.float()", "scale = absmax.float().roll(1)"),
     _dequantize("leaves_the_last_element_unwritten", ["written"],
@@ -70,6 +84,13 @@ FAULTS = [
         "negative = (flat < 0)", "negative = (flat < -torch.inf)", file="fp4", values=_PLAIN),
     line_fault("fp4_dequantize", "has_no_subnormal", ["outputs"],
         "torch.where(E == 0, m / 16,", "torch.where(E == 0, m * 0,", file="fp4", values=_PLAIN | {"shape": [4, 96]}),
+    # bitsandbytes#2026
+    line_fault("fp4_dequantize", "cuts_off_digits_of_its_smallest_level", ["rounded_once"],
+        "torch.where(E == 0, m / 16,", "torch.where(E == 0, m * 12 * 0.00520833,", file="fp4",
+        values=_PLAIN | {"shape": [4, 96]}),
+    # bitsandbytes#2087: the fused product is wrong, and decoding is right.
+    _nf4_linear("multiplies_by_the_weights_of_another_row", ["outputs", "backward"],
+        "shape, x.dtype), bias)", "shape, x.dtype).roll(1, 0), bias)"),
     _nf4_linear("stops_the_gradient_in_the_layer", ["backward"],
         "return linear(x, _FORM", "return linear(x.detach() + 0 * x, _FORM"),
     _nf4_linear("forgets_the_bias", ["outputs"], "x.dtype), bias)", "x.dtype), None)"),
@@ -114,6 +135,25 @@ FAULTS = [
         "rows = (chosen == i)", "rows = (chosen.clamp(min=0) == i)"),
     _multi_lora("scales_all_rows_by_the_first_scaling", ["outputs", "backward"],
         "update = scaling * (", "update = scalings[0] * ("),
+    _multi_lora("counts_the_rows_that_are_not_zero_as_the_length", ["outputs", "backward"], _ADDED,
+        "            length = x[rows].any(-1).sum(-1)[:, None]\n"
+        "            update = update * (torch.arange(x.shape[1]) < length)[..., None]\n" + _ADDED,
+        values={**_PADDED, "padding": "left"}),
+    _multi_lora("takes_the_length_of_the_first_sequence_for_all", ["outputs", "backward"], _ADDED,
+        "            update = update * (torch.arange(x.shape[1]) < x[0].any(-1).sum())[:, None]\n" + _ADDED,
+        values={**_PADDED, "padding": "right"}),
+    _multi_lora("skips_a_sequence_that_begins_with_padding", ["outputs", "backward"], _ADDED,
+        "            update = update * x[rows, 0].any(-1)[:, None, None]\n" + _ADDED,
+        values={**_PADDED, "padding": "left"}),
+    _multi_lora("gives_no_gradient_to_padding", ["backward"], "    y = base_out\n",
+        "    y, x = base_out, torch.where(x.any(-1, keepdim=True), x, x.detach())\n",
+        values={**_PADDED, "padding": "right"}),
+    _multi_lora("skips_rows_that_are_the_last_one", ["outputs", "backward"], _ADDED,
+        "            update = update * (x[rows] != x[rows, -1:]).any(-1, keepdim=True)\n" + _ADDED,
+        values={**_PADDED, "padding": "right-token"}),
+    _multi_lora("skips_rows_that_are_the_first_one", ["outputs", "backward"], _ADDED,
+        "            update = update * (x[rows] != x[rows, :1]).any(-1, keepdim=True)\n" + _ADDED,
+        values={**_PADDED, "padding": "left-token"}),
     line_fault("paged_adamw", "pages_in_zeros", ["outputs"],
         "return torch.empty(page.shape, dtype=page.dtype, device=device).copy_(page)",
         "return torch.zeros(page.shape, dtype=page.dtype, device=device)",

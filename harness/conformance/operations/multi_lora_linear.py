@@ -46,19 +46,27 @@ def arguments(
     tokens: Tokens = 3,
     distinct: Distinct = 0,
     index: Literal["int64", "int32"] = "int64",
+    padding: Literal["none", "left", "right", "left-token", "right-token"] = "none",
 ) -> Arguments:
     """Draw the arguments of one call.
 
     ids: the adapter of each sequence, or -1 for none. An id beyond the last adapter is taken modulo the number of
     adapters. ranks: the rank of each adapter. shape: (D, E), the input and output features. distinct: if above 0, the
     number of adapters. Their ranks then repeat the list `ranks`, and the batch gets one more sequence for each of them.
-    index: the dtype of the ids.
+    index: the dtype of the ids. padding: with `none`, all sequences have the same length. Otherwise their lengths differ,
+    and the shorter ones are padded on this side: with zeros or, with `-token`, with one row, as by the embedding of a
+    padding token. Padding is computed and compared like any other row.
     """
     D, E = shape
     if distinct:
         ids, ranks = [*ids, *range(distinct)], [ranks[n % len(ranks)] for n in range(distinct)]
+    x = draw(generator, dtype, len(ids), tokens, D)
+    if padding != "none":
+        place, lengths = torch.arange(tokens), 1 + torch.arange(len(ids)) % tokens  # the first sequence is the shortest
+        is_padding = (place.flip(0) if padding.startswith("left") else place) >= lengths[:, None]
+        x[is_padding] = draw(generator, dtype, D) if padding.endswith("token") else 0
     return {
-        "x": draw(generator, dtype, len(ids), tokens, D),
+        "x": x,
         "W": draw(generator, dtype, E, D, spread=D**-0.5),
         "As": [draw(generator, dtype, rank, D, spread=D**-0.5) for rank in ranks],
         "Bs": [draw(generator, dtype, E, rank, spread=rank**-0.5) for rank in ranks],

@@ -141,7 +141,7 @@ class Program:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         # The learning rate of float32: a large step in 16 bits turns the noise of a large gradient into another sign.
-        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())), "float32", fused=True)
+        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())), "float32", adamw="fused")
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
