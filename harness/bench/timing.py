@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from time import perf_counter  # bound here, so that a plug-in that replaces `time.perf_counter` changes no sample
@@ -22,6 +23,30 @@ Side = Literal["ours", "other"]
 Announce = Callable[[Literal["begin", "end"]], object]
 """Function that is called with `begin` before the first sample, and with `end` after the last sample."""
 SIDES: tuple[Side, Side] = ("ours", "other")
+
+
+class FreshProgram(ABC):
+    """A program whose inputs change before each call, so that no result of an earlier call is right again.
+
+    The clock stops while the inputs change and while a result is kept.
+    """
+
+    @abstractmethod
+    def expect(self, calls: int) -> None:
+        """Choose which of the next `calls` results to keep."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Change the inputs of the next call."""
+
+    @abstractmethod
+    def __call__(self) -> object:
+        """Run the program. Return its result."""
+
+    @abstractmethod
+    def receive(self, returned: Any) -> None:
+        """Take the result of the last call, and keep a copy of it or nothing."""
+
 
 WARMUP = 3
 """Number of calls of each program before its first sample."""
@@ -68,6 +93,8 @@ class Clock:
         """Call `run` `calls` times. Return the mean seconds of a call."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
+        if isinstance(run, FreshProgram):
+            return sum(_span(run) for _ in range(calls)) / calls
         started = perf_counter()
         for _ in range(calls):
             run()
@@ -80,15 +107,31 @@ class Clock:
     def _event(self, run: Run, flush: torch.Tensor) -> float:
         begin: Any = torch.cuda.Event(enable_timing=True)
         end: Any = torch.cuda.Event(enable_timing=True)
+        if isinstance(run, FreshProgram):
+            run.prepare()
         flush.zero_()
         torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
         begin.record()
         started = perf_counter()
-        run()
+        returned = run()
         self.launch_s.append(perf_counter() - started)
         end.record()
+        if isinstance(run, FreshProgram):
+            run.receive(returned)
         torch.cuda.synchronize(self.device)
         return float(begin.elapsed_time(end)) / 1e3
+
+
+def _span(run: FreshProgram) -> float:
+    """Return the seconds of a call on the CPU, which include the release of its result."""
+    run.prepare()
+    started = perf_counter()
+    returned = run()
+    seconds = perf_counter() - started
+    run.receive(returned)
+    started = perf_counter()
+    del returned
+    return seconds + perf_counter() - started
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
@@ -121,6 +164,9 @@ def pairs(
     clock.warm_up(other, WARM_S)
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
     calls = {name: 1 if single else clock.calls(min(times)) for name, times in warmup.items()}
+    for name, run in runs.items():
+        if isinstance(run, FreshProgram):
+            run.expect(count * calls[name])
     found: dict[str, list[float]] = {name: [] for name in runs}
     launches: dict[str, list[float]] = {name: [] for name in runs}
     first: list[Side] = []

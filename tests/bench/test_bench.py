@@ -185,6 +185,30 @@ def _cached_by_tensor() -> Callable[..., Any]:
     return call
 
 
+def _cached_by_version() -> Callable[..., Any]:
+    kept: dict[Any, tuple[Any, Any]] = {}
+
+    def call(**given: Any) -> Any:
+        key = tuple((t.data_ptr(), t._version) for t in given.values() if isinstance(t, torch.Tensor))
+        if key not in kept:
+            kept[key] = given, reference("lora_linear")(**given)
+        return kept[key][1]
+
+    return call
+
+
+def _cached_by_a_row() -> Callable[..., Any]:
+    kept: dict[bytes, Any] = {}
+
+    def call(**given: Any) -> Any:
+        key = given["x"][..., 0, :].detach().numpy().tobytes()
+        if key not in kept:
+            kept[key] = reference("lora_linear")(**given)
+        return kept[key]
+
+    return call
+
+
 def _cached_by_shape_once_warm() -> Callable[..., Any]:
     kept: list[Any] = []
 
@@ -222,28 +246,73 @@ class Lazy(torch.Tensor):
     """A tensor that could compute its values when they are read."""
 
 
+def _lazy() -> Callable[..., Any]:
+    return lambda **given: reference("lora_linear")(**given).as_subclass(Lazy)
+
+
 WARM = 10
 """Number of calls after which these faults begin: more than the checks of parity take."""
 
 
+TIMED_WRONG = "a result from the timing is wrong"
+
+
+SAME = "it returns the same result"
+
+
 @pytest.mark.parametrize(
-    ("fault", "why"),
+    ("fault", "large", "why"),
     [
-        (_cached_by_tensor, "should be"),
-        (_cached_by_shape_once_warm, "it returns the same result"),
-        (_zeros_once_warm, "it returns the same result"),
-        (_written_later, "it returns the same result"),
-        (lambda: lambda **given: reference("lora_linear")(**given).as_subclass(Lazy), "y is a Lazy, no Tensor"),
+        (_cached_by_tensor, False, TIMED_WRONG),
+        (_cached_by_tensor, True, TIMED_WRONG),
+        (_cached_by_version, False, TIMED_WRONG),
+        (_cached_by_version, True, TIMED_WRONG),
+        (_cached_by_a_row, False, TIMED_WRONG),
+        (_cached_by_shape_once_warm, False, TIMED_WRONG),
+        (_cached_by_shape_once_warm, True, SAME),
+        (_zeros_once_warm, False, TIMED_WRONG),
+        (_zeros_once_warm, True, SAME),
+        (_written_later, False, TIMED_WRONG),
+        (_written_later, True, SAME),
+        (_lazy, False, "y is a Lazy, no Tensor"),
     ],
 )
 def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
-    registry: Registry, fault: Callable[[], Callable[..., Any]], why: str
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], Callable[..., Any]], large: bool, why: str
 ) -> None:
+    """large: True for a size that is too large for the reference."""
+    if large:
+        monkeypatch.setitem(MOST_PRODUCTS, "cpu", SMALL.weights)
     acme = offered("acme", "lora_linear", fault())
     forward = next(iter(benchmark_of(acme, registry).rows(SMALL)))
     assert (forward.outcome, forward.samples, forward.has_unexplained_failure) == ("refused", None, True)
     assert "acme fails lora_linear/timed_call/float32/call" in forward.because
     assert why in forward.because
+
+
+def test_a_cache_of_whole_contents_has_no_hit_in_the_timing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, kept, hits, pairs = [False], dict[bytes, Any](), [0, 0], timing.pairs
+
+    def measured(*given: Any, **more: Any) -> results.Samples:
+        timed[0] = True
+        found = pairs(*given, **more)
+        timed[0] = False
+        return found
+
+    def cached(**given: Any) -> Any:
+        key = b"".join(t.detach().numpy().tobytes() for t in given.values() if isinstance(t, torch.Tensor))
+        hits[timed[0]] += key in kept
+        if key not in kept:
+            kept[key] = reference("lora_linear")(**given)
+        return kept[key]
+
+    monkeypatch.setattr(timing, "pairs", measured)
+    forward = next(iter(benchmark_of(offered("acme", "lora_linear", cached), registry).rows(SMALL)))
+    assert forward.outcome == "measured", forward.because
+    assert hits[False] > 0
+    assert hits[True] == 0
 
 
 def test_memory_that_runs_out_in_the_check_after_timing_leaves_the_time(
@@ -449,7 +518,7 @@ def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(
 
 def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
     size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
-    for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
+    for name in ("nf4_dequantize", "lora_linear", "lora_experts", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
         how, it = timed_operations.every()[name], operations.every()[name]
         given = it.arguments(torch.float32, generator, **how.case(size))
         outputs = it.named(it.reference(**given)).values()
@@ -531,6 +600,22 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in "\n".join(table.lines([one]))
 
 
+class Noted(timing.FreshProgram):
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def expect(self, calls: int) -> None: ...
+
+    def prepare(self) -> None:
+        self.seen.append("prepare")
+
+    def __call__(self) -> None:
+        self.seen.append("call")
+
+    def receive(self, returned: object) -> None:
+        self.seen.append("receive")
+
+
 def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -556,7 +641,10 @@ def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     clock._flush = Flush()  # type: ignore[assignment]
     assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
     assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
-    assert len(clock.launch_s) == 1
+    seen.clear()
+    assert clock.sample(Noted(seen)) == pytest.approx(0.002)
+    assert seen == ["prepare", "flush", "wait", "event", "call", "event", "receive", "synchronize"]
+    assert len(clock.launch_s) == 2
 
 
 def test_a_gpu_is_under_load_before_its_rates_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
