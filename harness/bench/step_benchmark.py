@@ -17,6 +17,7 @@ from harness.bench import random_numbers, timing
 from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, StepSetting, frozen_pass
 from harness.bench.matrix_flops import flops
 from harness.bench.results import BenchRow, Products, Samples
+from harness.bench.step_losses import LossCheck
 from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS
 from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
@@ -63,6 +64,8 @@ def row(
     samples = products = None
     losses: dict[str, list[float]] = {}
     if outcome == "measured":
+        loss_checks = [LossCheck(trainees[0])]
+        loss_checks.append(LossCheck(trainees[1], loss_checks[0]))
         for trainee in trainees:
             trainee.start_training()
         limit = frozen_pass(shape, DTYPES[setting.dtype], setting.device)
@@ -75,6 +78,15 @@ def row(
         if setting.device.type == "cpu" and not step.base:
             ours, other = (flops(trainee.step) for trainee in trainees)
             products = Products(ours=ours, other=other, frozen=flops(limit))
+        after = [
+            CheckOutcome(
+                implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case,
+                result=check.result(losses[it.name]),
+            )
+            for it, check in zip(both, loss_checks, strict=True)
+        ]  # fmt: skip
+        checks, outcome, because = judge_parity([*parity, *after])
+        samples = samples if outcome == "measured" else None
     return BenchRow(
         name=f"step:{setting.name}", shape=case, dtype=setting.dtype, device=setting.device.type, ours=both[0].name,
         other=both[1].name, outcome=outcome, because=because, parity=checks, samples=samples, products=products,

@@ -419,6 +419,55 @@ def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> 
     assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in "\n".join(table.lines([one]))
 
 
+def _computes_no_more(adapted: Any, name: str = "layers.0.self_attn.q_proj") -> None:
+    """Let a module return the same output in all later steps."""
+    (layer,) = (module for path, module in adapted.model.named_modules() if path.endswith(name))
+    kept: list[torch.Tensor] = []
+
+    def replay(_: Any, __: Any, y: torch.Tensor) -> torch.Tensor:
+        kept.append(y.detach())
+        return y + (kept[0] - y).detach()
+
+    layer.register_forward_hook(replay)
+
+
+def _updates_no_more(adapted: Any) -> None:
+    for parameter in adapted.parameters():
+        parameter.register_hook(torch.zeros_like)
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def _computes_no_more_logits(adapted: Any) -> None:
+    _computes_no_more(adapted, "lm_head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [(_computes_no_more, "float32"), (_updates_no_more, "float32"), (_computes_no_more_logits, "bfloat16")],
+)
+def test_steps_that_go_wrong_during_the_timing_get_no_speed(
+    registry: Registry, fault: Callable[[Any], None], dtype: str
+) -> None:
+    def tired(model: Any, config: Any, generator: Any) -> Any:
+        from reference.lora import attach
+
+        adapted = attach(model, config, generator)
+
+        def after_step(step: int) -> None:
+            if step == timing.WARMUP + 1:
+                fault(adapted)
+
+        adapted.after_step = after_step
+        return adapted
+
+    acme = implements("lora", name="acme", kind="method", dtypes=[dtype])(tired)
+    both = (registry.find("method", "lora", "reference"), acme)
+    one = step_benchmark.row(StepSetting("lora", LITTLE, dtype, CPU, registry), both, ("", ""), 5, {})
+    assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
+    assert f"no parity: acme fails lora/timed_call/{dtype}/trained" in one.because
+
+
 def test_every_form_of_a_product_is_counted() -> None:
     left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
     products = (
