@@ -90,6 +90,11 @@ class StepSetting:
         """The entry of `STEPS` with this name. It has the Method and its config."""
         return STEPS[self.name]
 
+    @property
+    def method(self) -> str:
+        """Name of the Method."""
+        return self.step.method
+
 
 class LlamaTraining:
     """Training steps of a Llama with a Method attached."""

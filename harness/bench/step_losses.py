@@ -18,7 +18,7 @@ from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_
 from harness.methods import module_copy
 from harness.records.check import CheckResult
 
-CASE = Case("trained", seed=SEED)
+TRAINED = Case("trained", seed=SEED)
 
 
 class LossCheck:
@@ -55,12 +55,12 @@ class LossCheck:
         The loss is a float32 number in every narrow dtype, so its rounding errors are those of float32.
         """
         if self.is_random:
-            return skipped(self, CASE, TIMED_CALL, "the losses depend on random dropout masks")
+            return skipped(self, TRAINED, TIMED_CALL, "the losses depend on random dropout masks")
         count = len(losses)
         mine = {"losses": torch.tensor(losses, dtype=torch.float64)}
         draws = (self._of_reference(count, self.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
         judgement = carried_noise(mine, self._of_reference(count, "float64"), draws, "float32", TRAJECTORY_FACTOR)
-        return judged(self, CASE, TIMED_CALL, judgement, f"losses of {count} steps")
+        return judged(self, TRAINED, TIMED_CALL, judgement, f"losses of {count} steps")
 
     def _of_reference(self, count: int, dtype: str, seed: int | None = None) -> dict[str, Tensor]:
         """Train the reference for `count` steps, and return its losses. Later calls return the same result.

@@ -496,6 +496,36 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert one.judged
 
 
+@pytest.mark.slow
+def test_a_galore_step_that_goes_wrong_during_the_timing_gets_no_speed(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, cycles = list[bool](), step_benchmark._cycles
+
+    def measured(*given: Any) -> results.Samples:
+        timed.append(True)
+        return cycles(*given)
+
+    def tired(model: Any, config: Any, generator: Any) -> Any:
+        adapted = attach(model, config, generator)
+        make = adapted.optimizer
+
+        def optimizer(lr: float, decay: float) -> torch.optim.Optimizer:
+            made: torch.optim.Optimizer = make(lr, decay)
+            step = made.step
+            made.step = lambda *given: None if timed else step(*given)  # type: ignore[method-assign]
+            return made
+
+        adapted.optimizer = optimizer
+        return adapted
+
+    monkeypatch.setattr(step_benchmark, "_cycles", measured)
+    both = (registry.find("method", "galore", "reference"), offered("acme", "galore", tired, "method"))
+    one = step_benchmark.row(setting("galore-exact", registry), both, ("", ""), 5, {})
+    assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
+    assert "no parity: acme fails galore/timed_call/float32/trained" in one.because
+
+
 def test_memory_of_a_step_excludes_the_bare_process(registry: Registry) -> None:
     it = registry.find("method", "lora", "reference")
     taken = step_benchmark.memory(setting("lora", registry), it)
