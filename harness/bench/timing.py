@@ -20,8 +20,11 @@ from harness.bench.results import Samples
 
 Run = Callable[[], object]
 Side = Literal["ours", "other"]
-Announce = Callable[[Literal["begin", "end"]], object]
-"""Function that is called with `begin` before the first sample, and with `end` after the last sample."""
+Announce = Callable[[Literal["begin", "end", "changed"]], object]
+"""Function that is called with `begin` before the first sample and with `end` after the last sample.
+
+Then the inputs change as often as for the samples, but no program is called. `changed` follows.
+"""
 SIDES: tuple[Side, Side] = ("ours", "other")
 
 
@@ -50,10 +53,11 @@ class FreshProgram(ABC):
 
 WARMUP = 3
 """Number of calls of each program before its first sample."""
-LEAST_S = 0.005
+LEAST_S = 0.025
 """Shortest duration of a sample on a CPU, in seconds.
 
-A shorter call is repeated, and the sample is the mean time of the calls.
+A shorter call is repeated, and the sample is the mean time of the calls. The samples of 12 pairs then last 0.6 s, which
+another process can measure (see `results.TIMER_SLACK_S`).
 """
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
@@ -157,13 +161,12 @@ def pairs(
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: True for samples of
-    one call each, even if it is short. announce: called before the first and after the last sample, so that another
-    process can measure how long the sampling takes.
+    one call each, even if it is short. announce: see `Announce`. Another process can measure by it how long the calls take.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     clock.warm_up(other, WARM_S)
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
-    calls = {name: 1 if single else clock.calls(min(times)) for name, times in warmup.items()}
+    calls = {name: 1 if single else clock.calls(median(times)) for name, times in warmup.items()}
     for name, run in runs.items():
         if isinstance(run, FreshProgram):
             run.expect(count * calls[name])
@@ -179,6 +182,11 @@ def pairs(
             found[name].append(clock.sample(runs[name], calls[name]))
             launches[name] += clock.launch_s
     announce("end")
+    for name, run in runs.items():
+        if isinstance(run, FreshProgram):
+            for _ in range(count * calls[name]):
+                run.prepare()
+    announce("changed")
     return Samples(
         ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
         overhead=dict(overhead or {}), launch={name: median(times) for name, times in launches.items() if times},

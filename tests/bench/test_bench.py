@@ -824,9 +824,12 @@ def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
 
 
-@pytest.mark.parametrize(("elapsed", "outcome"), [(0.06, "measured"), (100.0, "refused")])
+@pytest.mark.parametrize(
+    ("elapsed", "changing", "outcome"),
+    [(0.06, 0.0, "measured"), (100.0, 0.0, "refused"), (0.5, 0.0, "refused"), (0.5, 0.4, "measured")],
+)
 def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
-    elapsed: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+    elapsed: float, changing: float, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Workers:
         stopped = False
@@ -835,10 +838,11 @@ def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
             yield {"begin": 0}
             yield {"timing": "begin"}
             yield {"timing": "end"}
+            yield {"timing": "changed"}
             yield {"row": row().model_dump(mode="json")}
             yield {"end": 0}
 
-    clock = iter((1000.0, 1000.0 + elapsed))
+    clock = iter((1000.0, 1000.0 + elapsed, 1000.0 + elapsed + changing))
     monkeypatch.setattr(command, "monotonic", lambda: next(clock))
     task = BenchTask("lora_linear", "operation", "lora_linear", ("fused", "acme"), (), "float32", "cpu", (SMALL,))
     (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
