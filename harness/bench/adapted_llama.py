@@ -31,6 +31,7 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.methods.registry import Implementation, Registry
+from harness.methods.spec import Adapted
 from harness.records.record import Base, CheckResult
 
 SEED = 20
@@ -89,40 +90,23 @@ class StepSetting:
         """The entry of `STEPS` with this name. It has the Method and its config."""
         return STEPS[self.name]
 
+    @property
+    def method(self) -> str:
+        """Name of the Method."""
+        return self.step.method
 
-class AdaptedLlama:
-    """A Llama with a Method attached, which takes training steps."""
 
-    def __init__(self, implementation: Implementation, setting: StepSetting, packer: str = "") -> None:
-        """Build the model and attach the Method. packer: name of the implementation that packs a quantised base."""
-        step, dtype = setting.step, setting.dtype
-        self.shape, self.device, self.base, self.packer = setting.shape, setting.device, step.base, packer
+class LlamaTraining:
+    """Training steps of a Llama with a Method attached."""
+
+    def __init__(self, model: nn.Module, adapted: Adapted, shape: Backbone, device: torch.device) -> None:
+        self.model, self.adapted, self.shape, self.device = model, adapted, shape, device
         self.losses: list[float] = []
         """Loss of each step so far."""
-        self.model = llama(self.shape, DTYPES[dtype], self.device)
-        self.model.requires_grad_(False)
-        config = configure(step.method, step.config)
-        bases = adaptable_layers(self.model, config)
-        packed = base_quantisation.PackedBase()
-        if step.base:
-            base = Base(quantization=step.base, implementation=packer)  # type: ignore[arg-type]
-            packed = base_quantisation.pack(self.model, bases, base, DTYPES[dtype], setting.registry)
-            bases = {path: self.model.get_submodule(path) for path in bases}
-        self.model.eval()
-        self.base_output = inference(self.model, self._logits)()
-        own, original = list(self.model.parameters()), Original.of(self.model)
-        self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
-        self.adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
-        load_start(self.adapted, self.start)
-        self.subject = Subject(
-            step.method, config, dtype, self.model, self.adapted, bases, own, original, packed.forms, packed.expected,
-            packed.judged,
-        )  # fmt: skip
         self.optimizer: torch.optim.Optimizer | None = None
 
     def start_training(self) -> None:
-        """Free the tensors that only `parity` needs, and make the optimizer."""
-        del self.subject, self.start, self.base_output
+        """Make the optimizer."""
         self.optimizer = self.adapted.optimizer(LR, WEIGHT_DECAY) or torch.optim.AdamW(
             self.adapted.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
         )
@@ -138,6 +122,40 @@ class AdaptedLlama:
         self.optimizer.step()
         self.losses.append(float(loss.detach()))
         self.adapted.after_step(len(self.losses))
+
+
+class AdaptedLlama(LlamaTraining):
+    """A Llama with an implementation of a Method attached, its parity checks, and its training steps."""
+
+    def __init__(self, implementation: Implementation, setting: StepSetting, packer: str = "") -> None:
+        """Build the model and attach the Method. packer: name of the implementation that packs a quantised base."""
+        step, dtype, shape, device = setting.step, setting.dtype, setting.shape, setting.device
+        self.base, self.packer = step.base, packer
+        model = llama(shape, DTYPES[dtype], device)
+        model.requires_grad_(False)
+        config = configure(step.method, step.config)
+        bases = adaptable_layers(model, config)
+        packed = base_quantisation.PackedBase()
+        if step.base:
+            base = Base(quantization=step.base, implementation=packer)  # type: ignore[arg-type]
+            packed = base_quantisation.pack(model, bases, base, DTYPES[dtype], setting.registry)
+            bases = {path: model.get_submodule(path) for path in bases}
+        model.eval()
+        self.shape, self.device = shape, device  # `_logits` reads them
+        self.base_output = inference(model, self._logits)()
+        own, original = list(model.parameters()), Original.of(model)
+        self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
+        super().__init__(model, implementation(model, config, torch.Generator().manual_seed(SEED)), shape, device)
+        load_start(self.adapted, self.start)
+        self.subject = Subject(
+            step.method, config, dtype, model, self.adapted, bases, own, original, packed.forms, packed.expected,
+            packed.judged,
+        )  # fmt: skip
+
+    def start_training(self) -> None:
+        """Free the tensors that only the checks before training need, and make the optimizer."""
+        del self.subject, self.start, self.base_output
+        super().start_training()
 
     def parity(self) -> list[CheckResult]:
         """Return the results of the parity gate: checks against the reference that every training run must pass first.

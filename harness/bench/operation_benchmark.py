@@ -176,7 +176,8 @@ class OperationBenchmark:
 
         def checked(call: TimedCall) -> CheckResult:
             try:
-                return call.check(self.dtype, self._arguments(size, suite_run.SEED + 2), case)
+                fresh = self._arguments(size, suite_run.SEED + 2)
+                return call.check(self.dtype, fresh, case, by_reference=size == self._judged(size))
             except (MemoryError, RuntimeError) as error:
                 if shortage(error) is None:
                     raise

@@ -24,7 +24,7 @@ MOSTLY_CALL = 0.2
 """Largest share of a call's time that may be overhead. Beyond it, overheads distort a ratio of times."""
 MOSTLY_LAUNCH = 0.8
 """Smallest share of a call's time on a GPU at which launching by the host limits the speed."""
-TIMER_SHARE, TIMER_SLACK_S = 2.0, 0.5
+TIMER_SHARE, TIMER_SLACK_S = 1.25, 0.25
 """Limit of the time that may pass in another process while samples are taken on a CPU.
 
 The limit is TIMER_SHARE times the total time of the timed calls, plus TIMER_SLACK_S seconds for messages that are late
@@ -60,7 +60,8 @@ class Samples(FrozenModel):
     def disagrees(self, elapsed_s: float) -> bool:
         """Return whether all sampled times together are far shorter than `elapsed_s` (see TIMER_SHARE).
 
-        elapsed_s: seconds that the sampling took, by the clock of another process. Samples with `parts` never disagree.
+        elapsed_s: seconds that the sampling took, by the clock of another process, without the changes of the inputs.
+        Samples with `parts` never disagree.
         """
         if self.parts:
             return False  # gradients are drawn between these samples

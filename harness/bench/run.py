@@ -211,7 +211,8 @@ class TaskRunner:
                 timed[event["timing"]] = monotonic()
             elif "row" in event:
                 row = BenchRow.model_validate_json(json.dumps(event["row"]))
-                row = with_own_clock(row, timed.pop("end", 0.0) - timed.pop("begin", 0.0))
+                begin, end, changed = (timed.pop(name, 0.0) for name in ("begin", "end", "changed"))
+                row = with_own_clock(row, (end - begin) - (changed - end))
                 yield "row", row
             elif "memory" in event:
                 yield "memory", event["memory"]

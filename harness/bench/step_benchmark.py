@@ -6,7 +6,7 @@ alternate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,22 +16,29 @@ from torch import Tensor, nn
 from harness.bench import random_numbers, timing
 from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, StepSetting, frozen_pass
 from harness.bench.matrix_flops import flops
-from harness.bench.results import BenchRow, Products, Samples
+from harness.bench.results import TIMED_CALL, BenchRow, Products, Samples
+from harness.bench.step_losses import TRAINED, LossCheck
 from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS
 from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import parity_suite
+from harness.conformance.comparison.check_results import judged
+from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, DeviceLostError
 from harness.conformance.subject import DTYPES, configure
+from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
-from reference.galore import project, projector
+from harness.records.check import CheckResult
+from reference.galore import attach, project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
 """Size of the layers on which GaLore's parity is checked: number of inputs and of outputs, and rank."""
 JUDGED_CHECKS = ("parameters", "base", "gradient", "step", "trajectory", "refresh", "model", "deterministic")
 """Checks of GaLore's suite on the timed step. The others judge what is not timed, such as closures and 8-bit moments."""
+LATER_STEPS = 3
+"""Number of GaLore's steps that are checked after timing. The first one computes the projector."""
 MEASURED_STEPS = 3
 """Number of steps during which the memory peak is measured."""
 
@@ -52,17 +59,19 @@ def row(
     trainees = [AdaptedLlama(it, setting, packer) for it, packer in zip(both, packers, strict=True)]
     case = f"{shape.layers} layers {shape.width}, {shape.batch}x{shape.tokens}"
 
-    def judged(it: Implementation, trainee: AdaptedLlama) -> Iterator[CheckOutcome]:
+    def checked(it: Implementation, trainee: AdaptedLlama) -> Iterator[CheckOutcome]:
         for result in trainee.parity():
             yield CheckOutcome(
                 implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case, result=result
             )
 
-    parity = _while_device_works(map(judged, both, trainees), setting.device)
+    parity = _while_device_works(map(checked, both, trainees), setting.device)
     checks, outcome, because = judge_parity(parity)
     samples = products = None
     losses: dict[str, list[float]] = {}
     if outcome == "measured":
+        loss_checks = [LossCheck(trainees[0])]
+        loss_checks.append(LossCheck(trainees[1], loss_checks[0]))
         for trainee in trainees:
             trainee.start_training()
         limit = frozen_pass(shape, DTYPES[setting.dtype], setting.device)
@@ -75,6 +84,15 @@ def row(
         if setting.device.type == "cpu" and not step.base:
             ours, other = (flops(trainee.step) for trainee in trainees)
             products = Products(ours=ours, other=other, frozen=flops(limit))
+        after = [
+            CheckOutcome(
+                implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case,
+                result=check.result(losses[it.name]),
+            )
+            for it, check in zip(both, loss_checks, strict=True)
+        ]  # fmt: skip
+        checks, outcome, because = judge_parity([*parity, *after])
+        samples = samples if outcome == "measured" else None
     return BenchRow(
         name=f"step:{setting.name}", shape=case, dtype=setting.dtype, device=setting.device.type, ours=both[0].name,
         other=both[1].name, outcome=outcome, because=because, parity=checks, samples=samples, products=products,
@@ -129,12 +147,19 @@ def memory(setting: StepSetting, implementation: Implementation, packer: str = "
 class _Galore:
     """One weight that GaLore's optimizer trains. The gradients are random, but equal for all implementations."""
 
-    def __init__(self, setting: StepSetting, implementation: Implementation, weight: Tensor) -> None:
+    def __init__(
+        self,
+        setting: StepSetting,
+        implementation: Callable[..., Any],
+        weight: Tensor,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """Attach the implementation. config: replaces the step's config."""
         step = setting.step
         rows, columns = weight.shape
         layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
         layer.weight.data.copy_(weight)
-        model, self.config = nn.ModuleDict({"weighted": layer}), step.config
+        model, self.config = nn.ModuleDict({"weighted": layer}), config or step.config
         try:
             adapted = self._attach(model, step.method, implementation)
         except Unsupported:
@@ -145,7 +170,7 @@ class _Galore:
         self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
         self.generator = random_numbers.generator(weight.device, SEED)
 
-    def _attach(self, model: nn.Module, method: str, implementation: Implementation) -> Any:
+    def _attach(self, model: nn.Module, method: str, implementation: Callable[..., Any]) -> Any:
         config = configure(method, {**self.config, "targets": ["weighted"]})
         return implementation(model, config, torch.Generator().manual_seed(SEED))
 
@@ -193,21 +218,53 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     weight = torch.randn(features, features, generator=torch.Generator().manual_seed(SEED))
     runs = [_Galore(setting, it, weight.to(setting.device, DTYPES[setting.dtype])) for it in both]
 
-    def judged(it: Implementation, run: _Galore) -> Iterator[CheckOutcome]:
+    def checked(it: Implementation, run: _Galore) -> Iterator[CheckOutcome]:
         config = {**run.config, "rank": JUDGED_RANK}
         case = parity_suite.MethodCase(config, "linear", small, setting.dtype)  # type: ignore[arg-type]
         return suite_run.run_case(it, plan, case, setting.device)
 
-    parity = _while_device_works(map(judged, both, runs), setting.device)
+    parity = _while_device_works(map(checked, both, runs), setting.device)
     checks, outcome, because = judge_parity(parity)
+    differs, samples, shape = "", None, f"{features}x{features}, rank {setting.step.config['rank']}"
+    if outcome == "measured":
+        differs, samples = _differs(both, runs), _cycles(runs, pairs, setting.device)
+        after = [
+            CheckOutcome(
+                implementation=it.name, kind="method", target=setting.step.method, dtype=setting.dtype, case=shape,
+                result=_later_steps(setting, it, run.config),
+            )
+            for it, run in zip(both, runs, strict=True)
+        ]  # fmt: skip
+        checks, outcome, because = judge_parity([*parity, *after])
     return BenchRow(
-        name=f"step:{setting.name}", shape=f"{features}x{features}, rank {setting.step.config['rank']}",
+        name=f"step:{setting.name}", shape=shape,
         dtype=setting.dtype, device=setting.device.type, ours=both[0].name, other=both[1].name, outcome=outcome,
-        because=because, differs=_differs(both, runs) if outcome == "measured" else "",
+        because=because, differs=differs,
         judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the checks of galore's step", parity=checks,
-        samples=_cycles(runs, pairs, setting.device) if outcome == "measured" else None, limit=PRODUCTS,
+        samples=samples if outcome == "measured" else None, limit=PRODUCTS,
         facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
     )  # fmt: skip
+
+
+def _later_steps(setting: StepSetting, it: Implementation, config: dict[str, Any]) -> CheckResult:
+    """After timing, train a new weight of the timed size with new gradients, and compare it with the reference's.
+
+    The weight starts at zero, so that rounding it does not hide the updates.
+    """
+    dtype, size = DTYPES[setting.dtype], (setting.shape.features,) * 2
+    generator = random_numbers.generator(setting.device, SEED + 1)
+    gradients = [random_numbers.normal(size, generator, setting.device, dtype) for _ in range(LATER_STEPS)]
+
+    def trained(by: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        run = _Galore(setting, by, torch.zeros(size, dtype=dtype, device=setting.device), config)
+        for gradient in gradients:
+            run.weight.grad = gradient.to(dtype)
+            run.step()
+        return {"weight": run.weight.detach()}
+
+    truth, rounded = (trained(attach, one) for one in (torch.float64, dtype))
+    found = carried_noise(trained(it, dtype), truth, rounded, setting.dtype, TRAJECTORY_FACTOR)
+    return judged(setting, TRAINED, TIMED_CALL, found, f"a new weight after {LATER_STEPS} steps")
 
 
 def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:

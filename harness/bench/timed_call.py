@@ -1,34 +1,62 @@
-"""The call of an Operation that a benchmark times, and a check of this very call after timing.
+"""The call of an Operation that a benchmark times, and a check of this very call.
 
 The parity checks use other tensors than the timed call. An implementation may therefore pass them and still return a
 wrong result in the timed call. Public leaderboards of kernels met four such results: a result that was cached for the
 same tensors; zeros after some calls; a tensor that is computed only when it is read; and a tensor that another thread
 or stream is still writing.
+
+So the values of the arguments change before each timed call, and results of the timed calls themselves are checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
+from random import Random
 
 import torch
 from torch import Tensor
 
 from harness.bench import random_numbers
 from harness.bench.results import TIMED_CALL
+from harness.bench.timing import FreshProgram
 from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import from_problems, judged
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import Arguments, Operation, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
+from harness.process.out_of_memory import shortage
 from harness.records.check import CheckResult
 
 PIECE = 2**24
 """Largest number of elements that a comparison of two tensors copies at once."""
+CHANGED = 4096
+"""Largest number of elements that change before a timed call."""
+KEPT = 2
+"""Number of timed calls whose results are kept for the check."""
 
 
-class TimedCall:
+@dataclass(frozen=True)
+class Change:
+    """A new value of a few elements of one argument: their first values times `factor`."""
+
+    name: str
+    at: tuple[int | slice, ...]
+    """Index of the elements, which are adjacent in the last dimension."""
+    factor: float
+
+    def apply(self, to: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
+        """Write the value into `to`. first: the arguments with their first values.
+
+        `to` must have been made by `.data`. Then the write does not raise the `_version` of the argument, like a write
+        by a kernel. So a result that is cached for this version is wrong.
+        """
+        torch.mul(first[self.name][self.at], self.factor, out=to[self.name][self.at])
+
+
+class TimedCall(FreshProgram):
     """A call of an Operation on tensors that no other code uses.
 
     backward: True to compute also the gradients of all differentiable arguments, for random gradients of the outputs.
@@ -40,6 +68,16 @@ class TimedCall:
     ) -> None:
         self.operation, self.function, self.arguments = operation, function, cloned(arguments)
         self.backward = backward
+        self.original, self.first = arguments, operation_call.flatten(arguments)
+        self.changes: list[Change] = []
+        """All changes of the arguments so far, in order."""
+        self.kept: list[tuple[int, dict[str, Tensor]]] = []
+        """Copies of results of timed calls, each with the number of changes before the call."""
+        self.not_kept: Exception | None = None
+        """The error for which a result could not be copied, because memory ran out."""
+        self._random, self._to_keep = Random(), frozenset[int]()  # noqa: S311  seeded by the operating system
+        self._aliases = {name: tensor.data for name, tensor in operation_call.flatten(self.arguments).items()}
+        self._changing = [n for n, t in self.first.items() if t.is_floating_point() and t.dim() and t.numel()]
         self.leaves: dict[str, Tensor] = {}
         self.dys: list[Tensor] = []
         if backward:
@@ -61,42 +99,79 @@ class TimedCall:
         outputs = list(self.operation.named(returned).values())
         return returned, torch.autograd.grad(outputs, list(self.leaves.values()), self.dys, allow_unused=True)
 
+    def expect(self, calls: int) -> None:
+        """Choose at random which of the next `calls` results to keep."""
+        done = len(self.changes)
+        self._to_keep = frozenset(done + 1 + number for number in self._random.sample(range(calls), min(KEPT, calls)))
+
+    def prepare(self) -> None:
+        """Change up to CHANGED elements of one random argument, so that the last result is no longer right."""
+        name = self._random.choice(self._changing)
+        *outer, last = self.first[name].shape
+        start = self._random.randrange(0, last, CHANGED)
+        row = [self._random.randrange(size) for size in outer]
+        self.changes.append(Change(name, (*row, slice(start, start + CHANGED)), self._random.uniform(0.25, 0.75)))
+        self.changes[-1].apply(self._aliases, self.first)
+
+    def receive(self, returned: tuple[object, tuple[Tensor | None, ...]]) -> None:
+        """Copy the result of a timed call if `expect` has chosen it. The copy waits for no other thread or stream."""
+        if len(self.changes) in self._to_keep:
+            try:
+                self.kept.append((len(self.changes), _copies(self._named(*returned))))
+            except (MemoryError, RuntimeError) as error:
+                if shortage(error) is None:
+                    raise
+                self.not_kept = error
+
     def results(self) -> dict[str, Tensor]:
         """Call the Operation. Return outputs and gradients by name, e.g. `grad x`.
 
         A missing gradient counts as zero.
         """
-        returned, gradients = self()
+        return self._named(*self())
+
+    def _named(self, returned: object, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
         found = zip(self.leaves.items(), gradients, strict=True)
         grads = {f"grad {name}": torch.zeros_like(leaf) if g is None else g for (name, leaf), g in found}
         return self.operation.named(returned) | grads
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Overwrite the tensors of the arguments in place. values: tensors by the names of `operation_call.flatten`."""
-        with torch.no_grad():
-            for name, tensor in operation_call.flatten(self.arguments).items():
-                tensor.copy_(values[name])
+        for name, tensor in self._aliases.items():
+            tensor.copy_(values[name])
 
-    def check(self, dtype: str, fresh: Arguments, case: Case) -> CheckResult:
-        """Write new values into the tensors of the timed call, call the Operation again, and check the results.
+    def check(self, dtype: str, fresh: Arguments, case: Case, *, by_reference: bool = True) -> CheckResult:
+        """Check the kept results of timed calls. Then call the Operation with new values, and check these results.
 
-        fresh: arguments with the new values, of the same shapes. The results must be ordinary tensors, must differ from
-        the results with the old values, and must agree with a call on other tensors with the new values. They agree if
-        they are equal to the last bit or, because a kernel may sum in another order, as accurate as the checks
-        `outputs` and `backward` demand. The results are copied before any other work waits for the device. Afterwards
-        this object has no tensors any more, so that large tensors are in memory only once.
+        by_reference: True to judge each kept result by the reference. False if the tensors are too large for the float64
+        reference: then a kept result that equals another call of the implementation passes unjudged.
+
+        fresh: arguments with the new values, of the same shapes. They are written into the tensors of the timed call.
+        The results must be ordinary tensors, must differ from the results with the old values, and must agree with a
+        call on other tensors with the new values. They agree if they are equal to the last bit or, because a kernel may
+        sum in another order, as accurate as the checks `outputs` and `backward` demand. The results are copied before
+        any other work waits for the device. Afterwards this object has no tensors any more, so that large tensors are in
+        memory only once.
         """
+        if self.not_kept is not None:
+            raise self.not_kept
+        for subject, copies in self._kept_calls(dtype):
+            if not by_reference and _equal(copies, self._with(self.function, subject.arguments).results()):
+                continue
+            verdict = worst_of([*self._judgements(subject, copies, case)], "as outputs and backward")
+            if verdict.decided and not verdict.passed:
+                return judged(subject, case, TIMED_CALL, verdict, "a result from the timing is wrong")
         subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
         old = _digests(self.results())
         self.fill(operation_call.flatten(fresh))
         returned = self.results()
-        copies = {name: t.detach().clone() for name, t in returned.items()}
+        copies = _copies(returned)
         if odd := [
             f"{name} is a {type(t).__name__}, no Tensor" for name, t in returned.items() if type(t) is not Tensor
         ]:
             return from_problems(subject, case, TIMED_CALL, odd)
         del returned
-        self.arguments, self.leaves, self.dys = {}, {}, []
+        self.arguments, self.leaves, self.dys, self._aliases = {}, {}, [], {}
         if not _equal(copies, self._with(self.function, fresh).results()):
             return judged(
                 subject,
@@ -112,6 +187,17 @@ class TimedCall:
             ["with other values in the arguments, it returns the same result"] if same else [],
         )
 
+    def _kept_calls(self, dtype: str) -> Iterator[tuple[OperationSubject, dict[str, Tensor]]]:
+        """Yield the kept results, each with a subject that has the values of the arguments in that call."""
+        given, done = cloned(self.original), 0
+        tensors = operation_call.flatten(given)
+        while self.kept:
+            number, copies = self.kept.pop(0)
+            for change in self.changes[done:number]:
+                change.apply(tensors, self.first)
+            done = number
+            yield OperationSubject(self.operation, self.function, dtype, given, lambda: given), copies
+
     def _with(self, function: Callable[..., object], arguments: Arguments) -> TimedCall:
         return TimedCall(self.operation, function, arguments, backward=self.backward)
 
@@ -121,11 +207,22 @@ class TimedCall:
         outputs = {name: t for name, t in mine.items() if name not in gradients}
         yield from (one for one, _ in operation_call.judgements(subject, outputs, case))
         if gradients:
-            own, reference = DTYPES[subject.dtype], self.operation.reference
-            exactly = cloned(subject.arguments, {own: torch.float64})
-            truth, rounded = (self._with(reference, given).results() for given in (exactly, subject.arguments))
-            exact_ones, own_ones = ({name: found[name] for name in gradients} for found in (truth, rounded))
-            yield noise_floor(gradients, exact_ones, own_ones, subject.dtype, case.factor("backward"))
+            reference = self.operation.reference
+            exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
+
+            def computed(given: Arguments) -> dict[str, Tensor]:
+                found = self._with(reference, given).results()
+                return {name: found[name] for name in gradients}
+
+            def draws() -> Iterator[dict[str, Tensor]]:
+                yield computed(subject.arguments)
+                yield from (computed(near.arguments) for near, _ in operation_call.perturbed_subjects(subject, case))
+
+            yield noise_floor(gradients, computed(exactly), draws(), subject.dtype, case.factor("backward"))
+
+
+def _copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in named.items()}
 
 
 def _equal(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from time import perf_counter  # bound here, so that a plug-in that replaces `time.perf_counter` changes no sample
@@ -19,16 +20,44 @@ from harness.bench.results import Samples
 
 Run = Callable[[], object]
 Side = Literal["ours", "other"]
-Announce = Callable[[Literal["begin", "end"]], object]
-"""Function that is called with `begin` before the first sample, and with `end` after the last sample."""
+Announce = Callable[[Literal["begin", "end", "changed"]], object]
+"""Function that is called with `begin` before the first sample and with `end` after the last sample.
+
+Then the inputs change as often as for the samples, but no program is called. `changed` follows.
+"""
 SIDES: tuple[Side, Side] = ("ours", "other")
+
+
+class FreshProgram(ABC):
+    """A program whose inputs change before each call, so that no result of an earlier call is right again.
+
+    The clock stops while the inputs change and while a result is kept.
+    """
+
+    @abstractmethod
+    def expect(self, calls: int) -> None:
+        """Choose which of the next `calls` results to keep."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Change the inputs of the next call."""
+
+    @abstractmethod
+    def __call__(self) -> object:
+        """Run the program. Return its result."""
+
+    @abstractmethod
+    def receive(self, returned: Any) -> None:
+        """Take the result of the last call, and keep a copy of it or nothing."""
+
 
 WARMUP = 3
 """Number of calls of each program before its first sample."""
-LEAST_S = 0.005
+LEAST_S = 0.025
 """Shortest duration of a sample on a CPU, in seconds.
 
-A shorter call is repeated, and the sample is the mean time of the calls.
+A shorter call is repeated, and the sample is the mean time of the calls. The samples of 12 pairs then last 0.6 s, which
+another process can measure (see `results.TIMER_SLACK_S`).
 """
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
@@ -68,6 +97,8 @@ class Clock:
         """Call `run` `calls` times. Return the mean seconds of a call."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
+        if isinstance(run, FreshProgram):
+            return sum(_span(run) for _ in range(calls)) / calls
         started = perf_counter()
         for _ in range(calls):
             run()
@@ -80,15 +111,31 @@ class Clock:
     def _event(self, run: Run, flush: torch.Tensor) -> float:
         begin: Any = torch.cuda.Event(enable_timing=True)
         end: Any = torch.cuda.Event(enable_timing=True)
+        if isinstance(run, FreshProgram):
+            run.prepare()
         flush.zero_()
         torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
         begin.record()
         started = perf_counter()
-        run()
+        returned = run()
         self.launch_s.append(perf_counter() - started)
         end.record()
+        if isinstance(run, FreshProgram):
+            run.receive(returned)
         torch.cuda.synchronize(self.device)
         return float(begin.elapsed_time(end)) / 1e3
+
+
+def _span(run: FreshProgram) -> float:
+    """Return the seconds of a call on the CPU, which include the release of its result."""
+    run.prepare()
+    started = perf_counter()
+    returned = run()
+    seconds = perf_counter() - started
+    run.receive(returned)
+    started = perf_counter()
+    del returned
+    return seconds + perf_counter() - started
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
@@ -114,13 +161,15 @@ def pairs(
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: True for samples of
-    one call each, even if it is short. announce: called before the first and after the last sample, so that another
-    process can measure how long the sampling takes.
+    one call each, even if it is short. announce: see `Announce`. Another process can measure by it how long the calls take.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     clock.warm_up(other, WARM_S)
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
-    calls = {name: 1 if single else clock.calls(min(times)) for name, times in warmup.items()}
+    calls = {name: 1 if single else clock.calls(median(times)) for name, times in warmup.items()}
+    for name, run in runs.items():
+        if isinstance(run, FreshProgram):
+            run.expect(count * calls[name])
     found: dict[str, list[float]] = {name: [] for name in runs}
     launches: dict[str, list[float]] = {name: [] for name in runs}
     first: list[Side] = []
@@ -133,6 +182,11 @@ def pairs(
             found[name].append(clock.sample(runs[name], calls[name]))
             launches[name] += clock.launch_s
     announce("end")
+    for name, run in runs.items():
+        if isinstance(run, FreshProgram):
+            for _ in range(count * calls[name]):
+                run.prepare()
+    announce("changed")
     return Samples(
         ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
         overhead=dict(overhead or {}), launch={name: median(times) for name, times in launches.items() if times},

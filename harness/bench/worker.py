@@ -3,9 +3,9 @@
 FD and LINE are file descriptors. The worker writes one JSON line per event to FD, and is killed when the other end of
 LINE closes. TASK is a `BenchTask` in JSON. Output of plug-ins goes to stderr.
 
-The events are: `begin` and `end` (position of a size in the task), `timing` (`begin` or `end` of the samples), `row`
-and `memory` (results), `missing` (reason why nothing was measured), `failed` (error that ends the process), `lost`
-(error after which the GPU accepts no more work of the process), and `done` (the last event).
+The events are: `begin` and `end` (position of a size in the task), `timing` (`begin`, `end` or `changed`; see
+`timing.Announce`), `row` and `memory` (results), `missing` (reason why nothing was measured), `failed` (error that ends
+the process), `lost` (error after which the GPU accepts no more work of the process), and `done` (the last event).
 """
 
 from __future__ import annotations

@@ -185,6 +185,30 @@ def _cached_by_tensor() -> Callable[..., Any]:
     return call
 
 
+def _cached_by_version() -> Callable[..., Any]:
+    kept: dict[Any, tuple[Any, Any]] = {}
+
+    def call(**given: Any) -> Any:
+        key = tuple((t.data_ptr(), t._version) for t in given.values() if isinstance(t, torch.Tensor))
+        if key not in kept:
+            kept[key] = given, reference("lora_linear")(**given)
+        return kept[key][1]
+
+    return call
+
+
+def _cached_by_a_row() -> Callable[..., Any]:
+    kept: dict[bytes, Any] = {}
+
+    def call(**given: Any) -> Any:
+        key = given["x"][..., 0, :].detach().numpy().tobytes()
+        if key not in kept:
+            kept[key] = reference("lora_linear")(**given)
+        return kept[key]
+
+    return call
+
+
 def _cached_by_shape_once_warm() -> Callable[..., Any]:
     kept: list[Any] = []
 
@@ -222,28 +246,73 @@ class Lazy(torch.Tensor):
     """A tensor that could compute its values when they are read."""
 
 
+def _lazy() -> Callable[..., Any]:
+    return lambda **given: reference("lora_linear")(**given).as_subclass(Lazy)
+
+
 WARM = 10
 """Number of calls after which these faults begin: more than the checks of parity take."""
 
 
+TIMED_WRONG = "a result from the timing is wrong"
+
+
+SAME = "it returns the same result"
+
+
 @pytest.mark.parametrize(
-    ("fault", "why"),
+    ("fault", "large", "why"),
     [
-        (_cached_by_tensor, "should be"),
-        (_cached_by_shape_once_warm, "it returns the same result"),
-        (_zeros_once_warm, "it returns the same result"),
-        (_written_later, "it returns the same result"),
-        (lambda: lambda **given: reference("lora_linear")(**given).as_subclass(Lazy), "y is a Lazy, no Tensor"),
+        (_cached_by_tensor, False, TIMED_WRONG),
+        (_cached_by_tensor, True, TIMED_WRONG),
+        (_cached_by_version, False, TIMED_WRONG),
+        (_cached_by_version, True, TIMED_WRONG),
+        (_cached_by_a_row, False, TIMED_WRONG),
+        (_cached_by_shape_once_warm, False, TIMED_WRONG),
+        (_cached_by_shape_once_warm, True, SAME),
+        (_zeros_once_warm, False, TIMED_WRONG),
+        (_zeros_once_warm, True, SAME),
+        (_written_later, False, TIMED_WRONG),
+        (_written_later, True, SAME),
+        (_lazy, False, "y is a Lazy, no Tensor"),
     ],
 )
 def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
-    registry: Registry, fault: Callable[[], Callable[..., Any]], why: str
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], Callable[..., Any]], large: bool, why: str
 ) -> None:
+    """large: True for a size that is too large for the reference."""
+    if large:
+        monkeypatch.setitem(MOST_PRODUCTS, "cpu", SMALL.weights)
     acme = offered("acme", "lora_linear", fault())
     forward = next(iter(benchmark_of(acme, registry).rows(SMALL)))
     assert (forward.outcome, forward.samples, forward.has_unexplained_failure) == ("refused", None, True)
     assert "acme fails lora_linear/timed_call/float32/call" in forward.because
     assert why in forward.because
+
+
+def test_a_cache_of_whole_contents_has_no_hit_in_the_timing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, kept, hits, pairs = [False], dict[bytes, Any](), [0, 0], timing.pairs
+
+    def measured(*given: Any, **more: Any) -> results.Samples:
+        timed[0] = True
+        found = pairs(*given, **more)
+        timed[0] = False
+        return found
+
+    def cached(**given: Any) -> Any:
+        key = b"".join(t.detach().numpy().tobytes() for t in given.values() if isinstance(t, torch.Tensor))
+        hits[timed[0]] += key in kept
+        if key not in kept:
+            kept[key] = reference("lora_linear")(**given)
+        return kept[key]
+
+    monkeypatch.setattr(timing, "pairs", measured)
+    forward = next(iter(benchmark_of(offered("acme", "lora_linear", cached), registry).rows(SMALL)))
+    assert forward.outcome == "measured", forward.because
+    assert hits[False] > 0
+    assert hits[True] == 0
 
 
 def test_memory_that_runs_out_in_the_check_after_timing_leaves_the_time(
@@ -350,6 +419,55 @@ def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> 
     assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in "\n".join(table.lines([one]))
 
 
+def _computes_no_more(adapted: Any, name: str = "layers.0.self_attn.q_proj") -> None:
+    """Let a module return the same output in all later steps."""
+    (layer,) = (module for path, module in adapted.model.named_modules() if path.endswith(name))
+    kept: list[torch.Tensor] = []
+
+    def replay(_: Any, __: Any, y: torch.Tensor) -> torch.Tensor:
+        kept.append(y.detach())
+        return y + (kept[0] - y).detach()
+
+    layer.register_forward_hook(replay)
+
+
+def _updates_no_more(adapted: Any) -> None:
+    for parameter in adapted.parameters():
+        parameter.register_hook(torch.zeros_like)
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def _computes_no_more_logits(adapted: Any) -> None:
+    _computes_no_more(adapted, "lm_head")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [(_computes_no_more, "float32"), (_updates_no_more, "float32"), (_computes_no_more_logits, "bfloat16")],
+)
+def test_steps_that_go_wrong_during_the_timing_get_no_speed(
+    registry: Registry, fault: Callable[[Any], None], dtype: str
+) -> None:
+    def tired(model: Any, config: Any, generator: Any) -> Any:
+        from reference.lora import attach
+
+        adapted = attach(model, config, generator)
+
+        def after_step(step: int) -> None:
+            if step == timing.WARMUP + 1:
+                fault(adapted)
+
+        adapted.after_step = after_step
+        return adapted
+
+    acme = implements("lora", name="acme", kind="method", dtypes=[dtype])(tired)
+    both = (registry.find("method", "lora", "reference"), acme)
+    one = step_benchmark.row(StepSetting("lora", LITTLE, dtype, CPU, registry), both, ("", ""), 5, {})
+    assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
+    assert f"no parity: acme fails lora/timed_call/{dtype}/trained" in one.because
+
+
 def test_every_form_of_a_product_is_counted() -> None:
     left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
     products = (
@@ -376,6 +494,36 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert len(one.samples.limit) == 5
     assert "x its two products" in "\n".join(table.lines([one]))
     assert one.judged
+
+
+@pytest.mark.slow
+def test_a_galore_step_that_goes_wrong_during_the_timing_gets_no_speed(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, cycles = list[bool](), step_benchmark._cycles
+
+    def measured(*given: Any) -> results.Samples:
+        timed.append(True)
+        return cycles(*given)
+
+    def tired(model: Any, config: Any, generator: Any) -> Any:
+        adapted = attach(model, config, generator)
+        make = adapted.optimizer
+
+        def optimizer(lr: float, decay: float) -> torch.optim.Optimizer:
+            made: torch.optim.Optimizer = make(lr, decay)
+            step = made.step
+            made.step = lambda *given: None if timed else step(*given)  # type: ignore[method-assign]
+            return made
+
+        adapted.optimizer = optimizer
+        return adapted
+
+    monkeypatch.setattr(step_benchmark, "_cycles", measured)
+    both = (registry.find("method", "galore", "reference"), offered("acme", "galore", tired, "method"))
+    one = step_benchmark.row(setting("galore-exact", registry), both, ("", ""), 5, {})
+    assert (one.outcome, one.samples, one.has_unexplained_failure) == ("refused", None, True)
+    assert "no parity: acme fails galore/timed_call/float32/trained" in one.because
 
 
 def test_memory_of_a_step_excludes_the_bare_process(registry: Registry) -> None:
@@ -449,7 +597,7 @@ def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(
 
 def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
     size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
-    for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
+    for name in ("nf4_dequantize", "lora_linear", "lora_experts", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
         how, it = timed_operations.every()[name], operations.every()[name]
         given = it.arguments(torch.float32, generator, **how.case(size))
         outputs = it.named(it.reference(**given)).values()
@@ -531,6 +679,22 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in "\n".join(table.lines([one]))
 
 
+class Noted(timing.FreshProgram):
+    def __init__(self, seen: list[str]) -> None:
+        self.seen = seen
+
+    def expect(self, calls: int) -> None: ...
+
+    def prepare(self) -> None:
+        self.seen.append("prepare")
+
+    def __call__(self) -> None:
+        self.seen.append("call")
+
+    def receive(self, returned: object) -> None:
+        self.seen.append("receive")
+
+
 def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -556,7 +720,10 @@ def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     clock._flush = Flush()  # type: ignore[assignment]
     assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
     assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
-    assert len(clock.launch_s) == 1
+    seen.clear()
+    assert clock.sample(Noted(seen)) == pytest.approx(0.002)
+    assert seen == ["prepare", "flush", "wait", "event", "call", "event", "receive", "synchronize"]
+    assert len(clock.launch_s) == 2
 
 
 def test_a_gpu_is_under_load_before_its_rates_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -657,9 +824,12 @@ def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
 
 
-@pytest.mark.parametrize(("elapsed", "outcome"), [(0.06, "measured"), (100.0, "refused")])
+@pytest.mark.parametrize(
+    ("elapsed", "changing", "outcome"),
+    [(0.06, 0.0, "measured"), (100.0, 0.0, "refused"), (0.5, 0.0, "refused"), (0.5, 0.4, "measured")],
+)
 def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
-    elapsed: float, outcome: str, monkeypatch: pytest.MonkeyPatch
+    elapsed: float, changing: float, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Workers:
         stopped = False
@@ -668,10 +838,11 @@ def test_samples_far_shorter_than_the_time_that_passed_outside_are_refused(
             yield {"begin": 0}
             yield {"timing": "begin"}
             yield {"timing": "end"}
+            yield {"timing": "changed"}
             yield {"row": row().model_dump(mode="json")}
             yield {"end": 0}
 
-    clock = iter((1000.0, 1000.0 + elapsed))
+    clock = iter((1000.0, 1000.0 + elapsed, 1000.0 + elapsed + changing))
     monkeypatch.setattr(command, "monotonic", lambda: next(clock))
     task = BenchTask("lora_linear", "operation", "lora_linear", ("fused", "acme"), (), "float32", "cpu", (SMALL,))
     (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
