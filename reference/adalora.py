@@ -18,12 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import LINEAR_OR_CONV1D, features_in_out, floating_dtype, replace, targets
+from reference.shared.layers import (
+    CONVOLUTIONS,
+    LINEAR_OR_CONV1D,
+    Convolution,
+    features_in_out,
+    floating_dtype,
+    kind_of,
+    replace,
+    targets,
+)
+from reference.shared.lora_layers import convolve
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2303.10512v2",
     factors=("A", "B"),
+    opt_in_layers=("Conv2d",),
     deviations=(
         Deviation(
             topic="names of the tensors",
@@ -89,6 +100,13 @@ SPEC = ReferenceSpec(
             "delta_t does not divide T",
         ),
         Deviation(
+            topic="convolutions",
+            paper="not treated",
+            here="P Lambda Q is the change of the kernel as a matrix, with one row per output channel; stride, padding, "
+            "padding mode, dilation and groups are those of the layer",
+            why="HF peft does the same for a Conv2d, without the padding mode; with groups its forward pass raises",
+        ),
+        Deviation(
             topic="precision of the scores",
             paper="not stated",
             here="at least float32",
@@ -98,6 +116,8 @@ SPEC = ReferenceSpec(
     ),
 )
 
+KINDS = (*LINEAR_OR_CONV1D, "Conv2d")
+"""Kinds of layers that AdaLoRA adapts."""
 _EPS = 1e-5
 """Number that is added to the rank in the scaling alpha / rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -261,6 +281,24 @@ class AdaLoraLinear(AdaptedLayer):
         self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
 
 
+class AdaLoraConv(AdaLoraLinear):
+    """A frozen convolution whose kernel, as a matrix (E, D), has the update of a linear layer.
+
+    A row of the matrix is the kernel of an output channel, so D is input channels / groups x size of the kernel.
+    """
+
+    base: Convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 * x + (scaling P Lambda Q) * x, e.g. (..., E, H', W') for x (..., C, H, W). A star is a convolution."""
+        y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
+        return y
+
+    def delta(self) -> Tensor:
+        """Return scaling P Lambda Q in the shape of the base's kernel."""
+        return super().delta().view(self.base.weight.shape)
+
+
 class AdaLoraAdapted(AdaptedLayers):
     """A model with AdaLoRA layers. The layers share one budget of triplets."""
 
@@ -319,13 +357,13 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and wrap every target in an AdaLoraLinear.
+    """Freeze `model` and wrap every target in an AdaLoraLinear or an AdaLoraConv.
 
     A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
-    if a target names neither a linear layer nor a Conv1D, or if the ranks or the schedule are inconsistent.
+    if a target names no layer of the `KINDS`, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
-    found = targets(model, config.targets, LINEAR_OR_CONV1D)
+    found = targets(model, config.targets, KINDS)
     model.requires_grad_(False)
     layers = {}
     for path, base in found.items():
@@ -337,7 +375,8 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaL
             for shape in ((config.rank, inputs), (outputs, config.rank))
         )
         E = torch.zeros(config.rank, 1, dtype=dtype, device=device)
-        layers[path] = AdaLoraLinear(base, A, E, B, config.alpha / (config.rank + _EPS), config.dropout)
+        kind = AdaLoraConv if kind_of(base) in CONVOLUTIONS else AdaLoraLinear
+        layers[path] = kind(base, A, E, B, config.alpha / (config.rank + _EPS), config.dropout)
         replace(model, path, layers[path])
     return AdaLoraAdapted(model, layers, config)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.dora import gain, norms
-from reference.shared.layers import KINDS, WORDS, kind_of
+from reference.shared.layers import CONVOLUTIONS, KINDS, WORDS, kind_of
 
 PREFIX = "base_model.model."
 """Beginning of every key of an adapter file."""
@@ -132,13 +132,13 @@ class LayerUpdate:
     scaling: float
     A: str
     """Key of A: (R, D); for an embedding (R, entries); for a stack (K R, D), where the R rows of an expert are adjacent;
-    for a Conv2d (R, D, height, width)."""
+    for a convolution (R, D, kernel), e.g. (R, D, height, width)."""
     B: str
-    """Key of B: (E, R); for a stack (E, R K), where the K columns of a rank are adjacent; for a Conv2d (E, R, 1, 1)."""
+    """Key of B: (E, R); for a stack (E, R K), with the K columns of a rank adjacent; for a convolution (E, R, 1, ...)."""
     bias: str = ""
     """Key of c (E,), the bias of B. Empty if there is none."""
     magnitude: str = ""
-    """Key of DoRA's magnitudes m: (E,), for a Conv2d (1, E, 1, 1). Empty if there are none."""
+    """Key of DoRA's magnitudes m: (E,), for a convolution (1, E, 1, ...). Empty if there are none."""
     expert: int = 0
     """Index of the expert, for the kind `expert`."""
     half: int | None = None
@@ -152,9 +152,9 @@ class LayerUpdate:
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Map the keys of this update to the shapes that their tensors must have. module: the base's module at `path`."""
         shape = tuple(self._part(getattr(module, self.parameter)).shape)
-        if self.kind == "Conv2d":
-            E, D, *kernel = shape
-            wanted = ((self.rank, D, *kernel), (E, self.rank, 1, 1), (E,), (1, E, 1, 1))
+        if self.kind in CONVOLUTIONS:
+            (E, *inputs), ones = shape, [1] * (len(shape) - 2)
+            wanted = ((self.rank, *inputs), (E, self.rank, *ones), (E,), (1, E, *ones))
             return {
                 key: one for key, one in zip((self.A, self.B, self.bias, self.magnitude), wanted, strict=True) if key
             }
@@ -177,9 +177,9 @@ class LayerUpdate:
         A_RD, B_ER = (tensors[key].to(W.dtype) for key in (self.A, self.B))
         transposed = self._is_transposed(module)
         W_ED = W.transpose(-2, -1) if transposed else W
-        if self.kind == "Conv2d":  # as a matrix, with one column per input channel and place in the kernel
+        if self.kind in CONVOLUTIONS:  # as a matrix, with one column per input channel and place in the kernel
             W_ED, A_RD, B_ER = W.flatten(1), A_RD.flatten(1), B_ER.flatten(1)
-        V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W.dim() == 3 else B_ER @ A_RD)
+        V_ED = W_ED + self.scaling * (_stacked_update(A_RD, B_ER, len(W)) if W_ED.dim() == 3 else B_ER @ A_RD)
         if self.magnitude:
             V_ED = gain(tensors[self.magnitude].to(W.dtype).flatten(), norms(V_ED))[:, None] * V_ED
         W.copy_(V_ED.transpose(-2, -1) if transposed else V_ED.reshape(W.shape))

@@ -4,7 +4,7 @@
 
 A frozen weight is split into direction and magnitude. LoRA moves the direction. The magnitude m starts at ||W0||. A (R,
 D), B (E, R) and m (E,) train, and W0 (E, D) is frozen. Shape letters: T tokens, D input features, E output features, R
-rank, N entries of an embedding table, C input channels, K side of a kernel.
+rank, N entries of an embedding table, C input channels, K sides of a kernel.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import (
+    CONVOLUTIONS,
     as_stored,
     dense_copy,
     dense_weight,
+    features_in_out,
     kind_of,
     replace,
     targets,
 )
-from reference.shared.lora_layers import LoraConv2d, LoraEmbedding, convolve
+from reference.shared.lora_layers import LoraConv, LoraEmbedding, convolve, pointwise
 from reference.shared.lora_start import embedding_factors, initial_factors, linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2402.09353v6",
     factors=("A", "B"),
+    opt_in_layers=("nn.Conv1d", "Conv3d"),
     deviations=(
         Deviation(
             topic="axis of the norm",
@@ -84,7 +87,7 @@ SPEC = ReferenceSpec(
     ),
 )
 
-KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
+KINDS = ("linear", "Conv1D", "embedding", *CONVOLUTIONS)
 """Kinds of layers that DoRA adapts."""
 
 
@@ -213,36 +216,36 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
         return dense
 
 
-class DoraConv2d(DoraLayer, LoraConv2d):
-    """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, K, K).
+class DoraConv(DoraLayer, LoraConv):
+    """A convolution with the kernel m V' / ||V'||, where V' = W0 + s B A is a kernel (E, C, *K).
 
-    A (R, C, K, K), B (E, R, 1, 1) and m (1, E, 1, 1) train. ||V'|| holds the norm of each output
+    A (R, C, *K), B (E, R, 1, ...) and m (1, E, 1, ...) train. ||V'|| holds the norm of each output
     channel's kernel. Raises ValueError for a base with groups.
     """
 
-    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, config: Config) -> None:
+    def __init__(self, base: Any, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
         self.detach_norm = config.detach_norm
         self.m = nn.Parameter(self.norms(self.direction()).detach())
 
     def direction(self) -> Tensor:
-        """Return V' = W0 + s B A, shape (E, C, K, K)."""
+        """Return V' = W0 + s B A, shape (E, C, *K)."""
         return self.base.weight.detach() + self.delta()
 
     @staticmethod
     def norms(V: Tensor) -> Tensor:
-        """Return the norms of the kernels (C, K, K) of all output channels, shape (1, E, 1, 1)."""
-        return norms(V.flatten(1)).view(1, -1, 1, 1)
+        """Return the norms of the kernels (C, *K) of all output channels, shape (1, E, 1, ...)."""
+        return norms(V.flatten(1)).view(1, -1, *[1] * (V.dim() - 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W' * x + b, shape (..., E, height, width), for x (..., C, height, width). A star is a convolution.
+        """Return W' * x + b, e.g. (..., E, H', W') for x (..., C, H, W). A star is a convolution.
 
         The output is computed as for a linear layer: W0 * x + b + (g - 1) W0 * d + g s B * (A * d), where d is x after
         dropout and g = m / ||V'||.
         """
-        g = self.gain(self.norms(self.direction())).view(-1, 1, 1)  # x may have no dimension for a batch
+        g = self.gain(self.norms(self.direction()))[0]  # x may have no dimension for a batch
         dropped = self.dropout(x)
-        low = nn.functional.conv2d(convolve(self.base, dropped, self.A, groups=1), self.B)
+        low = pointwise(convolve(self.base, dropped, self.A, groups=1), self.B)
         y: Tensor = self.base(x) + (g - 1) * convolve(self.base, dropped, self.base.weight, groups=1)
         return y + g * self.scaling * low
 
@@ -251,7 +254,7 @@ class DoraConv2d(DoraLayer, LoraConv2d):
         dense: Any = dense_copy(self.base)
         with torch.no_grad():
             V = self.direction()
-            dense.weight.copy_(gain(self.m, self.norms(V)).view(-1, 1, 1, 1) * V)
+            dense.weight.copy_(gain(self.m, self.norms(V)).transpose(0, 1) * V)
         return dense
 
 
@@ -263,7 +266,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():
-        if kind_of(base) in ("embedding", "Conv2d") and config.per == "input":
+        if kind_of(base) in ("embedding", *CONVOLUTIONS) and config.per == "input":
             raise ValueError(f"{path}: per=input is defined for linear layers, not for {type(base).__name__}")
         if getattr(base, "groups", 1) != 1:
             raise ValueError(f"{path}: a convolution with {base.groups} groups has no DoRA")
@@ -279,9 +282,8 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
     R = config.rank
     if kind_of(base) == "embedding":
         return DoraEmbedding(base, *embedding_factors(base, R, generator), config)
-    if kind_of(base) == "Conv2d":
-        C, K = base.in_channels, base.kernel_size
-        A, B = initial_factors("kaiming", R, C * K[0] * K[1], base.out_channels, generator)
+    if kind_of(base) in CONVOLUTIONS:
         W0 = base.weight
-        return DoraConv2d(base, A.to(W0).view(R, C, *K), B.to(W0)[..., None, None], config)
+        A, B = initial_factors("kaiming", R, *features_in_out(base), generator)
+        return DoraConv(base, A.to(W0).view(R, *W0.shape[1:]), B.to(W0).view(-1, R, *[1] * (W0.dim() - 2)), config)
     return DoraLinear(base, *linear_factors(base, R, generator), config)

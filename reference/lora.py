@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from reference.lora_experts import LoraExperts, expert_factors
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, adapt
-from reference.shared.layers import KINDS, features_in_out, floating_dtype, kind_of, targets
-from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
+from reference.shared.layers import CONVOLUTIONS, KINDS, features_in_out, floating_dtype, kind_of, targets
+from reference.shared.lora_layers import LoraConv, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import embedding_factors, initial_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
     paper="arXiv:2106.09685v2",
     factors=("A", "B"),
+    opt_in_layers=("nn.Conv1d", "Conv3d"),
     deviations=(
         Deviation(
             topic="initialisation of A",
@@ -67,8 +68,10 @@ SPEC = ReferenceSpec(
             topic="convolutions",
             paper="not treated",
             here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank "
-            "r. conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
-            why="the authors' code (loralib) and HF peft differ; peft's form is more widely used",
+            "r. conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k; in two "
+            "dimensions only",
+            why="the authors' code (loralib) and HF peft differ; peft's form is more widely used. loralib's factors have "
+            "too many or too few numbers for the kernel of a Conv1d or Conv3d",
         ),
         Deviation(
             topic="convolutions with groups",
@@ -181,7 +184,7 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         return LoraExperts(base, expert_factors(base, R, config.init, p, generator), s)
     if kind == "embedding":
         return LoraEmbedding(base, *embedding_factors(base, R, generator), s)
-    if kind == "Conv2d":
+    if kind in CONVOLUTIONS:
         E, C, G, K = base.out_channels, base.in_channels, base.groups, base.kernel_size
         if config.conv == "peft":
             if R % G:
@@ -189,9 +192,10 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
             if G > 1 and config.init == "orthogonal":
                 raise ValueError(f"init=orthogonal cancels over the whole rank, and {G} groups see a part of it each")
             A, B = factors(R, math.prod((C, *K)), E)
-            return LoraConv2d(base, A.view(R, C, *K), B[:, : R // G, None, None].contiguous(), s, p, bias(E))
-        if K[0] != K[1]:
-            raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
+            B = B[:, : R // G].contiguous().view(E, -1, *[1] * len(K))
+            return LoraConv(base, A.view(R, C, *K), B, s, p, bias(E))
+        if len(K) != 2 or K[0] != K[1]:
+            raise ValueError(f"conv=loralib is defined for square kernels, and this one is {' x '.join(map(str, K))}")
         return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p, bias(E))
     D, E = features_in_out(base)
     return LoraLinear(base, *factors(R, D, E), s, p, bias(E))

@@ -24,7 +24,7 @@ from harness.resources import data_folder
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal[
     "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "conv2d-grouped",
-    "conv2d-pointwise", "experts"
+    "conv2d-pointwise", "nn-conv1d", "conv3d", "conv3d-pointwise", "experts"
 ]  # fmt: skip
 GROUPS = 2
 """Number of groups in a convolution whose kind is `conv2d-grouped`."""

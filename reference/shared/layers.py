@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -11,7 +12,10 @@ from torch import nn
 
 LINEAR = ("linear",)
 LINEAR_OR_CONV1D = ("linear", "Conv1D")
-KINDS = ("linear", "Conv1D", "embedding", "Conv2d", "experts")
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLUTIONS: Mapping[str, type[Convolution]] = {"nn.Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
+"""Kind of a convolution -> class of the layer. The kind of nn.Conv1d names its module, since Conv1D is a linear layer."""
+KINDS = ("linear", "Conv1D", "embedding", *CONVOLUTIONS, "experts")
 """Kinds of layers that a Method may adapt. Every Method adapts the first kind, `linear`."""
 
 
@@ -19,9 +23,9 @@ def kind_of(module: nn.Module) -> str:
     """Return the kind of a layer, one of `KINDS`. For any other module, return "".
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
-    embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
-    multiply by its `embed_scale`. experts: a module that stacks experts. Other subclasses are excluded: they transform
-    their weight, e.g. by a norm, and would have to transform the update of a Method too.
+    embedding, nn.Conv1d, Conv2d, Conv3d: the classes of torch.nn, and subclasses with the same forward pass; an
+    embedding may also multiply by its `embed_scale`. experts: a module that stacks experts. Other subclasses are excluded:
+    they transform their weight, e.g. by a norm, and would have to transform the update of a Method too.
     """
     layer: Any = module
     if isinstance(module, nn.Linear):
@@ -31,9 +35,10 @@ def kind_of(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
         return "embedding" if plain else ""
-    if isinstance(module, nn.Conv2d):
-        convolves = (type(module).forward, type(module)._conv_forward)
-        return "Conv2d" if convolves == (nn.Conv2d.forward, nn.Conv2d._conv_forward) else ""
+    for kind, plain_class in CONVOLUTIONS.items():
+        if isinstance(module, plain_class):
+            convolves = (type(module).forward, type(module)._conv_forward)
+            return kind if convolves == (plain_class.forward, plain_class._conv_forward) else ""
     return "experts" if stacked_weights(module) else ""
 
 
@@ -150,12 +155,17 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
 
 
 def features_in_out(base: Any) -> tuple[int, int]:
-    """Return D and E, the sizes of a layer's inputs and outputs. The layer is linear, a Conv1D or an embedding."""
+    """Return D and E, the sizes of a layer's inputs and outputs. The layer is of any kind except `experts`.
+
+    The inputs of a convolution are the numbers that one output reads: input channels / groups x size of the kernel.
+    """
     match kind_of(base):
         case "Conv1D":
             return base.nx, base.nf
         case "embedding":
             return base.num_embeddings, base.embedding_dim
+        case kind if kind in CONVOLUTIONS:
+            return math.prod(base.weight.shape[1:]), base.out_channels
     return base.in_features, base.out_features
 
 

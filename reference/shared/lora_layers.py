@@ -1,17 +1,23 @@
-"""LoRA on layers other than linear ones: embedding tables and 2-d convolutions. LoRA, DoRA and PiSSA use them.
+"""LoRA on layers other than linear ones: embedding tables and convolutions. LoRA, DoRA, AdaLoRA and PiSSA use them.
 
 The paper adapts matrices, so the layers here treat their weights as matrices. Shape letters: N entries of a table, E
-outputs, R rank, C input channels, G groups, K side of a kernel.
+outputs, R rank, C input channels, G groups, K sides of a kernel: one, two or three numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from reference.shared.adapted import LowRankLayer
-from reference.shared.layers import dense_copy
+from reference.shared.layers import Convolution, dense_copy
+
+_CONVOLVE: Mapping[int, Callable[..., Tensor]] = {
+    3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d
+}  # fmt: skip
+"""Number of dimensions of a kernel -> function that convolves with it."""
 
 
 class LoraEmbedding(LowRankLayer):
@@ -41,27 +47,24 @@ class LoraEmbedding(LowRankLayer):
         return y_TE
 
 
-class LoraConv2d(LowRankLayer):
-    """A frozen convolution (E, C/G, K, K) with an update in two parts, as in HF peft: a convolution A, then a convolution B.
+class LoraConv(LowRankLayer):
+    """A frozen convolution (E, C/G, *K) with an update in two parts, as in HF peft: a convolution A, then a convolution B.
 
-    A (R, C, K, K) reads all C channels and has the stride, padding, padding mode and dilation of the base. B (E, R/G,
-    1, 1) has the groups of the base. Seen as a matrix (E, C K K), the update has a rank of up to R. Raises ValueError
-    if G does not divide R.
+    A (R, C, *K) reads all C channels and has the stride, padding, padding mode and dilation of the base. B (E, R/G, 1,
+    ...) has the groups of the base. Seen as a matrix, whose rows are the kernels of the outputs, the update has a rank of
+    up to R. Raises ValueError if G does not divide R.
     """
 
-    base: nn.Conv2d
+    base: Convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + scaling (B * (A * x) + c), shape (..., E, H', W'), for x (..., C, H, W).
-
-        A star is a convolution.
-        """
+        """Return W0 * x + scaling (B * (A * x) + c), e.g. (..., E, H', W') for x (..., C, H, W). A star is a convolution."""
         h = convolve(self.base, self.dropout(x), self.A, groups=1)
-        y: Tensor = self.base(x) + self.scaling * nn.functional.conv2d(h, self.B, groups=self.base.groups)
-        return self.with_bias(y, dim=-3)
+        y: Tensor = self.base(x) + self.scaling * pointwise(h, self.B, self.base.groups)
+        return self.with_bias(y, dim=1 - self.A.dim())
 
     def delta(self) -> Tensor:
-        """Return scaling B A as a kernel (E, C, K, K). It has no groups, because each output sees every input channel."""
+        """Return scaling B A as a kernel (E, C, *K). It has no groups, because each output sees every input channel."""
         G = self.base.groups
         R, C, *K = self.A.shape
         B_GER, A_GRD = self.B.reshape(G, -1, R // G), self.A.reshape(G, R // G, -1)
@@ -94,7 +97,7 @@ class LoraConv2dKernel(LowRankLayer):
         return super().delta().view(self.base.weight.shape)
 
 
-def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+def convolve(base: Convolution, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
     """Return the convolution of x with `kernel`, without bias.
 
     Stride, padding, padding mode and dilation are those of `base`.
@@ -102,13 +105,18 @@ def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
     padding: Any = base.padding
     if base.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
-    return nn.functional.conv2d(x, kernel, None, base.stride, padding, base.dilation, groups)
+    return _CONVOLVE[kernel.dim()](x, kernel, None, base.stride, padding, base.dilation, groups)
 
 
-def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
+def pointwise(x: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
+    """Return the convolution of x with a kernel (E, R/G, 1, ...), which maps the R channels of each place to E channels."""
+    return _CONVOLVE[kernel.dim()](x, kernel, groups=groups)
+
+
+def ungrouped(base: Convolution) -> Convolution:
     """Return a convolution with one group and the same output. Its kernel is 0 for channels of other groups."""
     whole = dense_copy(base)
-    assert isinstance(whole, nn.Conv2d)  # noqa: S101
+    assert isinstance(whole, Convolution)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape
     kernel = base.weight.new_zeros(G, E // G, G, c, *K)
     for g, of_group in enumerate(base.weight.detach().view(G, E // G, c, *K)):

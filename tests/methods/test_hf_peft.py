@@ -123,6 +123,14 @@ def test_dora_of_a_convolution_with_groups_is_refused() -> None:
     assert layer.weight.requires_grad
 
 
+def test_adalora_of_a_convolution_needs_a_peft_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    assert attached("adalora", model=nn.Sequential(layer), targets=["0"]).tensors()["0.A"].shape == (4, 4 * 9)
+    monkeypatch.delattr("peft.tuners.adalora.layer.SVDConv2d")
+    with pytest.raises(NotImplementedError, match="0: peft's AdaLoRA adapts a Conv2d since"):
+        attached("adalora", model=nn.Sequential(nn.Conv2d(4, 6, 3)), targets=["0"])
+
+
 def test_oft_takes_a_block_size_for_which_peft_has_the_blocks_of_the_reference() -> None:
     adapted = attached("oft", block_size=200)
     assert {name: tuple(t.shape) for name, t in adapted.tensors().items()} == {

@@ -17,6 +17,7 @@ from harness.methods.spec import methods
 from reference import lora
 from support.two_layer_model import Two, generator
 
+NAMES = ("reference", "fused", "hf-peft")
 SHAPE = parity_suite.CaseShape.model_validate({"tokens": 3, "in": 16, "out": 8})
 
 
@@ -44,15 +45,24 @@ def test_a_plugin_that_offers_what_it_ignores_fails() -> None:
     assert "lora/parameters/float32/warm" in failed
 
 
-def test_a_plugin_from_before_a_kind_of_layer_does_not_get_it() -> None:
+@pytest.mark.parametrize(
+    ("method", "layer", "kind"),
+    [
+        ("qlora", "experts", "experts"),
+        ("lora", "nn-conv1d", "nn.Conv1d"),
+        ("dora", "conv3d", "Conv3d"),
+        ("adalora", "conv2d-dilated", "Conv2d"),
+    ],
+)
+def test_a_plugin_from_before_a_kind_of_layer_does_not_get_it(method: str, layer: Any, kind: str) -> None:
     def linear_only(model: Any, config: Any, generator: Any) -> Any:
         raise AssertionError("it was called")
 
-    old = harness.implements("qlora", name="old")(linear_only)
-    case = parity_suite.MethodCase({"rank": 3, "alpha": 8.0}, "experts", SHAPE, "float32")
-    (refused,) = suite_run.run_case(old, parity_suite.load_plan("qlora"), case)
+    old = harness.implements(method, name="old")(linear_only)
+    case = parity_suite.MethodCase({"alpha": 8.0}, layer, SHAPE, "float32")
+    (refused,) = suite_run.run_case(old, parity_suite.load_plan(method), case)
     assert refused.execution is Execution.UNSUPPORTED
-    assert refused.result.detail == "unsupported: first: old does not offer experts for qlora"
+    assert refused.result.detail == f"unsupported: first: old does not offer {kind} for {method}"
 
 
 @pytest.mark.parametrize("name", ["loralib", "torchtune", "axolotl"])
@@ -64,9 +74,12 @@ def test_a_cell_of_an_implementation_without_it_is_skipped_with_the_reason(name:
 
 def test_those_that_have_it_are_listed_with_it() -> None:
     offered = {(i.target, i.name): i.offers for i in discover().implementations if i.kind == "method" and i.offers}
-    names = ("reference", "fused", "hf-peft")
-    expected = {"lora": ("lora_bias",), "qlora": ("lora_bias", "experts")}
-    assert offered == {(method, name): features for method, features in expected.items() for name in names}
+    convolutions = ("nn.Conv1d", "Conv3d")
+    common = {"lora": ("lora_bias",), "qlora": ("lora_bias", "experts"), "adalora": ("Conv2d",)}
+    expected = {(method, name): features for method, features in common.items() for name in NAMES}
+    for name in ("reference", "hf-peft"):
+        expected |= {("lora", name): ("lora_bias", *convolutions), ("dora", name): convolutions}
+    assert offered == expected
 
 
 def test_the_setting_is_in_the_cell_only_if_it_is_on() -> None:

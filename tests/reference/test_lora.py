@@ -173,7 +173,7 @@ def test_every_dtype_starts_from_the_same_numbers() -> None:
 @pytest.mark.parametrize("wrong", [("k_proj",), ("q_proj", "nothing"), ("proj",)])
 def test_an_unknown_target_is_named(attach: Callable[..., Any], wrong: tuple[str, ...]) -> None:
     name = wrong[-1]
-    kinds = "linear, Conv1D, embedding, Conv2d or experts"
+    kinds = "linear, Conv1D, embedding, nn.Conv1d, Conv2d, Conv3d or experts"
     with pytest.raises(ValueError, match=f"no {kinds} layer is named '{name}'; this model has: q_proj, v_proj"):
         attached(attach, targets=wrong)
 

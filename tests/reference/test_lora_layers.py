@@ -60,9 +60,10 @@ def test_kinds() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(ids + 2)
 
-    made = [nn.Linear(2, 2), Conv1D(3, 2), nn.Embedding(3, 2), nn.Conv2d(2, 2, 1), Scaled(3, 2)]
+    made = [nn.Linear(2, 2), Conv1D(3, 2), nn.Embedding(3, 2)]
+    made += [nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv3d(2, 2, 1), Scaled(3, 2)]
     assert [kind_of(m) for m in made] == [*(kind for kind in KINDS if kind != "experts"), "embedding"]
-    others = [Normed(2, 2, 1), Shifted(3, 2), nn.Conv1d(2, 2, 1), nn.LayerNorm(2), nn.Sequential()]
+    others = [Normed(2, 2, 1), Shifted(3, 2), nn.ConvTranspose1d(2, 2, 1), nn.LayerNorm(2), nn.Sequential()]
     assert [kind_of(m) for m in others] == [""] * len(others)
 
 

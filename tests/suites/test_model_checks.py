@@ -169,7 +169,7 @@ def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: 
     assert refused(folder, "[q_proj, v_proj]", "[q_proj, lm_head]") == []
     ((line, what, hint),) = refused(folder, "[q_proj, v_proj]", "[q_proj, query]")
     assert (line, hint) == (13, "name layers of tied")
-    kinds = "linear, Conv1D, embedding, Conv2d or experts"
+    kinds = "linear, Conv1D, embedding, nn.Conv1d, Conv2d, Conv3d or experts"
     assert what.startswith(f"`targets`: no {kinds} layer is named 'query'; this model has: ")
     assert "q_proj" in what.partition("has: ")[2]
 

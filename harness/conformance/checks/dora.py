@@ -16,7 +16,7 @@ from harness.conformance.comparison.tolerance_policies import noise_floor, worst
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.shared.layers import as_stored, features_in_out, floating_dtype
+from reference.shared.layers import Convolution, as_stored, features_in_out, floating_dtype
 
 
 @check()
@@ -32,7 +32,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     per, found = subject.config.per, []
     bases = {path: fresh.original_base(path) for path in fresh.adapted.layers}
     for path, base in bases.items():
-        W0 = base.weight.flatten(1) if isinstance(base, nn.Conv2d) else fresh.original_weight(path)
+        W0 = base.weight.flatten(1) if isinstance(base, Convolution) else fresh.original_weight(path)
         magnitudes = fresh.tensors_of(path)["m"].detach().flatten(), norms(W0.double(), per), norms(W0, per)
         start, truth, rounded = ({"m at the start": m} for m in magnitudes)
         found.append(prefix_tensor(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
@@ -77,13 +77,13 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
     """Return the weight matrix (E, D) that a merged layer applies, computed from its outputs for the unit vectors.
 
-    base: the layer that was adapted. For an embedding, the matrix is the transposed table. For nn.Conv2d, it is the
-    kernel with one row per output channel. For another convolution, return None, because outputs do not show its
-    kernel.
+    base: the layer that was adapted. For an embedding, the matrix is the transposed table. For a convolution of torch.nn, it
+    is the kernel with one row per output channel. If `layer` is another convolution, return None, because outputs do not
+    show its kernel.
     """
     layer.eval()
-    if isinstance(base, nn.Conv2d):
-        return layer.weight.detach().flatten(1) if isinstance(layer, nn.Conv2d) else None
+    if isinstance(base, Convolution):
+        return layer.weight.detach().flatten(1) if isinstance(layer, Convolution) else None
     if isinstance(base, nn.Embedding):
         table: Tensor = layer(torch.arange(base.num_embeddings, device=base.weight.device))
         return table.T / getattr(base, "embed_scale", 1.0)

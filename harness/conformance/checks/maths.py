@@ -29,6 +29,7 @@ from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
 from harness.conformance.tolerance_constants import CARRIED_FACTOR, PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
+from reference.shared.layers import Convolution
 
 
 @check(States.INIT, in_cell=[CellStage.START])
@@ -102,11 +103,11 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
-    """For a single vector (D,) or a single image (C, H, W), the output and the gradients equal the reference's."""
+    """For a single vector (D,) or a single image such as (C, H, W), the output and the gradients equal the reference's."""
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
-        if takes_rows(base) or isinstance(base, nn.Conv2d):
+        if takes_rows(base) or isinstance(base, Convolution):
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
             runs = observe_with_reference(subject, path, layer, x[0], dy[0])
             found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))

@@ -47,8 +47,8 @@ def _token_by_token(call: Call) -> dict[str, Tensor] | None:
 
 
 def _image_by_image(call: Call) -> dict[str, Tensor] | None:
-    """Call the layer on one image (C, H, W) at a time, without a batch dimension. nn.Conv2d accepts such an image, too."""
-    return _in_parts(call, list(zip(call.x, call.dy, strict=True))) if call.x.dim() == 4 else None
+    """Call the layer on one image, e.g. (C, H, W), at a time, without a batch dimension, as torch.nn allows."""
+    return _in_parts(call, list(zip(call.x, call.dy, strict=True))) if call.x.dim() > 2 else None
 
 
 def _after_other_sizes(call: Call) -> dict[str, Tensor]:

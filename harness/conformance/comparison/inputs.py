@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.subject import DTYPES
-from reference.shared.layers import kind_of
+from reference.shared.layers import Convolution, kind_of
 
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
@@ -18,8 +18,8 @@ _FEW = 20_000
 """Smallest number of elements with which a layer, or the arguments of an Operation, count as large."""
 SIDE = 5
 IMAGES = 2
-"""SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
-pixel counts as a token, so two images have 50 tokens."""
+"""SIDE is the length of each side of the images that a convolution gets: one side for nn.Conv1d, three for nn.Conv3d.
+IMAGES is the usual number of images. Each pixel counts as a token, so two images with two sides have 50 tokens."""
 
 
 def inputs(
@@ -34,8 +34,8 @@ def inputs(
 
     Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
     embedding gets token numbers (T,) and dy (T, dim). If the embedding has a padding entry and T is above 1, the last
-    token is the padding entry. A Conv2d gets at most `images` images (N, C, H, W). Stacked experts get x and dy (T, D).
-    magnitude: size of the numbers in x, such as `large`; `magnitudes.vary` lists the names.
+    token is the padding entry. A convolution gets at most `images` images, e.g. (N, C, H, W). Stacked experts get x and
+    dy (T, D). magnitude: size of the numbers in x, such as `large`; `magnitudes.vary` lists the names.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -46,8 +46,9 @@ def inputs(
             x[1:][-1:] = layer.padding_idx
         dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
-    if isinstance(base, nn.Conv2d):
-        x = torch.randn(min(tokens, images), layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    if isinstance(base, Convolution):
+        sides = [SIDE] * len(base.kernel_size)
+        x = torch.randn(min(tokens, images), layer.in_channels, *sides, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             shape = base(x[:1].to(layer.weight.device, layer.weight.dtype)).shape
         dy = torch.randn(len(x), *shape[1:], generator=generator, dtype=torch.float64)
@@ -84,4 +85,4 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 def takes_rows(base: nn.Module) -> bool:
     """Return whether the layer takes inputs (..., D) and maps each row of D features independently of all other rows."""
-    return not isinstance(base, nn.Embedding | nn.Conv2d) and kind_of(base) != "experts"
+    return not isinstance(base, nn.Embedding | Convolution) and kind_of(base) != "experts"

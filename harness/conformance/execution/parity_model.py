@@ -31,13 +31,21 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-reflect": {"padding": (2, 1), "padding_mode": "reflect"},
     "conv2d-grouped": {"padding": 1, "groups": GROUPS},
     "conv2d-pointwise": {"kernel_size": 2, "padding": "same"},  # pads one side more than the other
+    "nn-conv1d": {"padding": 1},
+    "conv3d": {"kernel_size": (3, 2, 1), "padding": (1, 0, 1)},  # depth, height and width differ
+    "conv3d-pointwise": {"kernel_size": 1},
 }
 """Kind of layer -> options of the first adapted convolution. Without a kernel size, it is 3."""
 _SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-pointwise": {"kernel_size": 1, "stride": 2, "padding": 1},  # as a ResNet reduces the size of its images
+    "nn-conv1d": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "conv3d": {"kernel_size": 3, "stride": (2, 1, 1), "padding": 1},
+    "conv3d-pointwise": {"kernel_size": 1, "stride": 2},
 }
 """Kind of layer -> options of the second adapted convolution. A kind without an entry uses the options of the first
 adapted convolution with another stride."""
+_CLASSES = {"nn-conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+"""First word of a kind of convolution -> its class. The first has one spatial dimension, the second two, the third three."""
 
 
 class ParityModel(nn.Module):
@@ -147,14 +155,15 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
         )
     if kind == "experts":
         return _experts(D, E), nn.Linear(D, D), _transposed_experts(D)
-    if kind.startswith("conv2d"):
+    if dimensions := _dimensions(kind):
+        convolution: Any = list(_CLASSES.values())[dimensions - 1]
         geometry = _GEOMETRIES[kind]
         D, E = _channels(kind, D), _channels(kind, E)
         back = _SECOND_GEOMETRIES.get(kind, {"kernel_size": 3, "stride": (2, 1), **geometry})
         return (
-            nn.Conv2d(D, E, **{"kernel_size": 3, **geometry}),
-            nn.Conv2d(E, E, 1),
-            nn.Conv2d(E, D, bias=False, **back),
+            convolution(D, E, **{"kernel_size": 3, **geometry}),
+            convolution(E, E, 1),
+            convolution(E, D, bias=False, **back),
         )
     from transformers.pytorch_utils import Conv1D
 
@@ -185,12 +194,17 @@ def _transposed_experts(D: int) -> nn.Module:
     return GptOssExperts(config)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _dimensions(kind: Kind) -> int:
+    """Return the number of spatial dimensions of a convolution. For other kinds of layers, return 0."""
+    return next((n for n, name in enumerate(_CLASSES, start=1) if kind.startswith(name)), 0)
+
+
 def _channels(kind: Kind, features: int) -> int:
-    """Return the number of channels such that a 3 x 3 kernel reads about `features` numbers.
+    """Return the number of channels such that a kernel with sides of 3 reads about `features` numbers.
 
     For a grouped convolution, it is a multiple of GROUPS.
     """
-    channels = max(2, features // 9)
+    channels = max(2, features // [1, 3, 9, 27][_dimensions(kind)])
     return channels - channels % GROUPS if kind == "conv2d-grouped" else channels
 
 
@@ -210,7 +224,8 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
         if kind == "embedding-scaled":
             ids[0, -1], ids[1, 0] = min(_PADDING, D - 1), 0
         return ids
-    shape = (2, _channels(kind, D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
+    dimensions = _dimensions(kind)
+    shape = (2, _channels(kind, D), *[SIDE] * dimensions) if dimensions else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -92,6 +92,12 @@ FAULTS = [
     _adalora("merges_a_square_conv1d_transposed", ["merge"],
         'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED',
         "W_ED", file="layers", layer="conv1d", inputs=32, outputs=32),
+    _adalora("pads_a_convolution_with_zeros", ["forward", "gradient"], 'if base.padding_mode != "zeros":', "if False:",
+        file="lora_layers", layer="conv2d-reflect"),
+    _adalora("reads_height_and_width_of_a_kernel_exchanged", ["forward", "merge"],
+        "super().delta().view(self.base.weight.shape)", "super().delta().view(self.base.weight.shape).mT", layer="conv2d"),
+    _adalora("does_not_drop_before_a_convolution", ["dropout"],
+        "convolve(self.base, self.dropout(x),", "convolve(self.base, x,", values={**_USUAL, "dropout": 0.5}, layer="conv2d"),
     _adalora("leaves_the_mask_out_of_the_state_dict", ["save"],
         'torch.ones_like(E, dtype=torch.bool))', 'torch.ones_like(E, dtype=torch.bool), persistent=False)'),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.conformance.faults import line_fault
 
 _LORA = {"rank": 3, "alpha": 8.0}
-_CONVOLVED = "    return nn.functional.conv2d(x, kernel, None, base.stride, padding, base.dilation, groups)"
+_CONVOLVED = "    return _CONVOLVE[kernel.dim()](x, kernel, None, base.stride, padding, base.dilation, groups)"
 _ADALORA = {"rank": 6, "target_rank": 2, "alpha": 8.0}
 
 # fmt: off

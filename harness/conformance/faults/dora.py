@@ -77,12 +77,17 @@ FAULTS = [
         "g = self.gain(norms(self.direction()))\n"
         "        return super().forward(ids_T) + (g - 1) * self.base(ids_T)", layer="embedding"),
     _dora("takes_the_norm_of_each_input_channel", ["forward", "norm"],
-        "return norms(V.flatten(1)).view(1, -1, 1, 1)",
-        "return norms(V.transpose(0, 1).flatten(1)).view(1, -1, 1, 1)", layer="conv2d", inputs=36, outputs=36),
+        "return norms(V.flatten(1)).view(", "return norms(V.transpose(0, 1).flatten(1)).view(",
+        layer="conv2d", inputs=36, outputs=36),
+    _dora("leaves_the_last_axis_of_a_conv3d_out_of_the_norm", ["forward", "norm"],
+        "norms(V.flatten(1)).view(", "norms((V[..., 0] if V.dim() == 5 else V).flatten(1)).view(", layer="conv3d"),
+    _dora("takes_the_norm_of_nn_conv1d_as_that_of_conv1d", ["forward", "norm"],
+        "norms(V.flatten(1)).view(", "norms((V.transpose(0, 1) if V.dim() == 3 else V).flatten(1)).view(",
+        layer="nn-conv1d", inputs=36, outputs=36),
     _dora("scales_only_the_kernel", ["forward", "gradient"],
         "return y + g * self.scaling * low", "return y + self.scaling * low", layer="conv2d"),
     # peft's shape of the norms, which adds a dimension to an image without a batch dimension.
-    _dora("adds_a_batch_dimension_to_an_image", ["calls"], ".view(-1, 1, 1)  # x may", "  # x may", layer="conv2d"),
+    _dora("adds_a_batch_dimension_to_an_image", ["calls"], "[0]  # x may", "  # x may", layer="conv2d"),
     _dora("does_not_drop_before_a_convolution", ["dropout"],
         "dropped = self.dropout(x)", "dropped = x", layer="conv2d", values={**_USUAL, "dropout": 0.5}),
 ]

@@ -110,10 +110,12 @@ def test_copies_of_biases_that_peft_ignores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_a_convolution_has_the_weights_that_peft_computes(config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_convolution_has_the_weights_that_peft_computes(kind: Any, config: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Conv2d(3, 8, (3, 2), stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    inputs = torch.randn(2, 3, 9, 9)
+    sides = {nn.Conv1d: (3,), nn.Conv2d: (3, 2), nn.Conv3d: (3, 2, 1)}[kind]
+    base = nn.Sequential(kind(3, 8, sides, stride=2, padding=1), nn.ReLU(), kind(8, 4, 1))
+    inputs = torch.randn(2, 3, *[9] * len(sides))
     folder = saved(copy.deepcopy(base), tmp_path / "a", target_modules=["0", "2"], **config)
     adapter = AdapterFile.read(folder)
     assert judge(adapter, base) == judge(adapter) == []
@@ -131,7 +133,7 @@ def test_a_convolution_has_the_weights_that_peft_computes(config: dict[str, Any]
 
 
 def test_a_layer_without_a_reference_is_not_judged(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 3), nn.Linear(4, 4))
+    base = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 3, groups=2), nn.Linear(4, 4))
     folder = saved(copy.deepcopy(base), tmp_path / "a", target_modules=["0", "1"])
     found = judge(AdapterFile.read(folder), base)
     assert {(one.kind, one.nonconforming) for one in found} == {("not-judged", False)}

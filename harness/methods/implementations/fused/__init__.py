@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from harness.methods.spec import Adapted
 
+_LACKING = ("nn.Conv1d", "Conv3d")
+"""Optional features of LoRA and DoRA that `fused` does not have."""
+
 
 def implementations() -> list[Implementation]:
     """Return one Implementation per Method, quantisation and Operation. They import torch on their first call."""
@@ -25,7 +28,9 @@ def implementations() -> list[Implementation]:
 
 
 def _method(name: str) -> Implementation:
-    @implements(name, name="fused", dtypes=DTYPES, offers=optional_features(name))
+    offers = [feature for feature in optional_features(name) if feature not in _LACKING]
+
+    @implements(name, name="fused", dtypes=DTYPES, offers=offers)
     def attach(model: nn.Module, config: object, generator: Generator) -> Adapted:
         adapted: Adapted = importlib.import_module(f"{methods.__name__}.{name}").attach(model, config, generator)
         return adapted

@@ -15,18 +15,23 @@ if TYPE_CHECKING:
     from reference.adalora import Config
 
 
-@implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+@implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"], offers=["Conv2d"])
 def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's AdaLoRA to linear layers and Conv1D.
+    """Attach peft's AdaLoRA to linear layers, Conv1D and Conv2d.
 
-    Raises Unsupported for regularization=squared-sum, for betas of 0 or 1, and if step 1 is the last pruning
-    (total_steps - tfinal = 1).
+    Raises Unsupported for a Conv2d before peft 0.20, for regularization=squared-sum, for betas of 0 or 1, and if step 1 is
+    the last pruning (total_steps - tfinal = 1).
     """
     from peft import AdaLoraConfig
+    from peft.tuners.adalora import layer as peft_layers
 
-    from reference.shared.layers import LINEAR_OR_CONV1D, targets
+    from reference.adalora import KINDS
+    from reference.shared.layers import kind_of, targets
 
-    found = targets(model, config.targets, LINEAR_OR_CONV1D)  # raises for other kinds of layers
+    found = targets(model, config.targets, KINDS)  # raises for other kinds of layers
+    for path, base in found.items():
+        if kind_of(base) == "Conv2d" and not hasattr(peft_layers, "SVDConv2d"):
+            raise Unsupported(f"{path}: peft's AdaLoRA adapts a Conv2d since 0.20")
     if config.regularization != "mean-norm":
         raise Unsupported(f"peft's regulariser is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from reference import pissa as reference_pissa
 
 
-@implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"], offers=["lora_bias"])
+@implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"], offers=["lora_bias", "nn.Conv1d", "Conv3d"])
 def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's LoRA to linear layers, Conv1D, embeddings, convolutions and stacked experts.
 
     Raises Unsupported for a convolution with conv=loralib, for init=orthogonal with a convolution or with experts, for
     init=orthogonal in float64, for dropout with experts, and for lora_bias with another init than kaiming.
     """
-    from reference.shared.layers import KINDS, floating_dtype, kind_of, stacked_weights, targets
+    from reference.shared.layers import CONVOLUTIONS, KINDS, floating_dtype, kind_of, stacked_weights, targets
 
     found = targets(model, config.targets, KINDS)
     kinds = {path: kind_of(layer) for path, layer in found.items()}
@@ -41,7 +41,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
     for path, layer in found.items():
         if config.init == "orthogonal" and str(floating_dtype(layer)) == "torch.float64":
             raise Unsupported(f"{path}: peft draws init=orthogonal in float32, and B A is not zero in float64")
-    for path in (path for path, kind in kinds.items() if kind == "Conv2d"):
+    for path in (path for path, kind in kinds.items() if kind in CONVOLUTIONS):
         if config.conv != "peft":
             raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
         if config.init == "orthogonal":
@@ -105,7 +105,7 @@ class PeftLora(PeftAdapted):
                     self.peft_model.delete_adapter(name)
 
 
-@implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+@implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"], offers=["nn.Conv1d", "Conv3d"])
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's DoRA to linear layers, Conv1D, embeddings and convolutions.
 
@@ -203,7 +203,7 @@ def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
 
     Linear and Conv1D: A (R, D), B (E, R), c (E,).
     Embedding: A (R, num), B (dim, R).
-    Conv2d: A (R, in, k, k), B (out, R/groups, 1, 1), c (out,).
+    Convolution: A (R, in, *kernel), B (out, R/groups, 1, ...), c (out,).
     Stacked experts: A (K R, D) and B (E, R K) of each parameter, see `reference/lora_experts.py`.
     """
     if hasattr(layer, "parameter_name"):

@@ -45,10 +45,11 @@ class FusedAdaLora(adalora.AdaLoraAdapted):
 
 
 def attach(model: nn.Module, config: adalora.Config, generator: torch.Generator) -> adalora.AdaLoraAdapted:
-    """Attach AdaLoRA to `config.targets`."""
+    """Attach AdaLoRA to `config.targets`. A convolution computes as the reference does."""
     adapted = adalora.attach(model, config, generator)
-    for layer in adapted.adalora.values():
+    linear = {path: one for path, one in adapted.adalora.items() if not isinstance(one, adalora.AdaLoraConv)}
+    for layer in linear.values():
         layer.__class__ = FusedAdaLoraLinear
-    link(adapted.adalora)
+    link(linear)
     adapted.__class__ = FusedAdaLora
     return adapted
