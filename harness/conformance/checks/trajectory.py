@@ -20,15 +20,17 @@ from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
 STEPS = 3
+RATES = (1.0, 0.5)
+"""The learning rate of each step, as a multiple of the first step's. The steps take the multiples in turn."""
 
 
 @check(States.WARM)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
-    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
-    optimizer is the Method's own, or torch's fused AdamW with weight decay. With `--wide`, in float32, the steps are
-    also taken by the AdamW of bitsandbytes, if it is installed.
+    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. A scheduler
+    of torch halves the learning rate of the second step. The optimizer is the Method's own, or torch's fused AdamW with
+    weight decay. With `--wide`, in float32, the steps are also taken by the AdamW of bitsandbytes, if it is installed.
     """
     if subject.dtype == "float64":
         return skipped(
@@ -88,6 +90,7 @@ def _trained(
     if not parameters:
         return {}
     optimizer = optimizer_of(adapted, parameters, dtype, adamw=adamw)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: RATES[done % len(RATES)])
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         y = forward(model)
@@ -97,5 +100,6 @@ def _trained(
         if term is not None:
             term.backward()
         optimizer.step()
+        scheduler.step()
         adapted.after_step(step)
     return {name: t.detach().clone() for name, t in adapted.tensors().items()}

@@ -46,6 +46,11 @@ FAULTS = [
         "        galore_step(p, G, self.state[p], **options)",
         '        galore_step(p, G, self.state[p], **options | ({"lr": 0.0} if "initial_lr" in group else {}))',
         values=_GALORE),
+    line_fault("galore", "decays_by_the_first_learning_rate", ["trajectory"],
+        "        galore_step(p, G, self.state[p], **options)",
+        '        galore_step(p, G, self.state[p], **options)\n'
+        '        decay = {n: 1 - group[n] * group["weight_decay"] for n in ("lr", "initial_lr") if n in group}\n'
+        '        p.data.mul_(decay.get("initial_lr", decay["lr"]) / decay["lr"])', values=_GALORE),
     line_fault("galore", "takes_a_gradient_of_zeros_for_none", ["optimizer"],
         "if p.grad is not None:", "if p.grad is not None and p.grad.any():", values=_GALORE),
     line_fault("galore", "forgets_the_state_of_a_moved_parameter", ["optimizer"],
