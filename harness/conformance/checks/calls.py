@@ -181,7 +181,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
             yield Judgement(False, None, None, path, f"memory grows with every call: {kept}", "exact", 0)
-        if held := kept_after_backward(layer, x, dy, training=call.training):
+        if held := kept_after_backward(layer, tensors, x, dy, training=call.training):
             yield Judgement(False, None, None, f"{path} {', '.join(held)}", LayerForm.DROPPED, "exact", 0)
         yield from _with_new_values(subject, case, path, call)
         yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))

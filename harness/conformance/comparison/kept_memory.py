@@ -44,12 +44,14 @@ def describe_leak(act: Callable[[], object]) -> str:
     return f"{grown} tensors are left after {CALLS} calls" if grown >= CALLS else ""
 
 
-def kept_after_backward(layer: nn.Module, x: Tensor, dy: Tensor, *, training: bool) -> list[str]:
+def kept_after_backward(
+    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool
+) -> list[str]:
     """Run a layer forward and backward in the given mode, and drop its input and its output.
 
-    Return the names of those that the layer keeps in memory: `x`, `y` or both.
+    Return the names of those that the layer keeps in memory: `x`, `y` or both. The gradients of `tensors` are restored.
     """
-    with preserved_state(layer, {}, training):
+    with preserved_state(layer, tensors, training):
         given = x.clone().requires_grad_(x.is_floating_point())
         y = layer(given)
         watch = StorageWatch({"x": given, "y": y})

@@ -78,11 +78,12 @@ FAULTS = [
     _adalora("forgets_gamma", ["regularizer"],
         "return self.config.orthogonality * orthogonality(", "return 1.0 * orthogonality("),
     _adalora("shares_its_averages_with_a_deep_copy", ["walk"],
-        "    def delta(self) -> Tensor:",
+        "    def tensors(self) -> dict[str, nn.Parameter]:",
         "    def __deepcopy__(self, memo):\n        import copy\n"
         "        memo |= {id(buffer): buffer for buffer in self.buffers(recurse=False)}\n"
         "        made = self.__class__.__new__(self.__class__)\n        memo[id(self)] = made\n"
-        "        vars(made).update(copy.deepcopy(vars(self), memo))\n        return made\n\n    def delta(self) -> Tensor:"),
+        "        vars(made).update(copy.deepcopy(vars(self), memo))\n        return made\n\n"
+        "    def tensors(self) -> dict[str, nn.Parameter]:"),
     _adalora("adds_a_term_where_gamma_is_zero", ["regularizer"],
         "        if self.config.orthogonality == 0:", "        if False:",
         "return self.config.orthogonality * orthogonality(", "return 0.1 * orthogonality(",

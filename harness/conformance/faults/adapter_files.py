@@ -115,6 +115,6 @@ FAULTS = [
         "            scaling *= math.sqrt(2) if settings.use_rslora and half is not None else 1",
         adapter="experts_by_name_rslora"),
     # unsloth-zoo#812
-    _logits("drops_the_update_of_experts", "if W.dim() == 3 else", "* 0 if W.dim() == 3 else", adapter="experts"),
+    _logits("drops_the_update_of_experts", "if W_ED.dim() == 3 else", "* 0 if W_ED.dim() == 3 else", adapter="experts"),
 ]
 # fmt: on
