@@ -9,8 +9,14 @@ from torch import nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.checks.galore import Step, judge_optimizer, new_optimizer, numbers_of_bits, steps_of_subject
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.galore_steps import (
+    Step,
+    judge_optimizer,
+    new_optimizer,
+    numbers_of_bits,
+    steps_of_subject,
+)
 from harness.conformance.comparison.kept_memory import tensors_in
 from harness.conformance.subject import Subject
 from harness.errors import Unsupported

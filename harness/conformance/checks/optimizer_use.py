@@ -10,8 +10,8 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.checks.galore import new_optimizer, numbers_of_bits
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.galore_steps import new_optimizer, numbers_of_bits
 from harness.conformance.comparison.tolerance_policies import unchanged, worst_of
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
