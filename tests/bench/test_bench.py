@@ -290,6 +290,13 @@ def test_a_call_that_is_right_only_outside_timing_gets_no_speed(
     assert why in forward.because
 
 
+def test_a_known_defect_of_codes_does_not_prevent_timing(registry: Registry) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    (one,) = rows(registry.find("operation", "adamw8bit_step", "bitsandbytes"), registry, "adamw8bit_step")
+    assert one.outcome == "measured", one.because
+    assert {t.defect for t in one.parity if t.check == "output_codes"} == {"", "bitsandbytes-8bit-not-nearest"}
+
+
 def test_a_cache_of_whole_contents_has_no_hit_in_the_timing(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
