@@ -320,7 +320,7 @@ def test_a_target_of_the_initial_rank_prunes_nothing() -> None:
     [
         ({"rank": 4, "target_rank": 5}, "target_rank 5 is above rank 4"),
         ({"tinit": 600, "tfinal": 400}, "leave no step of total_steps 1000"),
-        ({"targets": ("k_proj",)}, "no linear or Conv1D layer is named 'k_proj'"),
+        ({"targets": ("k_proj",)}, "no linear, Conv1D or Conv2d layer is named 'k_proj'"),
     ],
 )
 def test_invalid_configs_leave_the_model_unchanged(config: dict[str, Any], message: str) -> None:
