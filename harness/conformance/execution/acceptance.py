@@ -47,11 +47,13 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
 
     For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
     the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's stacked
-    experts must not be too large. Every other case can be tried.
+    experts and their inputs must not be too large. Every other case can be tried.
     """
     if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
         shape, rank = case.values["shape"], case.values.get("rank", 1)
-        return bool(case.values["experts"] * max(math.prod(shape), rank * sum(shape)) <= _LARGEST_STACK)
+        stack = case.values["experts"] * max(math.prod(shape), rank * sum(shape))
+        rows = case.values.get("tokens", 1) * case.values.get("chosen", 1) * sum(shape)
+        return bool(stack <= _LARGEST_STACK and rows <= _LARGEST_INPUT)
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):
