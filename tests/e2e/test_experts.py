@@ -44,7 +44,7 @@ def _model(shape: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>").save_pretrained(folder)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny-mixtral", pytest.param("tiny-qwen-moe", marks=pytest.mark.nightly)])
 def test_three_implementations_have_the_losses_of_float64(shape: str, fork_sandbox: ForkSandbox) -> None:
     _model(shape, fork_sandbox.folder / "model")
