@@ -284,7 +284,8 @@ class AdaLoraLinear(AdaptedLayer):
 class AdaLoraConv(AdaLoraLinear):
     """A frozen convolution whose kernel, as a matrix (E, D), has the update of a linear layer.
 
-    A row of the matrix is the kernel of an output channel, so D is input channels / groups x size of the kernel.
+    A row of the matrix is the kernel of an output channel, so D is
+    (input channels / groups) x (product of the kernel's sides).
     """
 
     base: Convolution

@@ -57,17 +57,21 @@ class Samples(FrozenModel):
     Empty if the samples were timed directly.
     """
 
+    @property
+    def total_s(self) -> float:
+        """Seconds of all calls in all samples together."""
+        times = {"ours": self.ours, "other": self.other, "limit": self.limit}
+        return sum(self.calls.get(name, 1) * sum(samples) for name, samples in times.items())
+
     def disagrees(self, elapsed_s: float) -> bool:
-        """Return whether all sampled times together are far shorter than `elapsed_s` (see TIMER_SHARE).
+        """Return whether `elapsed_s` exceeds TIMER_SHARE times the sum of the samples, plus TIMER_SLACK_S.
 
         elapsed_s: seconds that the sampling took, by the clock of another process, without the changes of the inputs.
         Samples with `parts` never disagree.
         """
         if self.parts:
             return False  # gradients are drawn between these samples
-        times = {"ours": self.ours, "other": self.other, "limit": self.limit}
-        total = sum(self.calls.get(name, 1) * sum(samples) for name, samples in times.items())
-        return elapsed_s > TIMER_SHARE * total + TIMER_SLACK_S
+        return elapsed_s > TIMER_SHARE * self.total_s + TIMER_SLACK_S
 
 
 class Ceilings(FrozenModel):

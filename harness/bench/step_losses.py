@@ -33,10 +33,14 @@ class LossCheck:
         self.method, self.config, self.dtype = subject.method, subject.config, subject.dtype
         self.shape, self.device = trainee.shape, trainee.device
         self.is_random = bool(getattr(subject.config, "dropout", 0.0))
+        """True if the losses depend on random masks. Then nothing is copied, and the check is skipped."""
         if not self.is_random:
             self.base = whole_model.base(subject, "float64")
+            """The base model in float64."""
             self.tensors = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
+            """Copies of the adapter's trainable tensors at the start."""
             self.state = {name: t.detach().clone() for name, t in subject.state().items()}
+            """Copies of the adapter's other state at the start."""
             self._known: dict[tuple[int, str, int | None], dict[str, Tensor]] = {}
             if former is not None and self._starts_like(former):
                 self.base, self._known = former.base, former._known

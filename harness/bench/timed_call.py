@@ -40,7 +40,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Change:
-    """A new value of a few elements of one argument: their first values times `factor`."""
+    """A new value of a few elements of one argument: their initial values times `factor`."""
 
     name: str
     at: tuple[int | slice, ...]
@@ -48,10 +48,10 @@ class Change:
     factor: float
 
     def apply(self, to: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> None:
-        """Write the value into `to`. first: the arguments with their first values.
+        """Write the value into `to`. first: the arguments with their initial values.
 
-        `to` must have been made by `.data`. Then the write does not raise the `_version` of the argument, like a write
-        by a kernel. So a result that is cached for this version is wrong.
+        `to` must have been made by `.data`. Then the write does not increment the `_version` of the argument, like a
+        write by a kernel. So a result that is cached for this version is wrong.
         """
         torch.mul(first[self.name][self.at], self.factor, out=to[self.name][self.at])
 
@@ -143,6 +143,8 @@ class TimedCall(FreshProgram):
     def check(self, dtype: str, fresh: Arguments, case: Case, *, by_reference: bool = True) -> CheckResult:
         """Check the kept results of timed calls. Then call the Operation with new values, and check these results.
 
+        Raises MemoryError or RuntimeError if memory ran out while a result was copied.
+
         by_reference: True to judge each kept result by the reference. False if the tensors are too large for the float64
         reference: then a kept result that equals another call of the implementation passes unjudged.
 
@@ -159,7 +161,7 @@ class TimedCall(FreshProgram):
             same = _equal(copies, self._with(self.function, subject.arguments).results())
             if same and not by_reference:
                 continue
-            # The check `output_codes` has judged such codes before timing. A known defect of it does not prevent timing.
+            # Codes were judged by `output_codes` before timing, and its known defects do not prevent timing.
             verdict = worst_of([*self._judgements(subject, copies, case, codes=not same)], "as outputs and backward")
             if verdict.decided and not verdict.passed:
                 return judged(subject, case, TIMED_CALL, verdict, "a result from the timing is wrong")

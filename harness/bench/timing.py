@@ -23,7 +23,8 @@ Side = Literal["ours", "other"]
 Announce = Callable[[Literal["begin", "end", "changed"]], object]
 """Function that is called with `begin` before the first sample and with `end` after the last sample.
 
-Then the inputs change as often as for the samples, but no program is called. `changed` follows.
+After `end`, the inputs change as many times again without calls, so that another process can subtract this time; then
+`changed`.
 """
 SIDES: tuple[Side, Side] = ("ours", "other")
 
@@ -161,7 +162,7 @@ def pairs(
     """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
     limit: a third program, timed once after each pair. overhead: copied into the result. single: True for samples of
-    one call each, even if it is short. announce: see `Announce`. Another process can measure by it how long the calls take.
+    one call each, even if it is short. announce: see `Announce`. Another process can thus measure the calls.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     clock.warm_up(other, WARM_S)

@@ -40,12 +40,15 @@ def with_own_clock(row: BenchRow, elapsed_s: float) -> BenchRow:
     """Return the row or, if the timer of the measured process was wrong, a copy with a failed check and no samples.
 
     elapsed_s: seconds that passed in this process while the other process took the samples, without the seconds in which
-    it changed the inputs. On a GPU the row is
-    returned unchanged: its samples are times between events of the device, and the host waits between them on purpose.
+    it changed the inputs. On a GPU the row is returned unchanged: its samples are times between events of the device,
+    and the host waits between them on purpose.
     """
     if row.samples is None or row.device != "cpu" or not row.samples.disagrees(elapsed_s):
         return row
-    because = f"the timer of the measured process is wrong: its samples took {elapsed_s:.3g} s by the clock outside"
+    because = (
+        f"the timer of the measured process is wrong: its calls add up to {row.samples.total_s:.3g} s, but the parent "
+        f"process measured {elapsed_s:.3g} s"
+    )
     found = CheckResult(
         check=str(CheckId(row.name, "timer", row.dtype, "call")), outcome=CheckVerdict.FAIL, detail=because
     )

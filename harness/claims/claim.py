@@ -26,7 +26,10 @@ class MeasureRequest:
     gets the numbers that these requests give."""
 
     def find(self, argument: str) -> str:
-        """Return the first text that is called `argument`, here or in a request inside this one; empty if there is none."""
+        """Return the string argument `argument` of this request or, if it has none, of the first nested request that has it.
+
+        Otherwise return ''.
+        """
         own = self.arguments.get(argument)
         if isinstance(own, str):
             return own
@@ -36,10 +39,10 @@ class MeasureRequest:
 
 @dataclass(frozen=True)
 class Reading:
-    """Another way to read a claim: with another convention, rank or unit than the paper's."""
+    """Another way to understand a claim than the paper's own, e.g. with another rank."""
 
     under: str
-    """The convention, rank or unit of this reading, in words."""
+    """Description of this reading, e.g. `rank 8`."""
     request: MeasureRequest
 
 
@@ -64,7 +67,7 @@ class Claim:
     """The printed figure; None if the claim states a property."""
     rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
-    """Other readings, to be tried in this order if the paper's own convention, rank or unit does not reproduce the claim."""
+    """Other readings, to be tried in this order if the paper's own reading does not reproduce the claim."""
     scale: str = ""
     """Description of our measurement if it is smaller than the paper's, e.g. a smaller model; otherwise empty. A
     different result at a smaller scale does not refute the claim."""
@@ -78,7 +81,7 @@ class Claim:
     where: str = ""
     """Place of the claim: `file:line`."""
     entry: str = ""
-    """Place of the entry of `claims:` that is the claim, or has it as a row: `file:line`."""
+    """`file:line` of the entry of `claims:` that defines the claim, alone or as one of its rows."""
 
     @property
     def rule(self) -> str:

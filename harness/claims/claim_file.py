@@ -287,7 +287,7 @@ _MISSING = {
     "title": "write the paper's title",
     "version": "write the version that was read, e.g. `version: arXiv:2106.09685v2`",
     "claims": "write a list of claims; `peft-harness explain claims` shows an example",
-    "under": "name the convention, rank or unit of this reading",
+    "under": "say what this reading changes, e.g. `under: rank 8`",
     "id": "write a unique name",
     "sentence": "write the claim in a sentence of your own",
     "source": "write the section or table, e.g. `source: Table 2`",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from harness.analysis.grouping import group
@@ -43,16 +44,18 @@ class _Figure:
     words."""
 
 
-_PARTS: Sequence[tuple[Callable[[_Way], Any], Callable[[Claim], Any]]] = (
-    (lambda way: way.cut, lambda claim: claim.paper),
-    (lambda way: way.unit, lambda claim: claim.dimension),
-    (lambda way: way.under, lambda claim: (claim.entry, claim.request.find("method"))),
+_PARTS: Sequence[tuple[str, Callable[[_Way], Any], Callable[[Claim], Any]]] = (
+    ("rounding", lambda way: way.cut, lambda claim: claim.paper),
+    ("unit", lambda way: way.unit, lambda claim: claim.dimension),
+    ("reading", lambda way: way.under, lambda claim: (claim.entry, claim.request.find("method"))),
 )
-"""Each part of a table's convention, and the property of claims that must be equal for the part to be so, too."""
+"""Each part of a convention, and the key that groups claims. All figures of a group share this part."""
 
 
 def tables_of(claim: Claim) -> list[str]:
-    """Return the tables that contain the claim's figure: those with which its source begins, such as `Tables 2 and 9`.
+    """Return the names of the tables at the start of the claim's source.
+
+    For example, `Tables 2 and 9, appendix C` gives `["Table 2", "Table 9"]`.
 
     The parts of a table, such as 6a and 6b, are one table. A property has no figure, and a measurement at a smaller scale
     does not show how a figure must be read: for these the list is empty.
@@ -76,7 +79,10 @@ def with_tables(selected: Iterable[Claim], every: Iterable[Claim]) -> list[Claim
 
 
 def with_table_conventions(judged: Iterable[tuple[Claim, Answers, JudgedClaim]]) -> list[JudgedClaim]:
-    """Return judged claims whose verdicts take the other claims of their tables into account."""
+    """Return the judged claims. A reproduced figure outside its table's convention becomes `reproduced-mixed`.
+
+    judged: claim, one answer per reading, and verdict of the claim alone.
+    """
     rows = {}
     figures = []
     for claim, answers, row in judged:
@@ -123,7 +129,7 @@ def _convention(figures: Sequence[tuple[_Figure, list[_Way]]], part: int = 0) ->
     """
     if part == len(_PARTS):
         return {figure.claim.id: ways[0] for figure, ways in figures if ways}
-    of_way, of_claim = _PARTS[part]
+    _, of_way, of_claim = _PARTS[part]
     found: dict[str, _Way] = {}
     for same in group((of_claim(figure.claim), (figure, ways)) for figure, ways in figures).values():
         options = dict.fromkeys(map(of_way, [_Way(), *(way for _, ways in same for way in ways)]))
@@ -139,13 +145,15 @@ def _convention(figures: Sequence[tuple[_Figure, list[_Way]]], part: int = 0) ->
 def _why(table: str, figure: _Figure, others: Iterable[tuple[_Figure, _Way]]) -> str:
     """Return the reason why a figure is outside its table's convention. others: the figures inside, and their ways."""
 
-    def shared(other: _Figure) -> list[Callable[[_Way], Any]]:
-        return [of_way for of_way, of_claim in _PARTS if of_claim(figure.claim) == of_claim(other.claim)]
+    def shared(other: _Figure) -> dict[str, Callable[[_Way], Any]]:
+        return {name: of_way for name, of_way, of_claim in _PARTS if of_claim(figure.claim) == of_claim(other.claim)}
 
     for other, way in sorted(others, key=lambda one: -len(shared(one[0]))):
         parts = shared(other)
-        if not any(all(of(a) == of(b) for of in parts) for a in figure.ways for b in other.ways):
-            needs = other.ways[way][1]
-            agrees = f"agrees under: {needs}" if needs else "agrees as printed"
-            return f"no one convention reproduces both this figure and {other.claim.id} in {table}, which {agrees}"
-    return f"no one convention reproduces all figures of {table}, and another one reproduces more"
+        for some in (some for count in range(1, len(parts) + 1) for some in combinations(parts, count)):
+            if not any(all(parts[one](a) == parts[one](b) for one in some) for a in figure.ways for b in other.ways):
+                needs = other.ways[way][1]
+                agrees = f"agrees under: {needs}" if needs else "agrees as printed"
+                another = " or ".join(some)
+                return f"outside the convention of {table}: it needs another {another} than {other.claim.id}, which {agrees}"
+    return f"outside the convention of {table}, which reproduces more figures than any that fits this one"

@@ -36,7 +36,8 @@ is 4, and all other claims are computed."""
 
 ROUNDING = {
     "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last "
-    "digit. If it agrees only with digits cut off, or with MB read as MiB, the claim is `reproduced-under` that reading",
+    "digit. If it agrees only with digits cut off, or with MB read as MiB, the claim is `reproduced-under` that reading, "
+    "or `reproduced-mixed` if it differs from its table's convention",
     "cut": f"{RULES['cut']}: our result exceeds the figure by less than a unit of the last digit",
     "magnitude": f"{RULES['magnitude']} on a logarithmic scale: 10x is from 3.2x to 31x. For figures that the paper "
     "gives as powers of ten",

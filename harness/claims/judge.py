@@ -1,6 +1,6 @@
 """Judge a claim by the results of its measures. Imports no torch.
 
-A reading is a way to understand a claim: with the paper's own convention, rank and unit, or with others.
+A reading is a way to understand a claim, e.g. with the rank that the paper states or with another one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ClaimVerdict(StrEnum):
 MEANING = {
     ClaimVerdict.REPRODUCED: "our result rounds to the printed figure, computed as the paper describes; if the claim has a "
     "looser rule (`explain rounding`), it is shown next to our result",
-    ClaimVerdict.UNDER: "reproduced under another convention, rank or unit than the paper states, which is shown",
-    ClaimVerdict.MIXED: "reproduced, but not with the unit, rounding and reading that reproduce more figures of its "
-    "table; one of these is named",
+    ClaimVerdict.UNDER: "reproduced under another reading, rounding or unit than the paper states, which is shown",
+    ClaimVerdict.MIXED: "reproduced, but not under its table's convention (rounding, unit, reading); the row names a "
+    "figure that conflicts",
     ClaimVerdict.NOT_REPRODUCED: "not reproduced under any tried reading; our results are shown with their arithmetic",
     ClaimVerdict.INCONCLUSIVE: "cannot be decided: the paper omits information, or the measurement is too uncertain",
     ClaimVerdict.NOT_RUN: "not computed here; the reason and the requirement are shown",
@@ -58,7 +58,7 @@ class MeasureOutcome(FrozenModel):
     """The result of one reading of a claim."""
 
     under: str
-    """Convention, rank or unit of this reading; empty for the paper's own reading."""
+    """The reading in words; empty for the paper's own reading."""
     measure: str
     arguments: dict[str, Any]
     value: float | bool | None = None
@@ -81,7 +81,7 @@ class JudgedClaim(FrozenModel):
     printed: str
     verdict: ClaimVerdict
     under: str
-    """The convention, rank or unit under which the claim was reproduced; empty for the paper's own."""
+    """The reading, rounding or unit under which the claim was reproduced; empty if it is the paper's own."""
     ours: str
     """Our result as text, under the reading that decides the verdict."""
     how: str

@@ -61,7 +61,7 @@ class Measure:
     """Pydantic model that checks what a claim writes under `with:`."""
     function: Callable[..., MeasureResult]
     is_unit: bool
-    """True if the measure shows a quantity in another unit than the printed one."""
+    """True if the measure only converts the unit. A reading by it then counts as another unit, not as another reading."""
     nested: Mapping[str, Nested] = field(default_factory=dict)
     """Name of each parameter that may be the result of another measure -> its annotation, which says which measures are
     allowed."""

@@ -155,9 +155,9 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 def conventions(
     printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None
 ) -> dict[FigureConvention, str]:
-    """Return the conventions by which the figure agrees with a computed number, each in words.
+    """Return each convention by which the figure agrees with a computed number -> this convention in words.
 
-    Unlike `agrees`, this takes the few digits of figures such as `1x` for cut off, too. most: see `agrees`.
+    Unlike `agrees`, also read figures of few digits, such as `1x`, as cut off. most: see `agrees`.
     """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     readings = [(convention, *_read(printed, rounding, convention)) for convention in CONVENTIONS]

@@ -92,7 +92,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
-    yield "fused AdamW, bitsandbytes and `.data` do not raise the `_version` of what they change: no cache may use it"
+    yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
 
 

@@ -57,7 +57,11 @@ class Case:
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Function that takes a model from `attach_fresh`, and returns the function `forward` that fits this model."""
     walks: int = 0
-    """Number of random walks (random sequences of calls) to try."""
+    """Number of random walks (random sequences of calls) to try.
+
+    If 0, an Operation's call is repeated a hundred times instead of a thousand, and `trajectory` takes no steps by
+    bitsandbytes.
+    """
     is_drawn: bool = False
     """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
     instead of a thousand, and never repeat calls of a large layer."""

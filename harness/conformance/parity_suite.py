@@ -173,8 +173,9 @@ class _CaseRole:
     typical: bool = False
     """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
     representative: bool = False
-    """True for the suite's first case of a kind of layer, and for its first case of a dtype with linear layers or an
-    Operation. Without `--wide`, the check `calls` runs only in these cases and in the typical one."""
+    """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
+    unless the typical case has that kind and dtype. Without `--wide`, the check `calls` runs only in these cases and in
+    the typical one."""
 
 
 @dataclass(frozen=True)

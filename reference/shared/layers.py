@@ -157,7 +157,8 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
 def features_in_out(base: Any) -> tuple[int, int]:
     """Return D and E, the sizes of a layer's inputs and outputs. The layer is of any kind except `experts`.
 
-    The inputs of a convolution are the numbers that one output reads: input channels / groups x size of the kernel.
+    The inputs of a convolution are the numbers that one output reads, so D = (input channels / groups) x (product of the
+    kernel's sides).
     """
     match kind_of(base):
         case "Conv1D":

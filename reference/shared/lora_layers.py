@@ -98,7 +98,7 @@ class LoraConv2dKernel(LowRankLayer):
 
 
 def convolve(base: Convolution, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """Return the convolution of x with `kernel`, without bias.
+    """Return the convolution of x with `kernel` (E, C/groups, *K), without bias, e.g. (..., E, H', W') for x (..., C, H, W).
 
     Stride, padding, padding mode and dilation are those of `base`.
     """
@@ -109,12 +109,18 @@ def convolve(base: Convolution, x: Tensor, kernel: Tensor, groups: int) -> Tenso
 
 
 def pointwise(x: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
-    """Return the convolution of x with a kernel (E, R/G, 1, ...), which maps the R channels of each place to E channels."""
+    """Return the convolution of x with `kernel` (E, R/groups, 1, ...), e.g. (..., E, H, W) for x (..., R, H, W).
+
+    It maps the R channels of each place to E channels.
+    """
     return _CONVOLVE[kernel.dim()](x, kernel, groups=groups)
 
 
 def ungrouped(base: Convolution) -> Convolution:
-    """Return a convolution with one group and the same output. Its kernel is 0 for channels of other groups."""
+    """Return a convolution with one group and the same output as `base`, whose kernel is (E, C/G, *K).
+
+    The new kernel (E, C, *K) is 0 for channels of other groups.
+    """
     whole = dense_copy(base)
     assert isinstance(whole, Convolution)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape

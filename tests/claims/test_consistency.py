@@ -70,11 +70,11 @@ def test_the_convention_of_most_figures_is_the_tables(ledger: dict[str, Any]) ->
 
 def test_a_figure_outside_the_convention_names_one_inside(ledger: dict[str, Any]) -> None:
     why = {row["id"]: row["why"] for row in ledger["claims"] if row["why"]}
-    start = "no one convention reproduces both this figure and"
+    start = "outside the convention of Table"
     assert why == {
-        "size-decimal": f"{start} size-a in Table 1, which agrees under: {KIB}",
-        "count-cut": f"{start} count-a in Table 2, which agrees as printed",
-        "reading-own": f"{start} reading-a in Table 9, which agrees under: twice",
+        "size-decimal": f"{start} 1: it needs another unit than size-a, which agrees under: {KIB}",
+        "count-cut": f"{start} 2: it needs another rounding than count-a, which agrees as printed",
+        "reading-own": f"{start} 9: it needs another reading than reading-a, which agrees under: twice",
     }
 
 
@@ -88,7 +88,7 @@ def test_terminal_and_page_show_it(ledger: dict[str, Any], tmp_path: Path, capsy
     written.write_text(json.dumps(ledger))
     assert main(["claims", "--show", str(written), "--html", str(page)]) == Exit.PASS
     printed = capsys.readouterr().out
-    why = f"no one convention reproduces both this figure and size-a in Table 1, which agrees under: {KIB}"
+    why = f"outside the convention of Table 1: it needs another unit than size-a, which agrees under: {KIB}"
     assert "\n  reproduced-mixed  size-decimal: printed 98KB; we get 98.3 KB = 96 KiB" in printed
     assert f"\n                    {why}\n" in printed
     assert printed.endswith("14 claims: 6 reproduced, 5 reproduced-under, 3 reproduced-mixed\n")

@@ -1,4 +1,7 @@
-"""`trajectory` with `--wide` also takes steps by the AdamW of bitsandbytes, and says so if it cannot."""
+"""`trajectory` with `--wide` also takes steps by the AdamW of bitsandbytes, and says so if it cannot.
+
+A Method with its own optimizer takes no such steps.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from harness.conformance import self_test
 from harness.conformance.comparison import optimizer_steps
 from harness.conformance.execution import suite_run
-from harness.conformance.faults import FaultCase
+from harness.conformance.faults import FaultCase, galore
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.records.record import CheckResult, Outcome
 
@@ -24,9 +27,9 @@ KEPT_NORM = """key = (self.A._version, self.B._version, steps[0])
         norm = self._norm"""
 
 
-def trajectory(copy: PatchedCopy, *, wide: bool) -> CheckResult:
-    plan = self_test._plan("dora").model_copy(update={"checks": ["trajectory"]})
-    (one,) = suite_run.run_case(self_test.implementation("dora", copy), plan, CASE.of_kind("method"), wide=wide)
+def trajectory(copy: PatchedCopy, *, wide: bool, method: str = "dora", case: FaultCase = CASE) -> CheckResult:
+    plan = self_test._plan(method).model_copy(update={"checks": ["trajectory"]})
+    (one,) = suite_run.run_case(self_test.implementation(method, copy), plan, case.of_kind("method"), wide=wide)
     return one.result
 
 
@@ -57,7 +60,9 @@ def test_without_bitsandbytes_the_result_says_so(monkeypatch: pytest.MonkeyPatch
     optimizer_steps.bitsandbytes_problem.cache_clear()
     try:
         result = trajectory(PatchedCopy("reference.dora"), wide=True)
+        own_optimizer = trajectory(PatchedCopy("reference.galore"), wide=True, method="galore", case=galore.CASE)
     finally:
         optimizer_steps.bitsandbytes_problem.cache_clear()
-    assert result.outcome is Outcome.PASS
+    assert result.outcome is own_optimizer.outcome is Outcome.PASS
     assert result.detail.startswith("without bitsandbytes: ModuleNotFoundError")
+    assert "bitsandbytes" not in own_optimizer.detail

@@ -234,14 +234,14 @@ def _switches_the_adapter_off(model: Any, x: Tensor) -> None:
 
 
 def _takes_a_fused_step(model: Any, x: Tensor) -> None:
-    """Such a step does not raise the version of the tensors that it writes."""
+    """Such a step does not increment the `_version` of the tensors that it writes."""
     for factor in (model.k.A, model.k.B):
         factor.grad = torch.ones_like(factor)
     torch.optim.AdamW([model.k.A, model.k.B], lr=0.5, fused=True).step()
 
 
 def _takes_a_step_of_bitsandbytes(model: Any, x: Tensor) -> None:
-    """Such a step does not raise the version either, and is no step of an optimizer of torch."""
+    """Such a step does not increment `_version` either, and is no step of an optimizer of torch."""
     factors = [model.k.A, model.k.B]
     for factor in factors:
         factor.grad = torch.ones_like(factor)

@@ -1,4 +1,5 @@
-"""LoRA, DoRA and AdaLoRA of convolutions: each is a convolution of torch with a kernel of which the update is B A."""
+"""LoRA, DoRA and AdaLoRA of convolutions: each is a convolution whose kernel is the base's
+kernel changed by the Method's formula."""
 
 from __future__ import annotations
 

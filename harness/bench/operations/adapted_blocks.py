@@ -73,7 +73,7 @@ def _experts() -> TimedOperation:
         return min(EXPERTS, s.tokens * CHOSEN)
 
     def routing_bytes(s: BenchSize, i: int) -> int:
-        return s.tokens * CHOSEN * (i + 8)  # a weight and an int64 number
+        return s.tokens * CHOSEN * (i + 8)  # a routing weight and an int64 expert index
 
     def flops(s: BenchSize, times_factors: int) -> float:
         return 2 * s.tokens * CHOSEN * (weights(s) + times_factors * factors(s) + s.D)

@@ -97,7 +97,8 @@ class Check(Generic[_Subject]):
     """True if a check with `only_wide` is also tried when the selection is not wide, but only in the suite's typical
     case."""
     also_in_representative_cases: bool
-    """The same for the typical case and the suite's first case of each kind of layer and of each dtype."""
+    """True if a check with `only_wide` is also tried in the typical case and in each representative one
+    (`_CaseRole.representative`)."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -108,7 +109,7 @@ class Check(Generic[_Subject]):
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
         selection adds to the suite's examples. typical: whether the case is the suite's typical case. representative:
-        whether it is the suite's first case of a kind of layer or of a dtype.
+        whether it is a representative case (`_CaseRole.representative`).
         """
         also = self.also_in_typical_case and typical
         also |= self.also_in_representative_cases and (typical or representative)

@@ -62,8 +62,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
     uses the mask of the forward pass. A mask must differ between tokens and between calls. It must not drop or retain
     all features of a wide token together. The random numbers need not equal the reference's.
-    All this holds for every rank and in every form of a call. In float32 the check also tries rank 1, the largest rank
-    that a layer can have, torch.compile and other forms, such as a call under activation checkpointing.
+    In float32, for the first layer if it takes rows, the check also tries rank 1, rank min(D, E), torch.compile and 13
+    forms of a call (e.g. checkpointing, a deep copy). D and E are the numbers of the layer's input and output features.
 
     In the check's input, every token has only one feature that is not zero. The output must equal the reference's
     output with this feature either retained or dropped, which reveals the mask. The gradients must equal the
@@ -122,7 +122,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
 
 @dataclass(frozen=True)
 class _RevealedMask:
-    """Input of a layer in training mode whose output reveals the mask: every token has one nonzero feature."""
+    """Input with one nonzero feature per token, so that the layer's output shows which of these features were dropped."""
 
     subject: Subject
     case: Case
@@ -255,8 +255,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
-    In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: True also
-    tries a call under torch.compile. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike.
+    In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: whether to
+    try torch.compile, too. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike.
     """
     bits = -math.log2(max(p, 1 - p))  # of one token; 0 if p is so small that 1 - p rounds to 1
     if bits * MANY < DROPOUT_SURE_BITS:
@@ -297,8 +297,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
 def _of_other_ranks(subject: Subject, case: Case, path: str, p: float) -> Iterator[str]:
     """Yield the messages of `_share` about new adapters of extreme ranks, for which a program may take another path.
 
-    The ranks are 1 and the number of input or output features of the layer, whichever is smaller. Leave out a rank that
-    the Method refuses with the other settings, as LoRA refuses rank 1 with init=orthogonal.
+    The ranks are 1 and min(D, E). Leave out a rank that the Method refuses with the other settings, as LoRA refuses
+    rank 1 with init=orthogonal.
     """
     names = [f.name for f in fields(subject.config) if f.name.endswith("rank")]
     for rank in (1, min(subject.bases[path].get_parameter("weight").shape)) if names else ():

@@ -33,10 +33,10 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     tensors, not copies, so that a program can load values by writing to them.
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
-    attached. Afterwards both models give the same outputs and the same `state()`, and loading has neither frozen a
-    parameter nor let a frozen one train. If the model assigns new parameters
-    (`assign=True`), `tensors()` and `parameters()` list those. Tensors that are no parameters of the model (hooks hold
-    them) are copied separately. Models with packed weights are left out here.
+    attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
+    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
+    that are no parameters of the model (hooks hold them) are copied separately. Models with packed weights are left out
+    here.
     """
     fresh = case.attach_again()
     if fresh is None:

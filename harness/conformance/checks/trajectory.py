@@ -30,13 +30,15 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
 
     Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. A scheduler
     of torch halves the learning rate of the second step. The optimizer is the Method's own, or torch's fused AdamW with
-    weight decay. With `--wide`, in float32, the steps are also taken by the AdamW of bitsandbytes, if it is installed.
+    weight decay. If the Method has no optimizer, a wide selection in float32 also takes the steps by bitsandbytes' AdamW,
+    if it is installed; sampled cases with more than one token do not.
     """
     if subject.dtype == "float64":
         return skipped(
             subject, case, "trajectory", "a float64 reference does not show how much the steps amplify rounding errors"
         )
-    fresh, others = case.attach_again(), case.attach_again() if case.walks and subject.dtype == "float32" else None
+    chosen = case.walks and subject.dtype == "float32" and subject.adapted.optimizer(1.0, 0.0) is None
+    fresh, others = case.attach_again(), case.attach_again() if chosen else None
     if fresh is None or case.forward is None:
         return skipped(subject, case, "trajectory", "the case cannot attach again")
     start = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}

@@ -248,7 +248,7 @@ def _copy_data(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _fused_step(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Halve parameters by a step of torch's fused AdamW, which does not raise their version counters (`_version`)."""
+    """Halve parameters by a step of torch's fused AdamW, which does not increment their `_version`."""
     parameters = dict(layer.named_parameters())
     stepped = {name: p for name, p in parameters.items() if not torch.equal(p.detach(), values[name])}
     for parameter in stepped.values():

@@ -19,7 +19,7 @@ from reference.galore import Projector, galore_step, projector
 
 LR, DECAY = 0.1, 0.1
 COMPARED = 12
-"""Steps are compared up to this number, and the last two of a longer run."""
+"""Number of first steps to compare. Of a longer run, the last two are compared, too."""
 MOVED = 8
 """Number of the step, counted from 0, before which the tensors' data become other tensors."""
 _SINGULAR_VALUES = 64
@@ -28,9 +28,8 @@ Signs = tuple[float, ...]
 
 
 Bases = dict[tuple[Any, ...], Projector]
-"""Cache: (tensor name, step number, dtype and seed, dtype, seed and signs of the earlier steps) -> singular vectors.
-
-Only a randomised SVD starts from the old subspace. For an exact SVD, the last item of the key is therefore empty."""
+"""Cache: (tensor name, step number, `(dtype, seed)` or `float64`, `(dtype, seed, *signs of earlier steps)`) -> singular
+vectors. For an exact SVD, which does not start from the old subspace, the last item of the key is ()."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,9 @@ def judge_optimizer(
     bits: int | None,
 ) -> Judgement:
     """Judge the tensors `mine` after each step by the reference's tensors.
+
+    tensors: name -> tensor before the first step. steps: the steps that `mine` has taken. bits: the option `bits` with
+    which `mine` was computed, or None for an optimizer without this option.
 
     With 8 bits, eps may be added to sqrt(V), as the reference does, or to sqrt(V / (1 - beta2^t)), as the authors'
     8-bit optimizer and algorithm 2 of the paper do.
@@ -176,9 +178,9 @@ def steps_of_reference(
     """Return the tensors after each step of the reference, with the same names as in `steps_of_subject`.
 
     signs: number of a step with a new subspace -> signs of its singular vectors. For a step that is missing in `signs`,
-    the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. as_printed:
-    add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 of the paper prints it. seed: if set, every gradient is moved at
-    random by a few units in the last place of `dtype`.
+    the signs of the float64 SVD are used. bases: cache of singular vectors for calls with the same steps. bits: bits of
+    the optimizer's moments, 8 or 32. as_printed: add eps to sqrt(V / (1 - beta2^t)), as algorithm 2 of the paper prints
+    it. seed: if set, every gradient is moved at random by up to half a unit in the last place of `dtype`.
     """
     generator = torch.Generator().manual_seed(seed or 0)
     config, seen = fresh.config, {}

@@ -15,9 +15,9 @@ from harness.methods.spec import Adapted
 AdamW = Literal["plain", "fused", "bitsandbytes"]
 """Implementation of AdamW: torch's default, torch's fused one, or the one of bitsandbytes with moments of 32 bits.
 
-The last two write into the tensors without raising their `_version`. A layer with a cache that relies on `_version` is
+The last two write into the tensors without incrementing `_version`. A layer with a cache that relies on `_version` is
 then wrong after the step. Measured with torch 2.13 and bitsandbytes 0.50.2 on a CPU: no optimizer of bitsandbytes
-raises `_version` (AdamW, AdamW8bit, PagedAdamW, Lion and LAMB, in float32, float64 and 16 bits), but all of them call
+increments `_version` (AdamW, AdamW8bit, PagedAdamW, Lion and LAMB, in float32, float64 and 16 bits), but all of them call
 the hooks of `torch.optim.optimizer.register_optimizer_step_post_hook`.
 """
 

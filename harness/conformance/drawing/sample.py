@@ -108,7 +108,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
     """Mark the first example of each kind of layer, and the first of each dtype among linear layers and Operations.
 
-    The typical example represents its kind and dtype, so no other example of both is marked.
+    The typical example stands for its own kind and dtype, so no other example of this kind and dtype is marked.
     """
 
     def represents(case: AnyCase) -> tuple[str, str]:

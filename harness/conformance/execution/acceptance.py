@@ -36,7 +36,8 @@ _LARGEST_BUILT_SIDE = 160
 """Largest side of a weight in the small model that is built to find out whether the reference accepts a case. If the
 case has a larger rank, the side may be as large as the rank."""
 _LARGEST_INPUT = 600_000
-"""Largest number of elements that the input and the output of a layer have together."""
+"""Largest number of elements that the input and the output of a layer, or the rows of all chosen experts, have
+together."""
 _LARGEST_STACK = 1_000_000
 """Largest number of elements in the stacked weights of an Operation's experts. With 300 experts as large as other weights,
 a check would take minutes."""

@@ -45,7 +45,7 @@ _SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
 """Kind of layer -> options of the second adapted convolution. A kind without an entry uses the options of the first
 adapted convolution with another stride."""
 _CLASSES = {"nn-conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
-"""First word of a kind of convolution -> its class. The first has one spatial dimension, the second two, the third three."""
+"""Prefix of a kind of convolution -> its class. The first has one spatial dimension, the second two, the third three."""
 
 
 class ParityModel(nn.Module):

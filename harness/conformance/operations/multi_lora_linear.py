@@ -53,9 +53,9 @@ def arguments(
     ids: the adapter of each sequence, or -1 for none. An id beyond the last adapter is taken modulo the number of
     adapters. ranks: the rank of each adapter. shape: (D, E), the input and output features. distinct: if above 0, the
     number of adapters. Their ranks then repeat the list `ranks`, and the batch gets one more sequence for each of them.
-    index: the dtype of the ids. padding: with `none`, all sequences have the same length. Otherwise their lengths differ,
-    and the shorter ones are padded on this side: with zeros or, with `-token`, with one row, as by the embedding of a
-    padding token. Padding is computed and compared like any other row.
+    index: the dtype of the ids. tokens: the length of a sequence with its padding; x has the shape (sequences, tokens, D).
+    padding: `none`, or the side on which shorter sequences are padded. `left` and `right` pad with zeros; `left-token` and
+    `right-token` with one random row, like a padding token's embedding. Rows of padding are compared, too.
     """
     D, E = shape
     if distinct:

@@ -1,6 +1,6 @@
 """peft: target_parameters adds the update to the experts' weights, so in bfloat16 each element of W + dW is rounded.
 
-LoRA of a linear layer computes W x and B A x apart, and rounds only their results. Seen in 0.21.2.
+LoRA of a linear layer computes W x and B A x separately, and rounds only their results. Seen in 0.21.2.
 """
 
 import torch
@@ -26,4 +26,5 @@ model = get_peft_model(nn.Sequential(Experts()), config, autocast_adapter_dtype=
 x = torch.randn(9, 512).bfloat16()
 with torch.no_grad():
     rounded, exact = model(x), model.double()(x)
-print("error of the output because W + dW is rounded:", float((rounded - exact).norm() / exact.norm()), "(0 apart)")
+error = float((rounded - exact).norm() / exact.norm())
+print("error of the output because W + dW is rounded:", error, "(0 if W x and B A x are computed separately)")
