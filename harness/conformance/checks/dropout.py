@@ -25,6 +25,7 @@ from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject, initial_shapes, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
 
@@ -104,7 +105,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             if rare and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
             in_float32 = subject.dtype == "float32" and x.dim() == 2 and index == 0
-            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p, in_float32)]
+            compiles = in_float32 or (x.dim() == 2 and case.walks > 0)
+            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p, compiles)]
             if x.dim() == 2 and index == 0:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
             if in_float32:
@@ -308,7 +310,10 @@ def _of_other_ranks(subject: Subject, case: Case, path: str, p: float) -> Iterat
             initial_shapes(subject.method, bases, replace(subject.config, **ranks), case.generator())
         except ValueError:
             continue
-        fresh = case.attach_again(**ranks)
+        try:
+            fresh = case.attach_again(**ranks)
+        except Unsupported:
+            continue
         if fresh is not None:
             warm(fresh.added(), case.generator(salt=1))
             for problem in _share(fresh, path, fresh.adapted.layers[path], p):

@@ -83,12 +83,12 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     assert other is not None  # noqa: S101  # it was attached before
     constants = method_info(subject.method).spec.start_from_config
     names = [name for name in changed if name.rpartition(".")[2] not in constants]
+    trained = _trainable(other)
     if names:
         load(fresh.adapted, {}, changed)
         other.model.load_state_dict(fresh.model.state_dict())
         both = ({name: state[name] for name in names} for state in (other.state(), changed))
         yield prefix_tensor("after load_state_dict", exact(*both))
-    trained = _trainable(other)
     other.model.load_state_dict(saved)
     if changes := sorted(trained ^ _trainable(other)):
         yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from harness.conformance.tolerance_constants import EPSILON, LEARNING_RATE_EPS
 from harness.methods.spec import Adapted
 
+DECAY = 0.1
+"""Weight decay, unless a check chooses another."""
 AdamW = Literal["plain", "fused", "bitsandbytes"]
 """Implementation of AdamW: torch's default, torch's fused one, or the one of bitsandbytes with moments of 32 bits.
 
@@ -23,7 +25,7 @@ the hooks of `torch.optim.optimizer.register_optimizer_step_post_hook`.
 
 
 def optimizer_of(
-    adapted: Adapted, tensors: Iterable[Tensor], dtype: str, *, adamw: AdamW = "plain"
+    adapted: Adapted, tensors: Iterable[Tensor], dtype: str, *, adamw: AdamW = "plain", decay: float = DECAY
 ) -> torch.optim.Optimizer:
     """Return the Method's own optimizer. If there is none, return AdamW with weight decay over `tensors`.
 
@@ -35,8 +37,8 @@ def optimizer_of(
     zero would dominate the error, and two correct programs could differ by any factor.
     """
     lr = max(1e-2, LEARNING_RATE_EPS * EPSILON[dtype])
-    own = adapted.optimizer(lr, 0.1)
-    return own or _implementation(adamw)(list(tensors), lr=lr, weight_decay=0.1, eps=1.0)
+    own = adapted.optimizer(lr, decay)
+    return own or _implementation(adamw)(list(tensors), lr=lr, weight_decay=decay, eps=1.0)
 
 
 @cache

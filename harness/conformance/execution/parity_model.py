@@ -98,7 +98,7 @@ class ParityModel(nn.Module):
         for name, parameter in self.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             fan_in = D if kind.startswith("embedding") else max(1, parameter.numel() // max(parameter.shape[0], 1))
-            fan_in = parameter.shape[-1] if parameter.dim() == 3 else fan_in
+            fan_in = parameter.shape[-1] if parameter.dim() == 3 and kind == "experts" else fan_in
             own_size = 1.0 if name.startswith("other.") else size
             parameter.data = (drawn * (own_size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
