@@ -27,10 +27,10 @@ RATES = (1.0, 0.5)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 
-    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. A scheduler
-    of torch halves the learning rate of the second step. The optimizer is the Method's own, or torch's fused AdamW with
-    weight decay. If the Method has no optimizer, a wide selection in float32 also takes the steps by bitsandbytes' AdamW
-    without weight decay, if it is installed; sampled cases with more than one token do not.
+    Each step has another gradient, adds the Method's own loss term, and ends with the Method's `after_step`. The
+    learning rate of the second step is halved, as by a scheduler of torch. The optimizer is the Method's own, or torch's
+    fused AdamW with weight decay. If the Method has no optimizer, a wide selection in float32 also takes the steps by
+    bitsandbytes' AdamW without weight decay, if it is installed; sampled cases with more than one token do not.
     """
     if subject.dtype == "float64":
         return skipped(
@@ -101,8 +101,9 @@ def _trained(
     if not parameters:
         return {}
     optimizer = optimizer_of(adapted, parameters, dtype, adamw=adamw, decay=decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: RATES[done % len(RATES)])
     for step in range(1, STEPS + 1):
+        for group in optimizer.param_groups:  # as a scheduler of torch does
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * RATES[(step - 1) % len(RATES)]
         optimizer.zero_grad()
         y = forward(model)
         dy = torch.randn(y.shape, generator=case.generator(salt=90 + step), dtype=torch.float64)
@@ -111,6 +112,5 @@ def _trained(
         if term is not None:
             term.backward()
         optimizer.step()
-        scheduler.step()
         adapted.after_step(step)
     return {name: t.detach().clone() for name, t in adapted.tensors().items()}
