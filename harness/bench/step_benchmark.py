@@ -22,7 +22,7 @@ from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS
 from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import parity_suite
-from harness.conformance.comparison.check_results import judged
+from harness.conformance.comparison.check_results import from_problems, judged
 from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, DeviceLostError
@@ -169,6 +169,8 @@ class _Galore:
             adapted = self._attach(model, step.method, implementation)
         self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
         self.generator = random_numbers.generator(weight.device, SEED)
+        self.idle = 0
+        """Number of timed steps that did not change the weight."""
 
     def _attach(self, model: nn.Module, method: str, implementation: Callable[..., Any]) -> Any:
         config = configure(method, {**self.config, "targets": ["weighted"]})
@@ -231,7 +233,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
         after = [
             CheckOutcome(
                 implementation=it.name, kind="method", target=setting.step.method, dtype=setting.dtype, case=shape,
-                result=_later_steps(setting, it, run.config),
+                result=_later_steps(setting, it, run),
             )
             for it, run in zip(both, runs, strict=True)
         ]  # fmt: skip
@@ -246,17 +248,19 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     )  # fmt: skip
 
 
-def _later_steps(setting: StepSetting, it: Implementation, config: dict[str, Any]) -> CheckResult:
-    """After timing, train a new weight of the timed size with new gradients, and compare it with the reference's.
+def _later_steps(setting: StepSetting, it: Implementation, timed: _Galore) -> CheckResult:
+    """Check that each timed step changed the weight, and check the first steps of a new weight against the reference.
 
-    The weight starts at zero, so that rounding it does not hide the updates.
+    The new weight has the timed size and new gradients. It starts at zero, so that rounding it does not hide the updates.
     """
+    if timed.idle:
+        return from_problems(setting, TRAINED, TIMED_CALL, [f"{timed.idle} timed steps did not change the weight"])
     dtype, size = DTYPES[setting.dtype], (setting.shape.features,) * 2
     generator = random_numbers.generator(setting.device, SEED + 1)
     gradients = [random_numbers.normal(size, generator, setting.device, dtype) for _ in range(LATER_STEPS)]
 
     def trained(by: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        run = _Galore(setting, by, torch.zeros(size, dtype=dtype, device=setting.device), config)
+        run = _Galore(setting, by, torch.zeros(size, dtype=dtype, device=setting.device), timed.config)
         for gradient in gradients:
             run.weight.grad = gradient.to(dtype)
             run.step()
@@ -292,13 +296,17 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
     launches: dict[str, list[float]] = {side: [] for side in runs}
     limit: list[float] = []
     first: list[timing.Side] = []
+    before = runs["ours"].weight.detach().clone()
 
     def cycle(run: _Galore | _Products) -> list[float]:
         times = []
         clock.launch_s.clear()
         for _ in range(CYCLE):
+            before.copy_(run.weight.detach())
             run.draw()
             times.append(clock.sample(run.step))
+            if isinstance(run, _Galore):
+                run.idle += torch.equal(before, run.weight)
         return times
 
     warmup: dict[str, list[float]] = {side: cycle(run) for side, run in runs.items()}

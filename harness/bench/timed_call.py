@@ -6,6 +6,7 @@ same tensors; zeros after some calls; a tensor that is computed only when it is 
 or stream is still writing.
 
 So the values of the arguments change before each timed call, and results of the timed calls themselves are checked.
+The type of every result is checked as well, because a lazy tensor computes the right values when it is read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from random import Random
 
 import torch
@@ -33,14 +35,18 @@ from harness.records.check import CheckResult
 PIECE = 2**24
 """Largest number of elements that a comparison of two tensors copies at once."""
 CHANGED = 4096
-"""Largest number of elements that change before a timed call."""
+"""Largest number of elements of an argument that change before a timed call."""
 KEPT = 2
 """Number of timed calls whose results are kept for the check."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A new value of a few elements of one argument: their initial values times `factor`."""
+    """New values of a few elements of one argument.
+
+    Floating numbers become their initial values times `factor`. Other values, such as codes and ids, change places, so
+    that each of them stays valid: they rotate by the share `factor` of their number.
+    """
 
     name: str
     at: tuple[int | slice, ...]
@@ -53,7 +59,11 @@ class Change:
         `to` must have been made by `.data`. Then the write does not increment the `_version` of the argument, like a
         write by a kernel. So a result that is cached for this version is wrong.
         """
-        torch.mul(first[self.name][self.at], self.factor, out=to[self.name][self.at])
+        initial, piece = first[self.name][self.at], to[self.name][self.at]
+        if piece.is_floating_point():
+            torch.mul(initial, self.factor, out=piece)
+        else:
+            piece.copy_(piece.roll(1 + int(self.factor * (len(piece) - 1))))
 
 
 class TimedCall(FreshProgram):
@@ -69,15 +79,18 @@ class TimedCall(FreshProgram):
         self.operation, self.function, self.arguments = operation, function, cloned(arguments)
         self.backward = backward
         self.original, self.first = arguments, operation_call.flatten(arguments)
-        self.changes: list[Change] = []
-        """All changes of the arguments so far, in order."""
+        self.changes: list[list[Change]] = []
+        """The changes of the arguments before each timed call so far."""
         self.kept: list[tuple[int, dict[str, Tensor]]] = []
-        """Copies of results of timed calls, each with the number of changes before the call."""
+        """Copies of results of timed calls, each with the number of the call, from 1."""
+        self.odd: dict[str, str] = {}
+        """For each name of a result that was no ordinary tensor in a timed call, the name of its type."""
         self.not_kept: Exception | None = None
         """The error for which a result could not be copied, because memory ran out."""
         self._random, self._to_keep = Random(), frozenset[int]()  # noqa: S311  seeded by the operating system
         self._aliases = {name: tensor.data for name, tensor in operation_call.flatten(self.arguments).items()}
-        self._changing = [n for n, t in self.first.items() if t.is_floating_point() and t.dim() and t.numel()]
+        changing = {n: t.is_floating_point() for n, t in self.first.items() if t.dim() and t.numel()}
+        self._changing = [found for kind in (True, False) if (found := [n for n in changing if changing[n] is kind])]
         self.leaves: dict[str, Tensor] = {}
         self.dys: list[Tensor] = []
         if backward:
@@ -105,23 +118,37 @@ class TimedCall(FreshProgram):
         self._to_keep = frozenset(done + 1 + number for number in self._random.sample(range(calls), min(KEPT, calls)))
 
     def prepare(self) -> None:
-        """Change up to CHANGED elements of one random argument, so that the last result is no longer right."""
-        name = self._random.choice(self._changing)
+        """Change the arguments, so that the last result is no longer right.
+
+        Up to CHANGED elements change in one random argument of floating numbers and in one random other argument.
+        """
+        self.changes.append([self._change(self._random.choice(names)) for names in self._changing])
+        for change in self.changes[-1]:
+            change.apply(self._aliases, self.first)
+
+    def _change(self, name: str) -> Change:
         *outer, last = self.first[name].shape
         start = self._random.randrange(0, last, CHANGED)
+        count = min(CHANGED, last - start)
+        if not self.first[name].is_floating_point():  # rotations of equal length would soon restore earlier values
+            count = self._random.randint(min(2, count), count)
         row = [self._random.randrange(size) for size in outer]
-        self.changes.append(Change(name, (*row, slice(start, start + CHANGED)), self._random.uniform(0.25, 0.75)))
-        self.changes[-1].apply(self._aliases, self.first)
+        return Change(name, (*row, slice(start, start + count)), self._random.uniform(0.25, 0.75))
 
     def receive(self, returned: tuple[object, tuple[Tensor | None, ...]]) -> None:
-        """Copy the result of a timed call if `expect` has chosen it. The copy waits for no other thread or stream."""
-        if len(self.changes) in self._to_keep:
-            try:
-                self.kept.append((len(self.changes), _copies(self._named(*returned))))
-            except (MemoryError, RuntimeError) as error:
-                if shortage(error) is None:
-                    raise
-                self.not_kept = error
+        """Note the types in the result of a timed call, and copy the result if `expect` has chosen it.
+
+        The copy waits for no other thread or stream.
+        """
+        try:
+            named = self._named(*returned)
+            self.odd |= {name: type(t).__name__ for name, t in named.items() if type(t) is not Tensor}
+            if len(self.changes) in self._to_keep:
+                self.kept.append((len(self.changes), _copies(named)))
+        except (MemoryError, RuntimeError) as error:
+            if shortage(error) is None:
+                raise
+            self.not_kept = error
 
     def results(self) -> dict[str, Tensor]:
         """Call the Operation. Return outputs and gradients by name, e.g. `grad x`.
@@ -148,33 +175,32 @@ class TimedCall(FreshProgram):
         by_reference: True to judge each kept result by the reference. False if the tensors are too large for the float64
         reference: then a kept result that equals another call of the implementation passes unjudged.
 
+        The results of all timed calls must have been ordinary tensors.
+
         fresh: arguments with the new values, of the same shapes. They are written into the tensors of the timed call.
-        The results must be ordinary tensors, must differ from the results with the old values, and must agree with a
-        call on other tensors with the new values. They agree if they are equal to the last bit or, because a kernel may
+        The results must differ from the results with the old values, and must agree with a call on other tensors with
+        the new values. They agree if they are equal to the last bit or, because a kernel may
         sum in another order, as accurate as the checks `outputs` and `backward` demand. The results are copied before
         any other work waits for the device. Afterwards this object has no tensors any more, so that large tensors are in
         memory only once.
         """
+        subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
+        if self.odd:
+            problems = [f"{name} is a {kind}, no Tensor" for name, kind in self.odd.items()]
+            return from_problems(subject, case, TIMED_CALL, problems)
         if self.not_kept is not None:
             raise self.not_kept
-        for subject, copies in self._kept_calls(dtype):
-            same = _equal(copies, self._with(self.function, subject.arguments).results())
+        for kept, copies in self._kept_calls(dtype):
+            same = _equal(copies, self._with(self.function, kept.arguments).results())
             if same and not by_reference:
                 continue
             # Codes were judged by `output_codes` before timing, and its known defects do not prevent timing.
-            verdict = worst_of([*self._judgements(subject, copies, case, codes=not same)], "as outputs and backward")
+            verdict = worst_of([*self._judgements(kept, copies, case, codes=not same)], "as outputs and backward")
             if verdict.decided and not verdict.passed:
-                return judged(subject, case, TIMED_CALL, verdict, "a result from the timing is wrong")
-        subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
+                return judged(kept, case, TIMED_CALL, verdict, "a result from the timing is wrong")
         old = _digests(self.results())
         self.fill(operation_call.flatten(fresh))
-        returned = self.results()
-        copies = _copies(returned)
-        if odd := [
-            f"{name} is a {type(t).__name__}, no Tensor" for name, t in returned.items() if type(t) is not Tensor
-        ]:
-            return from_problems(subject, case, TIMED_CALL, odd)
-        del returned
+        copies = _copies(self.results())
         self.arguments, self.leaves, self.dys, self._aliases = {}, {}, [], {}
         if not _equal(copies, self._with(self.function, fresh).results()):
             return judged(
@@ -197,7 +223,7 @@ class TimedCall(FreshProgram):
         tensors = operation_call.flatten(given)
         while self.kept:
             number, copies = self.kept.pop(0)
-            for change in self.changes[done:number]:
+            for change in chain.from_iterable(self.changes[done:number]):
                 change.apply(tensors, self.first)
             done = number
             yield OperationSubject(self.operation, self.function, dtype, given, lambda: given), copies
