@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.assets import shapes, structure
+from harness.cell.base_quantisation import unpackable_target
 from harness.cell.training import bypassed_layers, loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
@@ -70,7 +71,7 @@ class _Nf4StandIn(Nf4Linear):
     Packing a large weight would take thousands of operations.
     """
 
-    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
+    def __init__(self, dense: Any, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
         blocks = -(-dense.weight.numel() // state_sizes.BLOCK)
         of_second = 4 * -(-blocks // BLOCK2)
@@ -199,9 +200,10 @@ def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter])
     config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
     double = cell.base.quantization == "nf4-dq"
-    for path in paths if cell.base.quantization != "none" else ():
-        dense = model.get_submodule(path)
-        assert isinstance(dense, nn.Linear)  # noqa: S101
+    packed = {path: model.get_submodule(path) for path in paths if cell.base.quantization != "none"}
+    if reason := unpackable_target(packed):
+        raise UsageError(reason)
+    for path, dense in packed.items():
         layer: Nf4Linear = _Nf4StandIn(dense, DTYPES[cell.dtype], double)
         if cell.base.implementation == "fused":  # use the layer of `fused`, because `fused` has faster code for it
             layer.__class__ = Nf4Linear

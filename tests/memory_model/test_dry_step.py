@@ -301,9 +301,10 @@ def test_no_weight_is_there_and_nothing_stays_behind() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_experts(method: str, dtype: str) -> None:
-    config = {"rank": 8, "targets": ["all-linear"]} if method == "lora" else {}
+    targets = ["all-linear", "experts"] if method == "qlora" else ["all-linear"]
+    config = {} if method == "full" else {"rank": 8, "targets": targets}
     agree(cell(method, config=config, dtype=dtype), MIXTRAL)
 
 
