@@ -301,11 +301,18 @@ def test_no_weight_is_there_and_nothing_stays_behind() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_experts(method: str, dtype: str) -> None:
-    targets = ["all-linear", "experts"] if method == "qlora" else ["all-linear"]
-    config = {} if method == "full" else {"rank": 8, "targets": targets}
+    config = {"rank": 8, "targets": ["all-linear"]} if method == "lora" else {}
     agree(cell(method, config=config, dtype=dtype), MIXTRAL)
+
+
+@pytest.mark.parametrize("by", ["reference", "fused"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapted_experts(method: str, by: str) -> None:
+    one = cell(method, by, config={"rank": 8, "targets": ["all-linear", "experts"]})
+    assert predicted(one, MIXTRAL)["peak_by"] == ""
+    agree(one, MIXTRAL)
 
 
 def test_experts_that_are_multiplied_one_by_one_need_data() -> None:

@@ -115,7 +115,8 @@ def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("targets", [["all-linear", "experts"], ["experts"]], ids=str)
 def test_weights_of_packed_experts_are_predicted_as_a_cell_counts_them(targets: list[str]) -> None:
-    (one,) = counting.count(MIXTRAL, "causal", "float32", {"qlora": [{"rank": 2, "targets": targets}]}, [])["methods"]["qlora"]
+    counted = counting.count(MIXTRAL, "causal", "float32", {"qlora": [{"rank": 2, "targets": targets}]}, [])
+    (one,) = counted["methods"]["qlora"]
     real: Any = MixtralForCausalLM(MixtralConfig(**{k: v for k, v in MIXTRAL.items() if k != "model_type"}))
     config = configure("qlora", {"rank": 2, "targets": targets})
     bases = adaptable_layers(real, config)
