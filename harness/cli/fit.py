@@ -29,7 +29,7 @@ _ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
 )  # fmt: skip
 @click.option(
     "--target", "targets", multiple=True, metavar="LAYER",
-    help="Layers to adapt: a name, `attention`, `all-linear` or, for lora and qlora, `experts`: stacked weights of a mixture."
+    help="Layers to adapt: a name, `attention`, `all-linear` or, for lora or qlora, `experts`: stacked weights of a mixture."
     f" {options.AGAIN}  [default: all linear layers but the output layer]",
 )  # fmt: skip
 @click.option(
