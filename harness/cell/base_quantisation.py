@@ -6,7 +6,7 @@ to be copied (`harness.conformance.subject.is_small`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,18 @@ class PackedBase:
     """A sentence for the Record: how many layers and weights are packed."""
 
 
+def unpackable_target(layers: Mapping[str, nn.Module]) -> str:
+    """Return the reason why a 4-bit base excludes these layers, by path. Empty if all are linear."""
+    return next(
+        (
+            f"`targets` name {path} ({type(layer).__name__}); a 4-bit base packs linear layers only"
+            for path, layer in layers.items()
+            if kind_of(layer) != "linear"
+        ),
+        "",
+    )
+
+
 def pack(
     model: nn.Module,
     paths: Iterable[str],
@@ -57,19 +69,14 @@ def pack(
     UsageError, before any layer is packed, if one of the layers is not linear.
     """
     paths = list(paths)
-    for path in paths:
-        layer: Any = model.get_submodule(path)
-        if kind_of(layer) != "linear":
-            raise UsageError(
-                f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
-                hint="name linear layers, or leave out `base:`",
-            )
+    if reason := unpackable_target({path: model.get_submodule(path) for path in paths}):
+        raise UsageError(reason, hint="name linear layers, or leave out `base:`")
     weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
     packs = registry.find("base", base.quantization, base.implementation)
     found, count = PackedBase(), 0
     for filled in ready or [paths]:
         for path in (path for path in paths if path in filled):
-            layer = model.get_submodule(path)
+            layer: Any = model.get_submodule(path)
             if small and judge:
                 found.expected[path] = ExpectedCodes.of(layer.weight, bias=layer.bias)
             found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])

@@ -29,7 +29,8 @@ _ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
 )  # fmt: skip
 @click.option(
     "--target", "targets", multiple=True, metavar="LAYER",
-    help=f"Name of the linear layers to adapt. {options.AGAIN}  [default: all but the output layer]",
+    help="Layers to adapt: a name, `attention`, `all-linear` or, for lora or qlora, `experts`: stacked weights of a mixture."
+    f" {options.AGAIN}  [default: all linear layers but the output layer]",
 )  # fmt: skip
 @click.option(
     "--rank", "ranks", multiple=True, type=int, metavar="R",

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.assets import structure
+from harness.cell.base_quantisation import unpackable_target
 from harness.cell.measure.latency import positions
 from harness.cell.measure.memory import model_tensors, storage_bytes
 from harness.cell.training import model as models
 from harness.cell.training.head import adapted_layers, head_of, in_head
+from harness.cell.training.offloaded_weights import unused
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, equal_blocks, saved_activations, state_sizes
@@ -32,7 +34,6 @@ from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
-from reference.shared.layers import kind_of
 
 _Counted = tuple[MethodCount, tuple[Any, ...] | None]
 """Count of one config, and the fields of its `SavedActivations`. None replaces the fields if there is no closed form."""
@@ -216,7 +217,9 @@ def count_method(
     for parameter in head.values():
         parameter.requires_grad_(True)
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
-    of_layers, calls = saved_activations.saved_by_layers(layers, dtype)
+    of_layers = saved_activations.saved_by_layers(layers, dtype)
+    bases = {path: getattr(layer, "base", layer) for path, layer in layers.items()}
+    dropped, unpackable = list(unused(method, adapted, bases).values()), unpackable_target(bases)
     every = storage_bytes(model_tensors(model)) - storage_bytes(added)
     own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
     found = MethodCount(
@@ -224,7 +227,10 @@ def count_method(
         error="",
         trainable=sum(p.numel() for p in trains),
         untouched=experts.untouched(model),
-        weights=_weights(every, _frozen(layers), calls, dtype),
+        unpackable=unpackable,
+        weights={OWN: every - storage_bytes(dropped)}
+        if dropped
+        else _weights(every, [] if unpackable else _frozen(bases), dtype),
         adapter=storage_bytes(added),
         gradients=storage_bytes(trains),
         optimizer=state_sizes.optimizer_bytes(adapted, trains, dtype),
@@ -240,25 +246,21 @@ def count_method(
     return found, saved
 
 
-def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
+def _weights(every: int, frozen: list[Tensor], dtype: torch.dtype) -> dict[str, int]:
     """Map each base that the Method supports, e.g. `nf4`, to the number of bytes of everything except the adapter.
 
     every: bytes of everything except the adapter, with unpacked weights. frozen: weights of the adapted layers that a
-    4-bit base would pack. calls: whether the adapted layers call the layers that they wrap. If they do not, the Method
-    stores the weights in its own form.
+    4-bit base would pack.
     """
-    if not calls:
-        return {OWN: every - storage_bytes(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
     packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed_bytes(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip
     return {"none": every} | {base: every - saved for base, saved in packed.items()}
 
 
-def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
+def _frozen(bases: Mapping[str, Any]) -> list[Tensor]:
     """List the weights that a 4-bit base would pack: the frozen weights of linear layers."""
-    under = [getattr(layer, "base", layer) for layer in layers.values()]
-    return [layer.weight for layer in under if kind_of(layer) in surgery.LINEAR and not layer.weight.requires_grad]
+    return [base.weight for base in bases.values() if not base.weight.requires_grad]
 
 
 def answer(request: CountRequest) -> ModelCount:

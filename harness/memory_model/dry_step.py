@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.assets import shapes, structure
+from harness.cell.base_quantisation import unpackable_target
 from harness.cell.training import bypassed_layers, loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
@@ -27,7 +28,7 @@ from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.subject import DTYPES
 from harness.errors import UsageError
 from harness.kernels.nf4_format import BLOCK2
-from harness.kernels.torch import adamw8bit_step
+from harness.kernels.torch import adamw8bit_step, lora_experts, nf4
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.support import packed_weight
 from harness.kernels.torch.support.packed_weight import PackedWeight
@@ -70,7 +71,7 @@ class _Nf4StandIn(Nf4Linear):
     Packing a large weight would take thousands of operations.
     """
 
-    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
+    def __init__(self, dense: Any, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
         blocks = -(-dense.weight.numel() // state_sizes.BLOCK)
         of_second = 4 * -(-blocks // BLOCK2)
@@ -143,7 +144,7 @@ def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dic
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
     one_by_one(model, DTYPES[cell.dtype])
     packed_weight.forget()  # drop the buffer of decoded weights, which is not part of this step
-    with MemoryTracker() as tracker, _few_chunks(), _decoded_at_once():
+    with MemoryTracker() as tracker, _few_chunks(), _decoded_at_once(), _equal_experts():
         _fill(model)
         head = head_of(model, step.kind, step.lacks)
         try:
@@ -199,9 +200,10 @@ def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter])
     config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
     double = cell.base.quantization == "nf4-dq"
-    for path in paths if cell.base.quantization != "none" else ():
-        dense = model.get_submodule(path)
-        assert isinstance(dense, nn.Linear)  # noqa: S101
+    packed = {path: model.get_submodule(path) for path in paths if cell.base.quantization != "none"}
+    if reason := unpackable_target(packed):
+        raise UsageError(reason)
+    for path, dense in packed.items():
         layer: Nf4Linear = _Nf4StandIn(dense, DTYPES[cell.dtype], double)
         if cell.base.implementation == "fused":  # use the layer of `fused`, because `fused` has faster code for it
             layer.__class__ = Nf4Linear
@@ -259,13 +261,32 @@ def _few_chunks() -> AbstractContextManager[None]:
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))
 
 
-def _decoded_at_once() -> AbstractContextManager[None]:
-    """Return a context in which one operation decodes a 4-bit weight, without temporary tensors, as a kernel does."""
+@contextmanager
+def _decoded_at_once() -> Iterator[None]:
+    """Inside the context, one operation decodes a 4-bit weight, without temporary tensors, as a kernel does."""
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
-    return _replaced(PackedWeight, "_decoded", decoded)  # for the whole class, because Methods create further objects
+    def expert(
+        _: Tensor, __: Tensor, ___: int, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if out is None else out.view(shape)
+
+    # For the whole class, because Methods create further objects.
+    with _replaced(PackedWeight, "_decoded", decoded), _replaced(nf4, "dequantize", expert):
+        yield
+
+
+def _equal_experts() -> AbstractContextManager[None]:
+    """Return a context in which every expert of `fused` gets equally many rows, because fake tensors choose no experts."""
+    every = lora_experts.grouped_lora_linear
+
+    def grouped(x: Tensor, W: Any, A: Tensor, B: Tensor, scaling: float, _: Tensor) -> Tensor:
+        rows, rest = divmod(len(x), len(W))
+        return every(x, W, A, B, scaling, torch.tensor([rows + (k < rest) for k in range(len(W))]))
+
+    return _replaced(lora_experts, "grouped_lora_linear", grouped)
 
 
 def _is_uniform(model: nn.Module, blocks: int | None) -> bool:

@@ -232,7 +232,9 @@ def _rows(request: FitRequest, counted: ModelCount, method: str, tokens: int) ->
         yield FitRow(method, "-", "-", because=f"it has its own optimizer: {' or '.join(own)}")
     bases = [base for base in of_ranks[0]["weights"] if base in (*request.bases, OWN)]
     if not bases:
-        yield FitRow(method, "-", "-", because="it trains the model's own weights, which a packed base excludes")
+        trains = "it trains the model's own weights, which a packed base excludes"
+        own_weights = methods()[method].spec.trains_weights
+        yield FitRow(method, "-", "-", because=trains if own_weights else of_ranks[0]["unpackable"])
     for base in bases:
         for optimizer in wanted:
             if request.batch is None:
@@ -264,7 +266,8 @@ def _ledger(
 
 def _untouched(request: FitRequest, counted: ModelCount, one: MethodCount) -> str:
     means_all = not request.targets or experts.ALL_LINEAR in request.targets
-    return experts.note(one["untouched"], counted["parameters"]) if means_all else ""
+    words = "`--target all-linear --target experts`"
+    return experts.note(one["untouched"], counted["parameters"], words) if means_all else ""
 
 
 def best_row(

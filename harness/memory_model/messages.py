@@ -33,6 +33,8 @@ class MethodCount(TypedDict, total=False):
     """Number of trainable parameters."""
     untouched: int
     """Number of weights in experts that are frozen and have no adapter."""
+    unpackable: str
+    """Reason why a 4-bit base excludes the targets. Empty if it packs them."""
     weights: dict[str, int]
     """Base (`none`, `nf4`, ...) -> bytes of all tensors except the adapter."""
     adapter: int

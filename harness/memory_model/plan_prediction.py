@@ -61,6 +61,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     (one,) = counted["methods"][cell.method]
     if one["error"]:
         return str(one["error"])
+    if cell.base.quantization != "none" and one["unpackable"]:
+        return one["unpackable"]
     base = OWN if OWN in one["weights"] else cell.base.quantization
     if base not in one["weights"]:
         return f"there is no count of a {cell.method} on a base in {cell.base.quantization}"

@@ -45,7 +45,7 @@ def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
 def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
     """Sum up what the layers in the blocks of a Llama save for the backward pass, with a Method attached.
 
-    saved: first result of `saved_by_layers`. trains: paths of the adapted layers.
+    saved: result of `saved_by_layers`. trains: paths of the adapted layers.
     """
     blocks = model.model.layers
 
@@ -75,15 +75,10 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
     )
 
 
-def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
-    """Return what each linear layer saves, and whether every layer calls its base layer.
-
-    The first result maps the path of each layer to a pair: whether the layer saves its input, and how many other bytes
-    it saves per token. A layer that does not call its base layer stores the weight in its own form, such as PiSSA's
-    residual or QLoRA's codes. A program that saves memory then drops the original weight.
-    """
+def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[bool, int]]:
+    """Map the path of each linear layer to whether it saves its input, and how many other bytes it saves per token."""
     known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
-    saved, every = {}, True
+    saved = {}
     for path, layer in layers.items():
         under: Any = getattr(layer, "base", layer)
         if kind_of(under) not in LINEAR:
@@ -91,15 +86,9 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
         D, E = under.in_features, under.out_features
         same = (type(layer), D, E, under.weight.requires_grad)
         if same not in known:
-            calls: list[bool] = []
-            hook = under.register_forward_hook(lambda *_, calls=calls: calls.append(True))
-            try:
-                known[same] = _saved(layer, D, dtype)
-            finally:
-                hook.remove()
-            every = every and bool(calls)
+            known[same] = _saved(layer, D, dtype)
         saved[path] = known[same]
-    return saved, every
+    return saved
 
 
 def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:

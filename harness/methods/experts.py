@@ -43,17 +43,18 @@ def takes_all_linear_layers(cell: Cell) -> bool:
     return ALL_LINEAR in targets if isinstance(targets, list) else cell.base.quantization != "none"
 
 
-def note(number: int, weights: int) -> str:
+def note(number: int, weights: int, words: str = "`targets: [all-linear, experts]`") -> str:
     """Return a sentence that says how many expert weights are neither adapted nor packed.
 
     number: number of these expert weights; if it is 0, return an empty string. weights: number of all weights.
+    words: keys or options that select the experts.
     """
     if not number:
         return ""
     return (
         f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
         f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; "
-        "LoRA and QLoRA adapt them by `targets: [all-linear, experts]`"
+        f"LoRA and QLoRA adapt them by {words}"
     )
 
 

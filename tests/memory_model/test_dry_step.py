@@ -307,6 +307,14 @@ def test_experts(method: str, dtype: str) -> None:
     agree(cell(method, config=config, dtype=dtype), MIXTRAL)
 
 
+@pytest.mark.parametrize("by", ["reference", "fused"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapted_experts(method: str, by: str) -> None:
+    one = cell(method, by, config={"rank": 8, "targets": ["all-linear", "experts"]})
+    assert predicted(one, MIXTRAL)["peak_by"] == ""
+    agree(one, MIXTRAL)
+
+
 def test_experts_that_are_multiplied_one_by_one_need_data() -> None:
     found = predicted(cell(config={"rank": 8, "targets": ["q_proj"]}, dtype="float64"), MIXTRAL)
     assert found.keys() == {"no_peak"}

@@ -12,8 +12,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from harness.analysis.run_facts import analyse
 from harness.assets import structure
+from harness.cell.measure.memory import model_tensors, tensor_bytes
+from harness.cell.training.offloaded_weights import release, unused
 from harness.cli import main
-from harness.conformance.subject import configure
+from harness.conformance.subject import adaptable_layers, configure
+from harness.memory_model import counting, dry_step, isolated_step, plan_prediction
+from harness.memory_model.ledger import OWN
 from harness.methods import experts
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
@@ -27,6 +31,7 @@ MIXTRAL = {
     "max_position_embeddings": 64, "architectures": ["MixtralForCausalLM"],
 }  # fmt: skip
 STACKED = 2 * 4 * (2 * 48 * 32 + 32 * 48)  # blocks, experts, gate and up, down
+UNPACKABLE = "`targets` name model.layers.0.mlp.experts (MixtralExperts); a 4-bit base packs linear layers only"
 SAID = f"the experts are stacked weights and no linear layers: {STACKED:,} of "
 
 pytestmark = pytest.mark.usefixtures("forks")
@@ -101,9 +106,51 @@ def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pyte
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["method"]: bool(row["untouched"]) for row in rows} == {"lora": True, "qlora": True, "full": False}
     assert main(words) == 0
-    assert SAID in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert SAID in said
+    assert "LoRA and QLoRA adapt them by `--target all-linear --target experts`" in said
     assert main([*words, "--target", "q_proj"]) == 0
     assert SAID not in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("targets", [["all-linear", "experts"], ["experts"]], ids=str)
+def test_weights_of_packed_experts_are_predicted_as_a_cell_counts_them(targets: list[str]) -> None:
+    counted = counting.count(MIXTRAL, "causal", "float32", {"qlora": [{"rank": 2, "targets": targets}]}, [])
+    (one,) = counted["methods"]["qlora"]
+    real: Any = MixtralForCausalLM(MixtralConfig(**{k: v for k, v in MIXTRAL.items() if k != "model_type"}))
+    config = configure("qlora", {"rank": 2, "targets": targets})
+    bases = adaptable_layers(real, config)
+    adapted = discover().find("method", "qlora", "fused")(real, config, torch.Generator())
+    release(unused("qlora", adapted, bases))
+    adds = {id(t) for t in adapted.tensors().values()}
+    assert one["weights"] == {OWN: tensor_bytes(t for t in model_tensors(real) if id(t) not in adds)}
+
+
+def test_fit_leaves_out_bases_that_pack_no_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    words = ["fit", str(tmp_path), "--memory", "1GiB", "--formulas", "--json", "--method", "lora", "--rank", "2"]
+    words += ["--target", "all-linear", "--target", "experts"]
+    assert main(words) == 0
+    assert [row["base"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["none"]
+    assert main([*words, "--base", "nf4"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["because"] == UNPACKABLE
+
+
+def test_plan_says_that_a_base_packs_no_experts() -> None:
+    one = cell(config={"rank": 2, "targets": ["experts"]}, base=Base(quantization="nf4", implementation="fused"))
+    counted = counting.answer(plan_prediction.count_request(one, MIXTRAL, "causal", 0))
+    assert plan_prediction.prediction(one, counted) == UNPACKABLE
+    parts = dry_step.longest_batches(one, "causal", 1)
+    assert isolated_step.peak(one, MIXTRAL, "causal", parts) == {"no_peak": UNPACKABLE}
+
+
+@pytest.mark.parametrize("words", [["explain", "experts"], ["fit", "--help"]], ids=str)
+def test_help_names_the_target_of_experts(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "`all-linear`" in said
+    assert "stacked weights of a mixture" in " ".join(said.split())
 
 
 @pytest.mark.slow
