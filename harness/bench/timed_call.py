@@ -170,19 +170,17 @@ class TimedCall(FreshProgram):
     def check(self, dtype: str, fresh: Arguments, case: Case, *, by_reference: bool = True) -> CheckResult:
         """Check the kept results of timed calls. Then call the Operation with new values, and check these results.
 
-        Raises MemoryError or RuntimeError if memory ran out while a result was copied.
-
-        by_reference: True to judge each kept result by the reference. False if the tensors are too large for the float64
-        reference: then a kept result that equals another call of the implementation passes unjudged.
-
-        The results of all timed calls must have been ordinary tensors.
+        The results of all timed calls must have been ordinary tensors. by_reference: True to judge each kept result by
+        the reference. False if the tensors are too large for the float64 reference: then a kept result that equals
+        another call of the implementation passes unjudged.
 
         fresh: arguments with the new values, of the same shapes. They are written into the tensors of the timed call.
         The results must differ from the results with the old values, and must agree with a call on other tensors with
-        the new values. They agree if they are equal to the last bit or, because a kernel may
-        sum in another order, as accurate as the checks `outputs` and `backward` demand. The results are copied before
-        any other work waits for the device. Afterwards this object has no tensors any more, so that large tensors are in
-        memory only once.
+        the new values. They agree if they are equal to the last bit, or as accurate as the checks `outputs` and
+        `backward` demand, because a kernel may sum in another order. The results are copied before any other work waits
+        for the device. Afterwards this object has no tensors any more, so that large tensors are in memory only once.
+
+        Raises MemoryError or RuntimeError if memory ran out while a result was copied.
         """
         subject = OperationSubject(self.operation, self.function, dtype, fresh, lambda: fresh)
         if self.odd:
