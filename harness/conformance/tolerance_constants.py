@@ -28,9 +28,9 @@ PERTURBED_DRAWS = 7
 LAYER_DRAWS = 31
 
 # Largest move of a number in a further draw, in units of the last place. One rounding moves a number by half a unit. The
-# last REORDERED_DRAWS draws of a layer in float32 and float64 also stand for sums in another order. If n terms cancel, the
-# roundings of n partial sums lose sqrt(n / 2) times as much as one rounding of each term; a sum in 16 lanes loses a quarter
-# of that. So moves that are four times as far stand for 512 terms in 16 lanes.
+# last REORDERED_DRAWS draws of a layer or an Operation in float32 and float64 also stand for sums in another order. If n
+# terms cancel, the roundings of n partial sums lose sqrt(n / 2) times as much as one rounding of each term; a sum in 16
+# lanes loses a quarter of that. So moves that are four times as far stand for 512 terms in 16 lanes.
 ROUNDED_ULPS = 0.5
 REORDERED_ULPS = 2.0
 REORDERED_DRAWS = 3

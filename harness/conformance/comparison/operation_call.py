@@ -22,7 +22,7 @@ from harness.conformance.comparison.tolerance_policies import (
 )
 from harness.conformance.operation import Arguments, Judge, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_constants import LAYER_DRAWS
+from harness.conformance.tolerance_constants import LAYER_DRAWS, REORDERED_DRAWS, REORDERED_ULPS, ROUNDED_ULPS
 
 _T = TypeVar("_T")
 Layout = Literal["plain", "expanded", "transposed"]
@@ -306,16 +306,19 @@ def perturbed_subjects(subject: OperationSubject, case: Case) -> Iterator[tuple[
     """Yield copies of the subject with slightly moved arguments, each with the dtype to compute in.
 
     Each argument is moved by up to half a unit in the last place of the subject's dtype. A subject in 16 bits must be
-    computed in float64. Any other subject is computed in its own dtype, so that its sums are rounded differently, too.
+    computed in float64. Any other subject is computed in its own dtype, so that its sums are rounded differently, too;
+    in its last draws, the arguments move further, as far as sums in another order move the result.
     """
     own = DTYPES[subject.dtype]
     dtype = own if subject.dtype in ROUNDED_SUMS else torch.float64
     given = cloned(subject.arguments, {own: dtype})
     for salt in range(LAYER_DRAWS):
         generator = case.generator(salt=70 + salt)
+        reordered = subject.dtype in ROUNDED_SUMS and salt >= LAYER_DRAWS - REORDERED_DRAWS
+        ulps = REORDERED_ULPS if reordered else ROUNDED_ULPS
 
-        def move(t: Tensor, generator: torch.Generator = generator) -> Tensor:
-            return perturbed(t, subject.dtype, generator) if t.dtype == dtype else t
+        def move(t: Tensor, generator: torch.Generator = generator, ulps: float = ulps) -> Tensor:
+            return perturbed(t, subject.dtype, generator, ulps) if t.dtype == dtype else t
 
         yield replace(subject, arguments=map_floats(given, move)), dtype
 

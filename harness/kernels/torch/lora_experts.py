@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import embedding_bag, silu
 
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
@@ -68,10 +68,13 @@ class _GroupedLora(torch.autograd.Function):
     ) -> Tensor:
         y, low, columns = x.new_empty(len(x), W.shape[1]), x.new_empty(len(x), A.shape[1]), B.contiguous()
         matrix = _matrices(W, x.dtype)
-        for k, rows in _slices(counts):
-            torch.mm(x[rows], A[k].T, out=low[rows])
-            torch.mm(x[rows], matrix(k).T, out=y[rows])
-            y[rows].addmm_(low[rows], columns[k].T, alpha=scaling)
+        # Few calls that make views, since these calls take a third of the time for experts with few rows.
+        own = zip(x.split(counts), low.split(counts), y.split(counts), A.mT.unbind(), columns.mT.unbind(), strict=True)
+        for k, (x_k, low_k, y_k, A_k, B_k) in enumerate(own):
+            if counts[k]:
+                torch.mm(x_k, A_k, out=low_k)
+                torch.mm(x_k, matrix(k).T, out=y_k)
+                y_k.addmm_(low_k, B_k, alpha=scaling)
         ctx.save_for_backward(x, A, B, low, W if isinstance(W, Tensor) else None)
         ctx.packed = W if isinstance(W, PackedStack) else None
         ctx.scaling, ctx.counts = scaling, counts
@@ -168,6 +171,30 @@ class _Reordered(torch.autograd.Function):
         return each.view(-1, ctx.copies, dy.shape[-1]).sum(1) if ctx.copies > 1 else each, None, None, None
 
 
+class _WeightedSum(torch.autograd.Function):
+    """Autograd function that adds up the N rows of each token: y_t = sum_n weights[t, n] rows[at[t, n]], shape (T, D).
+
+    rows (T N, D), weights (T, N), `at` (T, N): a permutation of the row numbers. order (T N): its inverse. The sum is
+    rounded once. A batched matrix product would give the same result; in bfloat16 it takes five times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, at)
+        return embedding_bag(at, rows, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, order, at = ctx.saved_tensors
+        drows = dweights = None
+        if ctx.needs_input_grad[0]:
+            drows = _Reordered.apply(dy, order, at.flatten(), at.shape[1]) * weights.flatten()[order, None]
+        if ctx.needs_input_grad[1]:
+            own = _Reordered.apply(rows, at.flatten(), order, 1).view(*at.shape, -1)
+            dweights = (own @ dy.unsqueeze(-1)).squeeze(-1)
+        return drows, dweights, None, None
+
+
 def routed_experts(
     x: Tensor,
     chosen: Tensor,
@@ -190,9 +217,9 @@ def routed_experts(
         raise ValueError(f"chosen has a number from {int(flat.min())} to {int(flat.max())}; experts are 0 to {K - 1}")
     counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int64))
     rows: Tensor = _Reordered.apply(x, order, inverse, N)
-    out: Tensor = _Reordered.apply(down(activate(up(rows, counts)), counts), inverse, order, 1)
-    y: Tensor = weights.unsqueeze(1).to(out.dtype) @ out.view(*chosen.shape, out.shape[-1])
-    return y.squeeze(1)
+    out = down(activate(up(rows, counts)), counts)
+    y: Tensor = _WeightedSum.apply(out, weights.to(out.dtype), order, inverse.view_as(chosen))
+    return y
 
 
 def gated(gate_up: Tensor) -> Tensor:
