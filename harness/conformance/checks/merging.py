@@ -225,10 +225,11 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
-    may stay frozen. Then the weights of the model are changed in place, and a second adapter is attached. It starts and
-    computes like an adapter on a fresh copy of the changed model, also when both are merged. Detaching a merged adapter
-    brings back the base layers, too; the check `unmerge` judges their values. No second adapter is attached to a
-    quantised base, because its layers cannot be packed twice. Nothing keeps a detached layer in memory.
+    may stay frozen. No hook that attaching registered stays. Then the weights of the model are changed in place, and a
+    second adapter is attached. It starts and computes like an adapter on a fresh copy of the changed model, also when
+    both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values.
+    No second adapter is attached to a quantised base, because its layers cannot be packed twice. Nothing keeps a detached
+    layer in memory.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
@@ -239,6 +240,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     fresh.adapted.detach()
     odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
     odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
+    odd += _left_hooks(fresh.model, fresh.original.model)
     if odd:
         return from_problems(subject, case, "detach", odd)
     with torch.no_grad():
@@ -268,13 +270,34 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     del fresh
     if not all(one.passed for one in found):
         return judged(subject, case, "detach", worst_of(found, "exact"))
-    if any(layer() is not None for layer in layers.values()):
+
+    def kept_layers() -> list[str]:
+        return [path for path, layer in layers.items() if (it := layer()) is not None and id(it) not in bases]
+
+    if kept_layers():
         gc.collect()
-    kept = [path for path, layer in layers.items() if (it := layer()) is not None and id(it) not in bases]
-    if kept:
+    if kept := kept_layers():
         problems = [f"the adapted {path} stays in memory after it was detached and dropped" for path in kept]
         return from_problems(subject, case, "detach", problems)
     return judged(subject, case, "detach", worst_of(found, "exact"))
+
+
+def _left_hooks(model: nn.Module, original: nn.Module) -> list[str]:
+    """Return a message for each module of `model` that has more hooks than the same module of `original`.
+
+    A function `forward` of the module's own, in place of that of its class, counts as a hook.
+    """
+
+    def hooks(module: nn.Module) -> int:
+        registered = (value for name, value in vars(module).items() if name.endswith("_hooks"))
+        return sum(len(one) for one in registered if isinstance(one, dict)) + ("forward" in vars(module))
+
+    before = {path: hooks(module) for path, module in original.named_modules()}
+    return [
+        f"{path or 'the model'} still has a hook that attaching registered"
+        for path, module in model.named_modules()
+        if path in before and hooks(module) > before[path]
+    ]
 
 
 def _start(subject: Subject | None) -> dict[str, Tensor]:

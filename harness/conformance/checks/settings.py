@@ -44,10 +44,10 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     with process_settings.restored() as changed:
         seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
     odd = [*subject.disturbed, *changed, *seeded, *_by_default_dtype(subject, case)]
-    return from_problems(subject, case, "settings", odd or [*_under_other_settings(case)])
+    return from_problems(subject, case, "settings", odd or [*_under_other_settings(subject, case)])
 
 
-def _under_other_settings(case: Case) -> Iterator[str]:
+def _under_other_settings(subject: Subject, case: Case) -> Iterator[str]:
     """Attach while process-wide settings have unusual values. Yield a message for each setting that attaching changes.
 
     Also yield a message for each filter of Python's warnings that attaching adds. All filters are removed before,
@@ -55,27 +55,33 @@ def _under_other_settings(case: Case) -> Iterator[str]:
     """
     with warnings.catch_warnings(record=True), process_settings.others() as changed:
         warnings.resetwarnings()
-        case.attach_again()
+        other = case.attach_again()
         left = [f"the filter of warnings {one} was added" for one in warnings.filters]
     yield from (f"after attaching under other settings, {one}" for one in changed)
     yield from left
+    if other is not None:
+        trained = {name for name, tensor in other.adapted.tensors().items() if tensor.requires_grad}
+        lost = sorted(subject.adapted.tensors().keys() - trained)
+        yield from (f"{name} does not train if gradients are off when it is attached" for name in lost)
 
 
 def _by_default_dtype(subject: Subject, case: Case) -> Iterator[str]:
-    """Yield a message for each tensor of `state()` that depends on torch's default dtype at the time of attaching.
+    """Yield a message for each tensor that depends on torch's default dtype at the time of attaching.
 
-    A tensor from an SVD of the weight is not compared, because a randomised SVD may depend on the default dtype.
+    The tensors of `state()` are compared, and the dtypes of the tensors that train. A tensor from an SVD of the weight is
+    not compared, because a randomised SVD may depend on the default dtype.
     """
     from_weight = method_info(subject.method).spec.start_from_weight
     usual = {name: t for name, t in subject.state().items() if name.rpartition(".")[2] not in from_weight}
-    for dtype in (torch.float64, torch.bfloat16) if usual else ():
+    unusual = torch.float64 if subject.dtype == "bfloat16" else torch.bfloat16
+    for dtype in (torch.float64, torch.bfloat16) if usual else (unusual,):
         with process_settings.restored():
             torch.set_default_dtype(dtype)
             other = case.attach_again()
-        state = {} if other is None else other.state()
-        for name, tensor in usual.items():
-            if name in state and not unchanged({name: state[name]}, {name: tensor}).passed:
-                yield f"{name} differs if torch's default dtype is {dtype} when the adapter is attached"
+        state, trained = ({}, {}) if other is None else (other.state(), other.adapted.tensors())
+        odd = [n for n, t in usual.items() if n in state and not unchanged({n: state[n]}, {n: t}).passed]
+        odd += [n for n, t in subject.adapted.tensors().items() if n in trained and trained[n].dtype != t.dtype]
+        yield from (f"{name} differs if torch's default dtype is {dtype} when the adapter is attached" for name in odd)
 
 
 def _use(subject: Subject | None, case: Case) -> None:

@@ -245,15 +245,15 @@ def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
 
 
 def _output_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Double the output in place, as `nn.ReLU(inplace=True)` would change it. The returned output is halved again.
+    """Negate the output in place, as `nn.ReLU(inplace=True)` would change it. The returned output is negated again.
 
     Return None if torch refuses the change, for example because the backward pass needs the output.
     """
     try:
-        seen = call.observe(call.x, call.dy / 2, call=lambda layer, x: layer(x).mul_(2))
+        seen = call.observe(call.x, -call.dy, call=lambda layer, x: layer(x).neg_())
     except RuntimeError:
         return None
-    return seen | {"y": seen["y"] / 2}
+    return seen | {"y": -seen["y"]}
 
 
 def _input_in_place(call: Call) -> dict[str, Tensor] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
@@ -208,10 +208,11 @@ Mode = Callable[[str], AbstractContextManager[object]]
 """Function that takes the type of the device and returns a context without gradients."""
 
 
-def _in_mode_after(mode: Mode, restore: Restore) -> Form:
+def _in_mode_after(mode: Mode, restore: Restore, *, frozen: bool = False) -> Form:
     """Return a form that calls a copy of the layer, gives the copy halved values by `restore`, and calls it again.
 
-    Both calls are inside the context that `mode` returns. `restore` runs outside it. The copy is in eval mode.
+    Both calls are inside the context that `mode` returns. `restore` runs outside it. The copy is in eval mode. frozen:
+    no tensor of the copy requires a gradient.
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
@@ -219,6 +220,8 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Form:
             return None
         made = copy.deepcopy(call.layer)
         made.eval()  # not chained: not every library's `eval` returns the module
+        if frozen:
+            made.requires_grad_(False)
         with mode(call.x.device.type):
             made(call.x)
         restore(made, _halved(call))
@@ -227,6 +230,10 @@ def _in_mode_after(mode: Mode, restore: Restore) -> Form:
         return {"y": y.detach().clone()}
 
     return Form(run, "all gradients")
+
+
+def _as_usual(_: str) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 @contextmanager
@@ -311,17 +318,24 @@ _WAYS: dict[str, Restore] = {
 }
 """Name -> function that gives a layer new values between two calls. Both calls are in one mode of `_MODES` or under
 autocast."""
-NEW_VALUES: dict[str, Form] = {
-    "after .data.copy_()": _after(_copy_data),
-    "after .data = ...": _after(_set_data),
-    "after new Parameters": _after(_replace_parameters),
-    "after load_state_dict()": _after(_load_state_dict(assign=False)),
-    "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
-} | {
-    f"{name} before and after {way}": _in_mode_after(mode, restore)
-    for name, mode in _MODES.items()
-    for way, restore in _WAYS.items()
-}
+NEW_VALUES: dict[str, Form] = (
+    {
+        "after .data.copy_()": _after(_copy_data),
+        "after .data = ...": _after(_set_data),
+        "after new Parameters": _after(_replace_parameters),
+        "after load_state_dict()": _after(_load_state_dict(assign=False)),
+        "after load_state_dict(assign=True)": _after(_load_state_dict(assign=True)),
+    }
+    | {
+        f"{name} before and after {way}": _in_mode_after(mode, restore)
+        for name, mode in _MODES.items()
+        for way, restore in _WAYS.items()
+    }
+    | {
+        f"while all its tensors are frozen, before and after {way}": _in_mode_after(_as_usual, restore, frozen=True)
+        for way, restore in _WAYS.items()
+    }
+)
 """Name -> form that calls a layer, halves its tensors (`Call.numbers`), and calls it again."""
 NEW_VALUES_UNDER_AUTOCAST: dict[str, Form] = {
     f"under autocast before and after {way}": _in_mode_after(_autocast, restore) for way, restore in _WAYS.items()

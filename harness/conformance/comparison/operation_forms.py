@@ -211,15 +211,15 @@ def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -
 
 
 def _outputs_in_place(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    """Double the outputs in place before backward, and yield a judgement of the gradients.
+    """Negate the outputs in place before backward, and yield a judgement of the gradients.
 
     Torch may refuse this, for example because the backward pass needs an output.
     """
     outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
-    incoming = {name: dy * HALF for name, dy in operation_call.incoming_gradients(outputs, case).items()}
+    incoming = {name: -dy for name, dy in operation_call.incoming_gradients(outputs, case).items()}
     try:
-        doubled = {name: t.mul_(2) if t.requires_grad else t for name, t in outputs.items()}
-        mine = operation_call.backward(doubled, leaves, case, incoming=incoming)
+        negated = {name: t.neg_() if t.requires_grad else t for name, t in outputs.items()}
+        mine = operation_call.backward(negated, leaves, case, incoming=incoming)
     except RuntimeError:
         return
     yield _as_usual(OperationForm.OUTPUTS_IN_PLACE, subject, case, mine)

@@ -82,6 +82,19 @@ def keeps_its_product_without_gradients_until_a_version_rises(copy: PatchedCopy)
     copy.replace_forward(forward)
 
 
+@planted_in_methods("calls", only=["lora", "dora"])
+def keeps_its_product_while_it_is_frozen(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        if layer.A.requires_grad or layer.B.requires_grad:
+            vars(layer).pop("kept", None)
+            return right(x)
+        product = (layer.B @ layer.A).detach()
+        y: Tensor = right(x) + x @ (vars(layer).setdefault("kept", product) - product).to(x.dtype).T
+        return y
+
+    copy.replace_forward(forward)
+
+
 @planted_in_methods("calls", only=["lora"])
 def keeps_its_casts_under_autocast_without_gradients(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

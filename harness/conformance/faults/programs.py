@@ -338,6 +338,11 @@ def keeps_its_layers_for_ever(copy: PatchedCopy) -> None:
     copy.change_layers(kept.append)
 
 
+@planted_in_methods("detach", only=["lora", "vera"])
+def leaves_a_hook_on_the_model(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda adapted: adapted.model.register_forward_pre_hook(lambda *_: None))
+
+
 @planted_in_methods("save", only=["lora", "dora", "vera", "adalora", "pissa", "loha", "lokr", "oft"])
 def lists_the_parameters_that_it_began_with(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:

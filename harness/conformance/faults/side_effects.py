@@ -131,6 +131,25 @@ def switches_gradients_on_after_attaching(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda _: torch.set_grad_enabled(True))
 
 
+@planted_in_methods("settings", only=["lora", "dora"])
+def makes_its_tensors_in_the_default_dtype(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            for tensor in adapted.parameters():
+                tensor.data = tensor.data.to(dtype)
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("settings", only=["lora", "galore"])
+def does_not_train_if_gradients_are_off_when_it_is_attached(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        for tensor in adapted.parameters():
+            tensor.requires_grad_(torch.is_grad_enabled())
+
+    copy.change_adapted(change)
+
+
 @planted("lora", "settings", values=_LORA)
 def hides_warnings_for_ever(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda _: warnings.filterwarnings("ignore", module="peft"))
