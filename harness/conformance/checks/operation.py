@@ -95,16 +95,14 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         seen |= {f"the incoming gradient of {name}": dy for name, dy in incoming.items()}
         before |= {f"{name} after the backward pass": before[name] for name in after if name in before}
         before |= {f"the incoming gradient of {name}": dy for name, dy in kept.items()}
-    return judged(subject, case, "arguments", exact(operation_call.finite(seen), operation_call.finite(before)))
+    return judged(subject, case, "arguments", exact(seen, before))
 
 
 @check(depends_on_sizes=False)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same results, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
-    return judged(
-        subject, case, "repeatable", exact(operation_call.finite(subject.call()), operation_call.finite(first))
-    )
+    return judged(subject, case, "repeatable", exact(subject.call(), first))
 
 
 @check()

@@ -14,7 +14,6 @@ from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.operation_call import finite
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.module_copy import copied
@@ -61,7 +60,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         before = observe(layer, subject.tensors_of(path), x, dy)
         loaded = observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy)
-        found.append(prefix_tensor(path, exact(finite(loaded), finite(before))))  # `gradient` judges NaN
+        found.append(prefix_tensor(path, exact(loaded, before)))  # `gradient` judges NaN
     found += _by_state_dict(subject, fresh, other, case)
     return judged(subject, case, "save", worst_of(found, "exact"))
 
@@ -99,7 +98,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
         seen = observe(layer, subject.tensors_of(path), x, dy)
-        yield prefix_tensor(f"after load_state_dict, {path}", exact(finite(loaded), finite(seen)))
+        yield prefix_tensor(f"after load_state_dict, {path}", exact(loaded, seen))
     if owns(subject.model, tensors):
         other.model.load_state_dict(saved, assign=True)
         held = {id(p) for p in other.model.parameters()}

@@ -129,7 +129,7 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
             except RuntimeError:
                 return
             rounded = subject.operation.named(subject.operation.reference(**cloned(subject.arguments)))
-        if not exact(operation_call.finite(seen), operation_call.finite(plain)).passed:
+        if not exact(seen, plain).passed:
             verdict = noise_floor(seen, truth, rounded, dtype, case.factor("calls"))
             yield prefix_tensor(OperationForm.AUTOCAST.format(dtype), verdict)
 
@@ -147,8 +147,8 @@ def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named],
         outputs = subject.operation.named(subject.function(**given)).values()
         for output in [one for one in outputs if not any(one is argument for argument in arguments.values())]:
             output.zero_()
-        now = operation_call.finite(operation_call.flatten(given))
-        yield prefix_tensor(OperationForm.OUTPUTS_OVERWRITTEN, exact(now, operation_call.finite(before)))
+        now = operation_call.flatten(given)
+        yield prefix_tensor(OperationForm.OUTPUTS_OVERWRITTEN, exact(now, before))
         yield judge(OperationForm.EARLIER_OVERWRITTEN, subject.call())
 
 
@@ -354,10 +354,7 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Return whether two dicts have tensors with equal values. NaN equals NaN."""
-    return all(
-        torch.equal(one[n], other[n]) or exact(*map(operation_call.finite, ({n: one[n]}, {n: other[n]}))).passed
-        for n in other
-    )
+    return all(exact({n: one[n]}, {n: other[n]}).passed for n in other)
 
 
 def _judge_changed(

@@ -217,7 +217,7 @@ def _within_carried(
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
-    """Judge whether all values are exactly equal. 0.0 equals -0.0, infinity equals infinity, NaN equals nothing."""
+    """Judge whether all values are exactly equal. 0.0 equals -0.0, infinity equals infinity, NaN equals NaN."""
     if odd := sorted(set(subject) ^ set(expected)):
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
     judged = []
@@ -236,7 +236,8 @@ def _equal(have: Tensor, want: Tensor) -> bool:
     """Return whether all values are equal. Tensors with different or rare dtypes are compared in float64."""
     if have.dtype != want.dtype or have.dtype not in _COMPARABLE:
         have, want = have.double(), want.double()
-    return bool((have == want).all())
+    same = have == want
+    return bool(same.all()) or bool((same | (have.isnan() & want.isnan())).all())
 
 
 def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
