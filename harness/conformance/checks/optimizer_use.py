@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
@@ -26,7 +27,8 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
     """The Method's own optimizer calls a closure once, in gradient mode, so that the closure can call `loss.backward()`.
 
     `step` returns what the closure returned, and runs the hooks that were registered on the optimizer, each once. If a
-    closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too.
+    closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too. Each
+    group has its own learning rate and weight decay.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
@@ -57,7 +59,20 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         optimizer.add_param_group({"params": [added]})
         optimizer.step()
         odd += ["a parameter added by add_param_group does not train"] if bool((added == 1).all()) else []
+        odd += _of_other_groups(optimizer, added)
     return from_problems(subject, case, "closure", odd)
+
+
+def _of_other_groups(optimizer: torch.optim.Optimizer, like: Tensor) -> Iterator[str]:
+    """Add a group without learning rate and one without weight decay. Yield a message for each that a step moves."""
+    still, undecayed = (torch.nn.Parameter(torch.ones_like(like)) for _ in range(2))
+    optimizer.add_param_group({"params": [still], "lr": 0.0})
+    optimizer.add_param_group({"params": [undecayed], "weight_decay": 0.0})
+    still.grad, undecayed.grad = torch.ones_like(like), torch.zeros_like(like)
+    optimizer.step()
+    for tensor, setting in ((still, "learning rate"), (undecayed, "weight decay")):
+        if not bool((tensor == 1).all()):
+            yield f"a group of parameters with a {setting} of 0 gets the {setting} of another group"
 
 
 class _StoppedError(Exception):

@@ -65,6 +65,12 @@ FAULTS = [
     # galore-torch does so.
     _galore("calls_its_closure_without_gradients", ["closure"], "loss = loss_of(closure)",
         "with torch.no_grad():\n            loss = None if closure is None else closure()"),
+    _galore("takes_the_learning_rate_of_the_first_group", ["closure"],
+        'not in ("params", "initial_lr")}',
+        'not in ("params", "initial_lr")} | {"lr": self.param_groups[0]["lr"]}'),
+    _galore("takes_the_weight_decay_of_the_first_group", ["closure"],
+        'not in ("params", "initial_lr")}',
+        'not in ("params", "initial_lr")} | {"weight_decay": self.param_groups[0]["weight_decay"]}'),
     _galore("loads_8_bit_codes_in_the_dtype_of_the_parameter", ["resume"], "        restore_dtypes(self, state_dict)\n", "",
         values={**_USUAL, "rank": 40}, inputs=264, outputs=280),
     _galore("overwrites_the_gradient", ["optimizer"],
