@@ -206,3 +206,25 @@ def test_random_cases_are_not_called_a_thousand_times_and_large_ones_not_a_hundr
     assert example > LONG_RUN > calls(replace(method_case(), sampled=False, drawn=True)) > REPEATS
     assert calls(replace(method_case(shape=large), sampled=False)) > LONG_RUN
     assert calls(replace(method_case(shape=large), sampled=False, drawn=True)) < example - LONG_RUN - REPEATS
+
+
+def test_an_exception_names_the_layer_and_the_form_that_raised_it() -> None:
+    class NotUnderAutocast(lora.LoraLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("not this dtype")
+            return super().forward(x)
+
+    class NotCopied(lora.LoraLinear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("cannot be copied")
+
+    for kind, raised in (
+        (NotUnderAutocast, "RuntimeError: not this dtype"),
+        (NotCopied, "TypeError: cannot be copied"),
+    ):
+        (result,) = results(with_layers(kind), method_case(), "calls")
+        assert result.outcome is Outcome.FAIL
+        assert raised in result.detail
+        assert "in the form `first " in result.detail
+    assert "in the form `first by a deep copy`" in result.detail

@@ -28,9 +28,7 @@ from harness.conformance.comparison.call_forms import (
     Form,
     forms_without_gradients,
     layouts_with_gradients,
-    owns,
     same,
-    tensors_of_copy,
 )
 from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.call_programs import PROGRAMS
@@ -42,20 +40,16 @@ from harness.conformance.comparison.layer_comparison import PlausibleResults, re
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.other_dtypes import BESIDE, COPY, judge_beside_another_dtype, judge_copy
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
-from harness.errors import Unsupported
-from harness.methods.module_copy import copied
-from harness.methods.spec import method_info
 from harness.records.record import CheckResult
-from reference.shared.layers import floating_dtype, kind_of
+from reference.shared.layers import kind_of
 
 TINY = 2.0**-13
 """Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
-OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
-"""dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
 """Largest number of adapted layers that `check_calls` calls."""
 
@@ -74,8 +68,8 @@ class LayerForm(StrEnum):
     TINY = "with a tiny {}"
     SECOND_ORDER = "the gradient of a gradient"
     FUNCTORCH = "by torch.func"
-    OTHER_DTYPE = "by a copy in {}"
-    TWO_DTYPES = "beside a layer in {}"
+    OTHER_DTYPE = COPY
+    TWO_DTYPES = BESIDE
     TRAINED_BASE = TRAINED
     DROPPED = OperationForm.DROPPED.value
 
@@ -172,11 +166,12 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         apart = ("in micro-batches", "token by token") if whole else ()
         tried = layouts_with_gradients(layouts) | MODES | HISTORIES | PROGRAMS | long | forms_without_gradients(layouts)
         for name, form in tried.items():
-            seen = None if name.endswith(apart) else form.run(call)
+            with _named_if_raised(path, name):
+                seen = None if name.endswith(apart) else form.run(call)
             if seen is not None:
                 yield judge(name, seen, form.shown(judge.truth), _by_reference(subject, path, call, form))
         for name in call.tensors if len(call.tensors) > 1 else ():
-            with _only_trained(call.tensors, name):
+            with _named_if_raised(path, LayerForm.ONE_TRAINED.format(name)), _only_trained(call.tensors, name):
                 seen = call.observe(call.x, call.dy)
             yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
@@ -190,8 +185,9 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         if subject.dtype == "float32":
             yield from _under_autocast(subject, case, path, call)
             yield from _untrained(subject, case, path, call)
-    yield from _in_other_precisions(subject, case)
-    yield from _beside_another_dtype(subject, case)
+    yield from _derivatives(subject, case)
+    yield from judge_copy(subject, case)
+    yield from judge_beside_another_dtype(subject, case)
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:
@@ -206,8 +202,11 @@ def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterat
 def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
     """Yield judgements of copies of the layer whose tensors were halved between two calls. The second call is judged."""
     autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
-    seen = {name: form.run(call) for name, form in (NEW_VALUES | autocast).items()}
-    found = {name: one for name, one in seen.items() if one is not None}
+    found = dict[str, dict[str, Tensor]]()
+    for name, form in (NEW_VALUES | autocast).items():
+        with _named_if_raised(path, name):
+            if (seen := form.run(call)) is not None:
+                found[name] = seen
     if not found:
         return
 
@@ -239,7 +238,8 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
         (LayerForm.ONE_ROW, call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
         (LayerForm.NO_TOKENS, call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
     ):
-        mine = observe(call.layer, call.tensors, x, dy, training=call.training)
+        with _named_if_raised(path, name):
+            mine = observe(call.layer, call.tensors, x, dy, training=call.training)
         truth, draws = reference_runs(subject, path, x, dy)
         yield _named(path, name, noise_floor(mine, truth, draws, subject.dtype, case.factor("calls")))
 
@@ -261,7 +261,8 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
             for dtype in ("bfloat16", "float16"):
                 given = x if when == LayerForm.AUTOCAST else cast(x, dtype)
                 truth = observe(wide.layer, wide.tensors, cast(given, "float64"), dy.double())
-                seen = _autocast(call, call.layer, mine, dtype, given)
+                with _named_if_raised(path, when.format(dtype)):
+                    seen = _autocast(call, call.layer, mine, dtype, given)
                 rounded = PlausibleResults(_rounded_by_autocast(own, replace(call, x=given), dtype))
                 verdict = noise_floor(seen, truth, rounded, dtype, factor)
                 if seen["y"].dtype != DTYPES[dtype] and not is_packed:
@@ -329,8 +330,8 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
             tensor.requires_grad_(True)
 
 
-def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first layer: second derivatives, torch.func, and a copy in another dtype."""
+def _derivatives(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the second derivatives of the first layer, and of its derivatives by torch.func."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -341,60 +342,22 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         truth, draws = reference_runs(subject, path, x, dy, run=second_order)
         verdict = noise_floor(second_order(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
         yield _named(path, LayerForm.SECOND_ORDER, verdict)
-        own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
     if x.is_floating_point() and (seen := by_functorch(layer, tensors, x, dy)):
         truth, draws = reference_runs(subject, path, x, dy, run=by_functorch)
         known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
         expected = {n: t for n, t in truth.items() if n in seen}
         yield _named(path, LayerForm.FUNCTORCH, noise_floor(seen, expected, known, subject.dtype, factor))
-    own_dtype = DTYPES[subject.dtype]  # an adapter may stay in float32
-    rounded_alike = all(t.dtype == own_dtype for t in tensors.values())
-    if path in subject.packed or not rounded_alike or not owns(layer, tensors):
-        return
-    other = OTHER_DTYPE[subject.dtype]
-    x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
-
-    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Round a copy of the layer `of` to the dtype `other`, run it in `dtype`, and return output and gradients."""
-        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
-        named = tensors_of_copy(of, made, named)
-        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
-
-    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
-    yield _named(
-        path,
-        LayerForm.OTHER_DTYPE.format(other),
-        noise_floor(moved(layer, tensors, other), truth, rounded, other, factor),
-    )
-
-
-def _beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Attach to a model whose first adapted layer has another dtype. Yield judgements of the other layers.
-
-    With the same tensors, they compute the same as in the subject, to the last bit. Tensors that follow from the config
-    alone, such as VeRA's A and B, are not copied from the subject. Packed weights are left out.
-    """
-    if subject.original.model is None or subject.packed:
-        return
-    model, other = copied(subject.original.model), OTHER_DTYPE[subject.dtype]
-    model.get_submodule(next(iter(subject.bases))).to(DTYPES[other])
-    try:
-        mixed = case.attach_again(model=model)
-    except Unsupported:
-        return
-    if mixed is None:
-        return
-    constants = method_info(subject.method).spec.start_from_config
-    for index, path in enumerate(mixed.bases):
-        if floating_dtype(mixed.original_base(path)) != DTYPES[subject.dtype]:
-            continue
-        state = {n: t for n, t in subject.state().items() if n.rpartition(".")[2] not in constants}
-        values = ({n: t for n, t in named.items() if n.startswith(f"{path}.")} for named in (subject.added(), state))
-        load(mixed.adapted, *values)
-        x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(index + 730))
-        mine, expected = (observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject))
-        yield _named(path, LayerForm.TWO_DTYPES.format(other), exact(mine, expected))
 
 
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:
     return prefix_tensor(f"{path} {form}" if path else form, judgement)
+
+
+@contextmanager
+def _named_if_raised(path: str, form: str) -> Iterator[None]:
+    """Add the names of the layer and the form to an exception that is raised inside this context."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the form `{path} {form}`")
+        raise

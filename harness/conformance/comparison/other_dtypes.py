@@ -1,0 +1,81 @@
+"""Judgement of a copy of an adapted layer in another dtype, and of layers beside one that has another dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from harness.conformance.case import Case
+from harness.conformance.comparison.call_forms import ROWS, owns, tensors_of_copy
+from harness.conformance.comparison.check_results import prefix_tensor
+from harness.conformance.comparison.inputs import cast, inputs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
+from harness.conformance.subject import DTYPES, Subject, load
+from harness.errors import Unsupported
+from harness.methods.module_copy import copied
+from harness.methods.spec import method_info
+from reference.shared.layers import floating_dtype
+
+OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+"""dtype of a layer -> dtype to which a copy of the layer is cast."""
+COPY, BESIDE = "by a copy in {}", "beside a layer in {}"
+"""Names of the two forms. `{}` stands for the name of the other dtype."""
+
+
+def judge_copy(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Yield a judgement of a copy of the first layer that was cast to another dtype.
+
+    Nothing is judged if the layer is packed, or if its tensors have several dtypes: an adapter may stay in float32.
+    """
+    path = next(iter(subject.adapted.layers), None)
+    if path is None:
+        return
+    layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
+    x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
+    own = subject.reference(path, subject.dtype)
+    rounded_alike = all(t.dtype == DTYPES[subject.dtype] for t in tensors.values())
+    if path in subject.packed or not rounded_alike or not owns(layer, tensors):
+        return
+    other = OTHER_DTYPE[subject.dtype]
+    x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
+
+    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+        """Round a copy of the layer `of` to the dtype `other`, run it in `dtype`, and return output and gradients."""
+        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        named = tensors_of_copy(of, made, named)
+        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
+
+    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+    verdict = noise_floor(moved(layer, tensors, other), truth, rounded, other, case.factor("calls"))
+    yield prefix_tensor(f"{path} {COPY.format(other)}", verdict)
+
+
+def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Attach to a model whose first adapted layer has another dtype. Yield judgements of the other layers.
+
+    With the same tensors, they compute the same as in the subject, to the last bit. Tensors that follow from the config
+    alone, such as VeRA's A and B, are not copied from the subject. Packed weights are left out.
+    """
+    if subject.original.model is None or subject.packed:
+        return
+    model, other = copied(subject.original.model), OTHER_DTYPE[subject.dtype]
+    model.get_submodule(next(iter(subject.bases))).to(DTYPES[other])
+    try:
+        mixed = case.attach_again(model=model)
+    except Unsupported:
+        return
+    if mixed is None:
+        return
+    constants = method_info(subject.method).spec.start_from_config
+    for index, path in enumerate(mixed.bases):
+        if floating_dtype(mixed.original_base(path)) != DTYPES[subject.dtype]:
+            continue
+        state = {n: t for n, t in subject.state().items() if n.rpartition(".")[2] not in constants}
+        values = ({n: t for n, t in named.items() if n.startswith(f"{path}.")} for named in (subject.added(), state))
+        load(mixed.adapted, *values)
+        x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(index + 730))
+        mine, expected = (observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject))
+        yield prefix_tensor(f"{path} {BESIDE.format(other)}", exact(mine, expected))
