@@ -6,8 +6,10 @@ A parity suite is a file in suites/parity with the cases and checks of one targe
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -37,6 +39,9 @@ from harness.records.check import CheckId
 from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable
 from harness.report import check_terminal, check_versions
+
+_TASKS_PER_JOB = 3
+"""Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
 
 
 @dataclass(frozen=True)
@@ -271,8 +276,8 @@ def _tasks(
 ) -> tuple[list[WorkerTask], dict[str, str]]:
     """Return the worker tasks, and the skipped targets: target -> reason.
 
-    A task has only targets of one entry point, so that its process imports one plug-in. If there are fewer entry points
-    than `jobs`, the targets of each entry point are divided into several tasks of similar size.
+    A task has only targets of one entry point, so that its process imports one plug-in. If an entry point has more to do
+    than its share of a process, its targets are divided into several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -285,6 +290,12 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     sizes = {target: _size(plan) for target, plan in plans.items()}
+
+    def total(several: Iterable[Implementation]) -> int:
+        return sum(sizes[one.target] for one in several)
+
+    number = jobs * (_TASKS_PER_JOB if worker_processes.forks(request.device) else 1)
+    share = max(1, total(itertools.chain(*grouped.values())) / number)
     tasks = [
         WorkerTask(
             point=point,
@@ -294,7 +305,7 @@ def _tasks(
             device=request.device,
         )
         for point, several in grouped.items()
-        for part in _parts(several, max(1, jobs // len(grouped)), sizes)
+        for part in _parts(several, math.ceil(total(several) / share), sizes)
     ]
     # The longest tasks come first, so that no core is idle for long at the end.
     return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped

@@ -23,7 +23,7 @@ from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
-from harness.methods.registry import Implementation, Registry
+from harness.methods.registry import DTYPES, Implementation, Registry
 from harness.records import files
 from harness.records.record import CheckResult, Outcome
 from harness.report import check_junit, check_page
@@ -289,6 +289,20 @@ def test_the_targets_of_one_entry_point_are_shared_out_among_the_jobs() -> None:
     ]  # fmt: skip
     assert [len(part) for part in command._parts(several, 9, sizes)] == [1, 1, 1, 1]
     assert len(command._parts(several, 1, sizes)) == 1
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
+    forks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.worker_processes, "forks", lambda _: forks)
+    names = ("lora", "dora", "vera", "pissa", "adalora", "qlora")
+    offered = [Implementation("acme", "method", name, print, dtypes=DTYPES, point="acme") for name in names]
+    plans = {name: parity_suite.load_plan(name) for name in names}
+    tasks, skipped = command._tasks(offered, command.CheckRequest(), plans, 2)
+    assert not skipped
+    assert sorted(target for task in tasks for *_, target in task.targets) == sorted(names)
+    assert len(tasks) == (6 if forks else 2)
 
 
 @pytest.mark.slow

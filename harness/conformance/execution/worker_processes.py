@@ -5,6 +5,7 @@ If an implementation crashes or hangs, only its worker ends, and the crash is re
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -178,9 +179,13 @@ def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
     The libraries under test are not in the list. Each worker imports them itself, and reports what their import
     changes.
     """
+    return _SHARED if len(tasks) > 1 and all(forks(task.device) for task in tasks) else ()
+
+
+def forks(device: str) -> bool:
+    """Return whether the workers of several tasks on this device are forks, which start in milliseconds."""
     # If there is a GPU, a library may use it during its import, and no fork could use it afterwards.
-    forks = len(tasks) > 1 and all(task.device == "cpu" for task in tasks) and not environment.gpus()
-    return _SHARED if forks else ()
+    return sys.platform == "linux" and device == "cpu" and not environment.gpus()
 
 
 def _summary(target: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
