@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.base_layer import TRAINED, judge_with_trained_base
+from harness.conformance.comparison.base_layer import (
+    HOOKED,
+    TRAINED,
+    forms_without_hooks,
+    judge_with_trained_base,
+)
 from harness.conformance.comparison.call_forms import (
     IMAGE_LAYOUTS,
     LAYOUTS,
@@ -71,6 +76,7 @@ class LayerForm(StrEnum):
     OTHER_DTYPE = COPY
     TWO_DTYPES = BESIDE
     TRAINED_BASE = TRAINED
+    HOOKED_BASE = HOOKED
     DROPPED = OperationForm.DROPPED.value
 
 
@@ -95,7 +101,7 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
     The gradients of the input and of the adapter's tensors can be differentiated again. If the first layer of a model
     has another dtype, the other layers compute the same as before, to the last bit. A layer does not change what its base
-    layer returned.
+    layer returned, and calls its base layer once, so that the hooks of the base layer run.
 
     If an Operation compares no gradients, an output has no graph (`grad_fn`), unless that of the reference has one.
     """
@@ -180,6 +186,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield Judgement(False, None, None, f"{path} {', '.join(held)}", LayerForm.DROPPED, "exact", 0)
         yield from _with_new_values(subject, case, path, call)
         yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))
+        odd = forms_without_hooks(subject, path, call)
+        yield from (Judgement(False, None, None, path, form, "exact", 0) for form in odd)
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":

@@ -109,12 +109,16 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Three layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in
-    memory as a `.T` is, and a contiguous slice that does not begin at the start of its storage. The outputs equal those
-    for contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
+    Four layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in memory
+    as a `.T` is, one whose batch and tokens are transposed in memory, and a contiguous slice that does not begin at the
+    start of its storage. The outputs equal those for contiguous arguments to the last bit, or pass the rules of the checks
+    `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
-    for name, change in (("every second element", _gapped), ("transposed", _transposed), ("slice", _sliced)):
+    changes = {"every second element": _gapped, "transposed": _transposed, "slice": _sliced}
+    if any(tensor.dim() > 2 for tensor in operation_call.flatten(subject.arguments).values()):
+        changes["batch and tokens transposed"] = _swapped
+    for name, change in changes.items():
         mine, again = (operation_call.map_tensors(cloned(subject.arguments), change) for _ in range(2))
         seen = subject.operation.named(subject.function(**mine))
         found.append(operation_call.judge_form(name, subject, seen, plain, case, again))
@@ -193,3 +197,8 @@ def _sliced(tensor: Tensor) -> Tensor:
 def _transposed(tensor: Tensor) -> Tensor:
     """Return an equal tensor whose first and last dimensions are swapped in memory. A vector stays as it is."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """Return an equal tensor whose first two dimensions are swapped in memory. One with fewer than three stays as it is."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 2 else tensor

@@ -38,6 +38,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
 """Kind of layer -> options of the first adapted convolution. Without a kernel size, it is 3."""
 _SECOND_GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-pointwise": {"kernel_size": 1, "stride": 2, "padding": 1},  # as a ResNet reduces the size of its images
+    "conv2d-reflect": {"kernel_size": 3, "stride": (2, 1), "padding": (2, 1), "padding_mode": "replicate"},
     "nn-conv1d": {"kernel_size": 3, "stride": 2, "padding": 1},
     "conv3d": {"kernel_size": 3, "stride": (2, 1, 1), "padding": 1},
     "conv3d-pointwise": {"kernel_size": 1, "stride": 2},

@@ -36,6 +36,10 @@ FAULTS = [
     # Compute the right output, but leave dropout out of the gradient of x through the update.
     _lora_drop("forgets_the_mask_in_the_backward_pass", ["backward"],
         _LORA_DOWN, "h_TR = (x_TD + (self.dropout(x_TD) - x_TD).detach()) @ self.A.T"),
+    _lora("reads_transposed_tokens_in_the_order_of_the_memory", ["layouts"], _LORA_DOWN,
+        "swapped = x_TD.dim() == 3 and min(x_TD.shape[:2]) > 1 and x_TD.transpose(0, 1).is_contiguous()\n"
+        "        x_TD = x_TD.transpose(0, 1).reshape(x_TD.shape) if swapped else x_TD\n"
+        "        h_TR = x_TD @ self.A.T", values={**_PLAIN, "rows": [2, 31]}),
     _lora("scales_forward_only", ["backward"],
         _LORA_SUM, "self.base(x_TD) + (u := h_TR @ self.B.T) + (self.scaling - 1) * u.detach()"),
     _lora("gives_no_gradient_if_its_input_needs_none", ["calls"],
