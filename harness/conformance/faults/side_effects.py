@@ -119,7 +119,8 @@ def _subtract_previous(tensor: Any) -> None:
 def multiplies_by_the_weight_without_calling_the_base(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, _: Right) -> Tensor:
         y = nn.functional.linear(x, layer.base.weight, layer.base.bias)
-        return y + layer.scaling * (layer.dropout(x) @ layer.A.T @ layer.B.T)
+        update: Tensor = layer.scaling * (layer.dropout(x) @ layer.A.T @ layer.B.T)
+        return y + update
 
     copy.replace_forward(forward)
 
