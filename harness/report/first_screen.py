@@ -218,7 +218,8 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
             f"{cut:,} of {group.budget.items:,} test items were truncated to {group.budget.max_tokens} tokens."
         )
     if busy := sum(bool(contention.busy(record)) for record in records):
-        reasons.append(f"{busy} of {len(records)} trainings were timed on a busy machine; accuracies are not affected.")
+        trainings = f"{busy} of {len(records)} trainings were" if len(records) > 1 else "The training was"
+        reasons.append(f"{trainings} timed on a busy machine; accuracies are not affected.")
     missing, changed = len(f.verdict.missing), len(f.doubtful)
     if missing or changed:
         count = missing + changed
