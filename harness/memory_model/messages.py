@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, Required, TypedDict
 
+from harness.assets.structure import Misfit
+
 
 class CountRequest(TypedDict):
     """A request to count the bytes of one model for several Methods."""
@@ -56,8 +58,8 @@ class ModelCount(TypedDict, total=False):
 
     error: str
     """Reason why the model cannot be built or counted."""
-    misfits: dict[str, str]
-    """Requested targets that match no layer that can be adapted, with the reason."""
+    misfits: dict[str, Misfit]
+    """Requested targets that match no layer that can be adapted."""
     parameters: int
     targets: list[str]
     """Layers to adapt for configs without targets."""

@@ -1389,8 +1389,12 @@ def test_a_failed_parity_check_is_a_failure() -> None:
 
 def test_all_unknown_names_are_listed_at_once(registry: Registry) -> None:
     requested = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
-    with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
+    with pytest.raises(
+        UsageError, match=r"(?s)nf4_linear.*`peft-harness list operations`.*bitsandbytes.*lora.*float32"
+    ):
         planning.plan(requested, registry, no_gpu="no GPU")
+    with pytest.raises(UsageError, match="did you mean `--step lora`"):
+        planning.plan(BenchRequest(["lora"]), registry, no_gpu="no GPU")
 
 
 def test_the_triton_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
