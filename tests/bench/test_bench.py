@@ -1397,6 +1397,17 @@ def test_all_unknown_names_are_listed_at_once(registry: Registry) -> None:
         planning.plan(BenchRequest(["lora"]), registry, no_gpu="no GPU")
 
 
+def test_fewer_pairs_than_an_interval_needs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--pairs", "5"]) == Exit.USAGE
+    assert "5 is not in the range 6<=x" in capsys.readouterr().err
+    least = row().samples
+    assert least is not None
+    of_six = row(samples=least.model_copy(update={"ours": [1.0] * 6, "other": [2.0] * 6}))
+    assert "too few" not in "\n".join(table.lines([of_six]))
+    assert main(["bench", "--help"]) == Exit.PASS
+    assert "A 95 % interval needs 6." in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_triton_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["bench", "--op", "nf4_quantize"]) == Exit.USAGE
