@@ -26,11 +26,13 @@ class CountRequest(TypedDict):
 
 
 class MethodCount(TypedDict, total=False):
-    """Counts for one Method with one config. If the config failed, there are only `rank` and `error`."""
+    """Counts for one Method with one config. If the config failed, there are only `rank`, `error` and `refused`."""
 
     rank: Required[int | None]
     error: Required[str]
-    """Reason why the Method cannot be attached. Empty if it can."""
+    """Reason why there are no counts. Empty if there are."""
+    refused: bool
+    """True if the reason is an error of the reference, which refuses the config for this model."""
     trainable: int
     """Number of trainable parameters."""
     untouched: int
