@@ -26,7 +26,7 @@ from harness.errors import Exit, UsageError
     help=f"Compare with this implementation only. {options.AGAIN}  [default: all others]",
 )  # fmt: skip
 @click.option(
-    "--shapes", type=click.Choice(SHAPES), default="small", show_default=True,
+    "--shapes", type=options.Choice(SHAPES), default="small", show_default=True,
     help="Sizes of the linear layers: small ones, or those of Llama-3-8B or Llama-3-70B.",
 )  # fmt: skip
 @click.option(

@@ -15,7 +15,7 @@ _MOST = 40
 
 
 @options.only
-@click.command()
+@click.command(epilog="Example: peft-harness plan quick")
 @click.argument("suite")
 @click.option("--all", "every", is_flag=True, help=f"List all Cells. A terminal shows the first {_MOST} otherwise.")
 @options.as_json
