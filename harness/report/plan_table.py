@@ -141,6 +141,8 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{what}; `peft-harness env create {home.name}` makes an environment with it"
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"
+    for by, n in Counter(p["peak_by"] for p in predicted if p["peak_by"]).items():
+        yield f"memory of {plural(n, 'Cell')}: predicted with {by}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
         yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
     for why, n in Counter(row["not_predicted"] for row in cells if not row["refused"]).items():
