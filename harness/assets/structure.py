@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
+from harness.assets.misfit import Misfit
 from harness.errors import closest_match
 from harness.process.supervisor import ANSWER
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 
 BUILD_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """Errors that transformers may raise for a config that it cannot build."""
-
-
-class Misfit(TypedDict):
-    """A name that matches no layer that a Method can adapt."""
-
-    reason: str
-    closest: str
-    """The closest name that matches such layers. Empty if there is none."""
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
@@ -93,11 +86,6 @@ def _closest(model: Any, name: str) -> str:
     parts = name.count(".") + 1
     paths = [path.split(".") for path, module in model.named_modules() if kind_of(module) in KINDS]
     return closest_match(name, sorted({*WORDS, *(".".join(path[-parts:]) for path in paths)}))
-
-
-def hint(misfit: Misfit, model: str) -> str:
-    """Return a hint for a name that matches no layer. model: the name of the model."""
-    return f"did you mean `{misfit['closest']}`?" if misfit["closest"] else f"name layers of {model}"
 
 
 def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, Misfit]:

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.assets import structure
+from harness.assets import misfit
 from harness.console import print_note
 from harness.errors import HarnessError, Problem, UsageError, did_you_mean, usage_error
 from harness.memory_model import counting_client, model_shapes, size_units
@@ -162,7 +162,7 @@ def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, 
     """
     if misfits := counted.get("misfits"):
         name = request.model.name
-        raise usage_error([Problem("--target", one["reason"], structure.hint(one, name)) for one in misfits.values()])
+        raise usage_error([Problem("--target", one["reason"], misfit.hint(one, name)) for one in misfits.values()])
     most = counted["positions"]
     tokens = request.tokens or min(TOKENS, most or TOKENS)
     if most is not None and tokens > most:

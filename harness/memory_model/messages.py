@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, Required, TypedDict
 
-from harness.assets.structure import Misfit
+from harness.assets.misfit import Misfit
 
 
 class CountRequest(TypedDict):

@@ -128,7 +128,7 @@ def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, A
     if len(chosen.near) == 1:
         return _card(question, f"No proven winner. Highest: {highest}, {score}.", "No other recipe is as close as"
                      f" {100 * MARGIN:.0f} points.")  # fmt: skip
-    gap = "the highest"
+    gap = "also the highest"
     if chosen.pick is not chosen.highest:
         gap = f"{abs(100 * chosen.pick.difference):.1f} points below the highest"
     return _card(question, f"No proven winner. Cheapest near the top: {pick}, {gap}.", margin)

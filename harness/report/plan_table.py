@@ -197,5 +197,6 @@ def _summary(estimate: Mapping[str, Any]) -> str:
     if not known:
         return f"{text}; time unknown until they have run here once"
     rest = f"; time unknown for the other {count - known}" if known < count else ""
-    peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
+    size = estimate["peak_memory_B"]
+    peak = f", peak of a whole process {mebibytes(size)} MiB" if size else ""
     return f"{text}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.assets import fetch, model_folder, structure
+from harness.assets import fetch, misfit, model_folder
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError, closest_match
 from harness.methods.spec import TARGET_WORDS
@@ -93,9 +93,9 @@ def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -
 def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
     requests = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
     for one, misfits in zip(unseen, _misfits(requests) if requests else (), strict=True):
-        for name, misfit in misfits.items():
+        for name, found in misfits.items():
             for where, model in one.wanted[name].items():
-                yield Problem(where, f"`targets`: {misfit['reason']}", structure.hint(misfit, model))
+                yield Problem(where, f"`targets`: {found['reason']}", misfit.hint(found, model))
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
@@ -135,13 +135,13 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 
 @functools.cache
-def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, structure.Misfit]]:
+def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, misfit.Misfit]]:
     """Return one dict per request, with each name that matches no layer.
 
     requests: tuples (folder of a model, its kind, names of layers). If a model cannot be built here, its dict is empty,
     and its Cells report the failure.
     """
-    found: list[dict[str, structure.Misfit]] = []
+    found: list[dict[str, misfit.Misfit]] = []
     while left := requests[len(found) :]:
         request = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
         with supervisor.python(["-P", "-m", "harness.assets.structure", request], {"HF_HUB_OFFLINE": "1"}) as child:

@@ -172,6 +172,8 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text
+    # A report shows the part above the imports, which is far less.
+    assert "last time, peak of a whole process " in text
 
 
 @pytest.mark.parametrize(
