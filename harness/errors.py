@@ -205,11 +205,13 @@ def closest_match(name: str, known: Iterable[str], similarity: float = 0.6) -> s
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=similarity)), "")
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known", instead: str = "") -> str:
     """Return the hint "did you mean `NAME`?" with the closest known name.
 
-    If no known name is close, return the hint "OTHERWISE: NAMES" with the text `otherwise` and all known names.
+    If no known name is close, return the hint "OTHERWISE: NAMES" with the text `otherwise` and all known names. instead:
+    what to write instead of a name, if that is possible, e.g. `name a file`. It is appended to the hint.
     """
     names = list(known)
-    close = closest_match(name, names)
-    return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"
+    if close := closest_match(name, names):
+        return f"did you mean `{close}`?{f' Or {instead}' if instead else ''}"
+    return f"{otherwise}: {', '.join(names) or 'none'}{f'; or {instead}' if instead else ''}"

@@ -281,18 +281,25 @@ def _whole(
 
     undecided = [j for j in judgements if j.verdict.word is not VerdictKind.PASS]
     if undecided:
-        open_questions = f"{len(undecided)} of {len(judgements)} questions left open"
+        of_suite = (
+            f"{len(undecided)} of {len(judgements)} questions" if len(judgements) > 1 else "the suite's question is"
+        )
         ids = [i for j in undecided for i in j.verdict.records]
-        return verdict(VerdictKind.INCONCLUSIVE, ids, open_questions, _conform(ok)), Exit.PASS
-    questions = f" and all {len(judgements)} questions of the suite are answered yes" if judgements else ""
-    return verdict(VerdictKind.PASS, [r.id for r in ok], f"{_conform(ok)}{questions}"), Exit.PASS
+        return verdict(VerdictKind.INCONCLUSIVE, ids, f"{of_suite} left open", _conform(ok)), Exit.PASS
+    questions = (
+        f"all {len(judgements)} questions of the suite are" if len(judgements) > 1 else "the suite's question is"
+    )
+    answered = f" and {questions} answered yes" if judgements else ""
+    return verdict(VerdictKind.PASS, [r.id for r in ok], f"{_conform(ok)}{answered}"), Exit.PASS
 
 
 def _conform(ok: list[Record]) -> str:
     """Return a sentence that says that all measured Cells conform, and how many of them had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
-    exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
-    return f"all {len(ok)} measured Cells conform{exception}"
+    of_them = f"{unreferenced} of them " if len(ok) > 1 else ""
+    exception = f", {of_them}without a reference to compare with" if unreferenced else ""
+    conform = f"all {len(ok)} measured Cells conform" if len(ok) > 1 else "the only measured Cell conforms"
+    return f"{conform}{exception}"
 
 
 def _failed_checks(name: str, record: Record) -> str:

@@ -64,8 +64,9 @@ def judge(
     ids = tuple(dict.fromkeys(i for s in subjects for i in s.verdict.records))
     if word is VerdictKind.PASS:
         worst = max(subjects, key=lambda s: s.ratio or 0.0)
+        who = f"all {len(subjects)} follow" if len(subjects) > 1 else f"{names[worst.cell_id]} follows"
         reason = (
-            f"all {len(subjects)} follow the float64 losses through {len(worst.errors)} steps; the worst error is"
+            f"{who} the float64 losses through {len(worst.errors)} steps; the worst error is"
             f" {worst.ratio:.2g} times what is allowed ({names[worst.cell_id]}, step {worst.step})"
         )
     else:

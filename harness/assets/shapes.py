@@ -79,8 +79,8 @@ def address_problem(address: str) -> str:
     cut = _CUT.fullmatch(address)
     if cut and (whole := presets().get(cut["name"])):
         return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; write as many or fewer"
-    hint = f"{did_you_mean(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
-    return f"no shape is called `{address}`; {hint}, or shape:./config.json"
+    instead = "write NAME/2-blocks for the first two of its blocks, or shape:./config.json"
+    return f"no shape is called `{address}`; {did_you_mean(address, presets(), instead=instead)}"
 
 
 def config_of(address: str) -> dict[str, Any]:

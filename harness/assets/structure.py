@@ -1,7 +1,7 @@
 """Build a model from its config on the meta device, without weights, and find names of layers that match no layer.
 
 `python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints one line:
-ANSWER, followed by a JSON object with the reason for each name that matches no layer.
+ANSWER, followed by a JSON object with a `Misfit` for each name that matches no layer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.assets.misfit import Misfit
+from harness.errors import closest_match
 from harness.process.supervisor import ANSWER
 
 if TYPE_CHECKING:
@@ -51,28 +53,42 @@ def without_padding(model: Any) -> None:
         model.config.pad_token_id = -1  # the id of no token
 
 
-def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Return name -> reason for those of `names` that match no adaptable layer of the model in `folder`."""
+def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, Misfit]:
+    """Return those of `names` that match no adaptable layer of the model in `folder`, each with the reason."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
     return model_misfits(build(config, kind, torch.float32), names)
 
 
-def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return name -> reason for those of `names` that match no layer of `model` that a Method can adapt."""
+def model_misfits(model: Any, names: Sequence[str]) -> dict[str, Misfit]:
+    """Return those of `names` that match no layer of `model` that a Method can adapt, each with the reason."""
     from reference.shared.layers import KINDS, targets
 
-    found = {}
+    found: dict[str, Misfit] = {}
     for name in names:
         try:
             targets(model, (name,), KINDS)
         except ValueError as error:
-            found[name] = str(error)
+            found[name] = {"reason": str(error), "closest": _closest(model, name)}
     return found
 
 
-def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
+def _closest(model: Any, name: str) -> str:
+    """Return the closest name of adaptable layers, or the closest word for layers. If none is close, return "".
+
+    Also return "" if the model has modules of the given name: the name is not misspelt.
+    """
+    from reference.shared.layers import KINDS, WORDS, kind_of, named
+
+    if named(model, [name]):
+        return ""
+    parts = name.count(".") + 1
+    paths = [path.split(".") for path, module in model.named_modules() if kind_of(module) in KINDS]
+    return closest_match(name, sorted({*WORDS, *(".".join(path[-parts:]) for path in paths)}))
+
+
+def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, Misfit]:
     try:
         return misfits(folder, kind, names)
     except BUILD_ERRORS:

@@ -15,7 +15,8 @@ from harness.bench.results import BenchRow, Cause
 from harness.bench.sizes import BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance import parity_suite
-from harness.errors import UsageError, did_you_mean
+from harness.errors import usage_error
+from harness.methods.known_names import NameOption
 from harness.methods.registry import DTYPES, Registry, targets
 
 OURS = "fused"
@@ -220,18 +221,16 @@ class _Plan:
 
 def _check_names(request: BenchRequest, registry: Registry) -> None:
     """Raise one UsageError that lists all unknown names in a request."""
-    operations = sorted(name for name, kind in targets().items() if kind == "operation")
+    operations = NameOption(
+        "--op", "operation", sorted(name for name, kind in targets().items() if kind == "operation")
+    )
+    steps = NameOption("--step", "step", [*STEPS, EVERY])
     implementations = sorted({i.name for i in registry.implementations} - {request.ours})
-    unknown = [
-        f"unknown {kind} {name!r}: {did_you_mean(name, known, 'there are')}"
-        for kind, given, known in (
-            ("operation", request.operations, operations),
-            ("implementation", request.vs, implementations),
-            ("step", request.steps, [*STEPS, EVERY]),
-            ("dtype", request.dtypes, DTYPES),
-        )
-        for name in given
-        if name not in known
+    problems = [
+        *operations.unknown(request.operations, [steps]),
+        *NameOption("--vs", "implementation", implementations).unknown(request.vs),
+        *steps.unknown(request.steps, [operations]),
+        *NameOption("--dtype", "dtype", DTYPES).unknown(request.dtypes),
     ]
-    if unknown:
-        raise UsageError("; ".join(unknown), hint="`peft-harness list implementations` shows what each one offers")
+    if problems:
+        raise usage_error(problems)

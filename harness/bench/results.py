@@ -6,7 +6,6 @@ This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from statistics import median
 from typing import Any, Literal
 
@@ -30,8 +29,6 @@ TIMER_SHARE, TIMER_SLACK_S = 1.25, 0.25
 The limit is TIMER_SHARE times the total time of the timed calls, plus TIMER_SLACK_S seconds for messages that are late
 on a busy machine. If more time passes, the timer of the measured process is wrong.
 """
-FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
-"""Smallest number of pairs from which an interval of the ratio can be computed."""
 
 
 class Samples(FrozenModel):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, TIMED_CALL, BenchRow, Ceilings
+from harness.analysis.statistics.intervals import fewest_with_interval
+from harness.bench.results import TIMED_CALL, BenchRow, Ceilings
 from harness.bench.steps import PRODUCTS
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
@@ -89,7 +90,7 @@ def notes(rows: Sequence[BenchRow]) -> list[str]:
             "parity: the last passed check, the number of others, and the largest error as a share of what is allowed",
         ]
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
-        found.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
+        found.append(f"[too few]: an interval needs at least {fewest_with_interval()} pairs (--pairs)")
     if counted := [(row, row.products) for row in measured if row.products is not None]:
         found.append(
             "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products "

@@ -98,7 +98,7 @@ def paths(papers: Iterable[str]) -> list[Path]:
     found = []
     for paper in papers:
         if paper not in names():
-            hint = f"{did_you_mean(paper, names(), 'there are')}; or use --file FILE for your own"
+            hint = did_you_mean(paper, names(), "there are", "use --file FILE for your own")
             raise UsageError(f"unknown paper `{paper}`", where="PAPER", hint=hint)
         files = [_folder() / f"{paper}.yaml", _folder() / f"{paper}{_MEASURED}.yaml"]
         found += [file for file in files if file.is_file()]

@@ -109,6 +109,12 @@ def _command_path(error: click.UsageError, words: Sequence[str]) -> str:
     return " ".join(path)
 
 
+def _example(error: click.UsageError) -> str:
+    """Return the example of the command if the error is a missing argument or option. Otherwise return ""."""
+    epilog = error.ctx.command.epilog if error.ctx and isinstance(error, click.MissingParameter) else None
+    return f"e.g. `{epilog.removeprefix('Example: ')}`; " if epilog else ""
+
+
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
     sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
@@ -127,7 +133,7 @@ def launch(argv: Sequence[str] | None = None) -> int:
         path = _command_path(error, sys.argv[1:] if argv is None else argv)
         message = " ".join(error.format_message().split())  # click puts choices on separate lines
         where = path.removeprefix("peft-harness").strip()
-        code = report_error(UsageError(message, where=where, hint=f"see `{path} --help`"))
+        code = report_error(UsageError(message, where=where, hint=f"{_example(error)}see `{path} --help`"))
     except HarnessError as error:
         code = report_error(error)
     except OSError as error:

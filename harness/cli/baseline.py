@@ -16,7 +16,7 @@ def baseline() -> None:
     """
 
 
-@baseline.command()
+@baseline.command(epilog="Example: peft-harness baseline promote latest main --reason 'first release'")
 @click.argument("run")
 @click.argument("name")
 @click.option("--reason", required=True, metavar="TEXT", help="Why later runs are compared with this one.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from harness.analysis.statistics.intervals import fewest_with_interval
 from harness.bench.sizes import SHAPES
 from harness.bench.steps import FORMER_NAMES, Backbone
 from harness.cli import options
@@ -25,7 +26,7 @@ from harness.errors import Exit, UsageError
     help=f"Compare with this implementation only. {options.AGAIN}  [default: all others]",
 )  # fmt: skip
 @click.option(
-    "--shapes", type=click.Choice(SHAPES), default="small", show_default=True,
+    "--shapes", type=options.Choice(SHAPES), default="small", show_default=True,
     help="Sizes of the linear layers: small ones, or those of Llama-3-8B or Llama-3-70B.",
 )  # fmt: skip
 @click.option(
@@ -37,8 +38,8 @@ from harness.errors import Exit, UsageError
     help=f"Dtype to time. {options.AGAIN}  [default: float32 on a CPU, bfloat16 on a GPU]",
 )  # fmt: skip
 @click.option(
-    "--pairs", type=click.IntRange(5, 10_000), default=12, show_default=True,
-    help="Pairs of samples, taken alternately from both implementations.",
+    "--pairs", type=click.IntRange(fewest_with_interval(), 10_000), default=12, show_default=True,
+    help=f"Pairs of samples, taken alternately from both implementations. A 95 % interval needs {fewest_with_interval()}.",
 )  # fmt: skip
 @click.option(
     "--patience", callback=options.finite_seconds, default=900.0, show_default=True, metavar="SECONDS",

@@ -38,7 +38,7 @@ from harness.resources import user_path
     "--served: also its name on the server.",
 )  # fmt: skip
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    "--device", type=options.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
     help="Device of the tensors. On cuda, `fused` runs its Triton kernels.",
 )  # fmt: skip
 @options.jobs

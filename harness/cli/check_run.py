@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
@@ -31,7 +31,8 @@ from harness.conformance.findings.report import CheckReport
 from harness.conformance.findings.versions import CheckedEnvironment
 from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError, Problem, SuiteError, UsageError, did_you_mean
+from harness.errors import Exit, HarnessError, Problem, SuiteError, usage_error
+from harness.methods.known_names import NameOption
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.signals import handle_termination
@@ -350,40 +351,34 @@ def _size(plan: ParitySuite) -> int:
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:
     """Raise one UsageError with all unknown names."""
-    mistakes = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
-    if mistakes:
-        hint = "`peft-harness list implementations` shows implementations, their targets and dtypes"
-        raise UsageError("; ".join(mistakes), hint=hint)
+    if problems := list(_unknown(request, registry)) or list(_not_offered(request, registry)):
+        raise usage_error(problems)
 
 
-def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    kinds = targets()
-    known_targets = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
-    names = sorted({i.name for i in registry.implementations})
-    yours = f"; for your own, add an entry point of the group {GROUP} and install it"
+def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
+    checked = {name: kind for name, kind in targets().items() if name not in UNREFERENCED}
+    operations = sorted(name for name, kind in checked.items() if kind == "operation")
+    methods = sorted((name for name in checked if name not in operations), key=lambda name: checked[name] != "method")
+    of_arguments = NameOption("check", "implementation", sorted({i.name for i in registry.implementations}))
+    of_methods = NameOption("--method", "method", methods)
+    of_operations = NameOption("--op", "operation", operations)
+    yours = f"for your own, add an entry point of the group {GROUP} and install it"
     if registry.broken:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; entry points that could not be loaded: {broken}"
-    for what, given, known in (
-        ("implementation", request.implementations, names),
-        ("method", request.methods, [*known_targets["method"], *known_targets["base"], *known_targets["loader"]]),
-        ("operation", request.operations, known_targets["operation"]),
-        ("dtype", request.dtypes, DTYPES),
-    ):
-        for name in given:
-            if name in known or (what == "implementation" and name in registry.broken):
-                continue
-            hint = did_you_mean(name, known, "there are")
-            if what != "dtype" and name in kinds:
-                option = "--op" if kinds[name] == "operation" else "--method"
-                hint = f"it is of kind `{kinds[name]}`: {option} {name}"
-            yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
+    implementations = [name for name in request.implementations if name not in registry.broken]
+    yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours)
+    referenced = [name for name in request.methods if name not in UNREFERENCED]
+    yield from of_methods.unknown(referenced, (of_operations, of_arguments))
+    yield from of_operations.unknown(request.operations, (of_methods, of_arguments))
+    yield from NameOption("--dtype", "dtype", DTYPES).unknown(request.dtypes)
 
 
-def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Yield a message for each requested implementation that implements none of the requested targets."""
+def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
+    """Yield a problem for each requested implementation that implements none of the requested targets."""
     for name in request.implementations:
         offers = [i for i in registry.implementations if i.name == name]
         if offers and not any(_is_requested(i, request) for i in offers):
             wanted = ", ".join([*request.methods, *request.operations])
-            yield f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"
+            what = f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"
+            yield Problem("check", what, "`peft-harness list methods operations` shows who offers what")

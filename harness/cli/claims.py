@@ -15,7 +15,7 @@ from harness.errors import Exit, UsageError
 @click.command()
 @click.argument("papers", nargs=-1, metavar="[PAPER]...")
 @click.option(
-    "--tier", "tiers", multiple=True, type=click.Choice(get_args(Tier)),
+    "--tier", "tiers", multiple=True, type=options.Choice(get_args(Tier)),
     help="Only claims that need this: exact (arithmetic or a small tensor), gpu-synthetic (a GPU and random weights) or "
     f"trained (training on data). {options.AGAIN}",
 )  # fmt: skip

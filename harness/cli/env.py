@@ -68,7 +68,7 @@ def list_(as_json: bool) -> Exit:
     return environments.list_(as_json)
 
 
-@env.command("remove")
+@env.command("remove", epilog="Example: peft-harness env remove torchao")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def remove(names: tuple[str, ...]) -> Exit:
     """Remove environments, and everything in them."""
@@ -77,7 +77,7 @@ def remove(names: tuple[str, ...]) -> Exit:
     return environments.remove(names)
 
 
-@env.command("repair")
+@env.command("repair", epilog="Example: peft-harness env repair torchao")
 @click.argument("name")
 @index_options
 def repair(name: str, offline: bool, find_links: tuple[str, ...]) -> Exit:

@@ -128,7 +128,8 @@ def _named(name: str) -> list[MadeEnvironment]:
     made = folder.made()
     if found := [one for one in made if one.name == name]:
         return found
-    hint = did_you_mean(name, dict.fromkeys(one.name for one in made), "there are")
+    known = dict.fromkeys(one.name for one in made)
+    hint = did_you_mean(name, known, "there are") if made else "`peft-harness env list` shows which ones could be made"
     raise UsageError(f"there is no environment {name!r}", hint=hint)
 
 

@@ -8,7 +8,7 @@ from harness.console import print_lines
 from harness.errors import Exit
 
 
-@click.command()
+@click.command(epilog="Example: peft-harness explain lora")
 @click.argument("words", nargs=-1, required=True, metavar="NAME")
 def explain(words: tuple[str, ...]) -> Exit:
     """Explain a name.

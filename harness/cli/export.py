@@ -11,9 +11,9 @@ from harness.cli import options
 from harness.errors import Exit
 
 
-@click.command()
+@click.command(epilog="Example: peft-harness export latest --format csv")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--format", "form", type=click.Choice(["parquet", "csv"]), required=True, help="Format of the files.")
+@click.option("--format", "form", type=options.Choice(["parquet", "csv"]), required=True, help="Format of the files.")
 @click.option(
     "--out", type=options.PATH, metavar="DIR",
     help="Folder to write to; must be new or empty.  [default: export-FORMAT in the first run]",

@@ -13,7 +13,7 @@ _ANSWERS = {"yes": Exit.PASS, "no": Exit.FAIL, "unknown": Exit.INFRASTRUCTURE}
 """Exit code for each answer of `fit --batch`."""
 
 
-@click.command()
+@click.command(epilog="Example: peft-harness fit llama-7b --memory 24GiB")
 @click.argument("model")
 @click.option(
     "--memory", required=True, metavar="SIZE", help="Memory of the device, e.g. 24GiB or 24GB (24GiB is 7 % larger)."

@@ -94,7 +94,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     help="Use only these Cells; the syntax is that of `peft-harness run --only`.",
 )  # fmt: skip
 @_option(
-    "--pairs", "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    "--pairs", "--device", type=options.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="Device to run on.",
 )  # fmt: skip
 @_option(

@@ -27,7 +27,7 @@ def history() -> None:
     """
 
 
-@history.command()
+@history.command(epilog="Example: peft-harness history add latest")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--night", metavar="DATE", help="Night of these runs.  [default: the UTC date on which each run started]"
@@ -144,7 +144,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
     return verify.verify(folder, cell, most, author, out, suite)
 
 
-@history.command()
+@history.command(epilog="Example: peft-harness history reset d8b5913f step_s --night 2026-01-31 --reason 'new driver'")
 @click.argument("cell", metavar="CELL|*")
 @click.argument("metric", metavar="METRIC|*")
 @_night
@@ -152,7 +152,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
 @options.author()
 @_dir
 def reset(cell: str, metric: str, night: str, reason: str, author: str | None, folder: Path) -> Exit:
-    """Accept a new level.
+    """Accept the new level of a series.
 
     Detection in the series of CELL and METRIC starts again on the given night. CELL is a cell_id or the start of one; `*`
     means every Cell or metric. The decision is stored in resets.jsonl with its author, time and reason: commit it to git.
@@ -162,12 +162,14 @@ def reset(cell: str, metric: str, night: str, reason: str, author: str | None, f
     return decisions.print_decision(decisions.reset(folder, cell, metric, night, reason, author))
 
 
-@history.command()
+@history.command(
+    epilog="Example: peft-harness history confirm d8b5913f step_s --night 2026-01-31 --verdict refuted --evidence 'pairs'"
+)
 @click.argument("cell", metavar="CELL|*")
 @click.argument("metric", metavar="METRIC|*")
 @_night
 @click.option(
-    "--verdict", required=True, type=click.Choice(["regressed", "improved", "refuted"]), help="What the test showed."
+    "--verdict", required=True, type=options.Choice(["regressed", "improved", "refuted"]), help="What the test showed."
 )
 @click.option("--evidence", required=True, metavar="TEXT", help="Which test was run, and its result.")
 @options.author()

@@ -12,7 +12,7 @@ from harness.errors import Exit, UsageError
 from harness.resources import user_path
 
 
-@click.command("import")
+@click.command("import", epilog="Example: peft-harness import ./outputs --task movie-sentiment")
 @click.argument("folder")
 @click.option(
     "--model", metavar="MODEL",
@@ -32,7 +32,7 @@ from harness.resources import user_path
     help="Tokens to which longer texts are cut.",
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32", show_default=True,
+    "--dtype", type=options.Choice(["float32", "bfloat16", "float16", "float64"]), default="float32", show_default=True,
     help="Dtype of the base.",
 )  # fmt: skip
 @click.option(

@@ -34,7 +34,7 @@ def _version(_: click.Context, __: click.Parameter, value: str) -> str:
     return value
 
 
-@click.command()
+@click.command(epilog="Example: peft-harness kit ./kit")
 @click.argument("folder", type=options.FOLDER, metavar="DIR")
 @click.option(
     "--size", callback=_bytes, default="60MiB", show_default=True, metavar="SIZE", help="Maximum size of the kit."

@@ -1,4 +1,4 @@
-"""The command `list`: print the names that a suite can use."""
+"""The command `list`: print the names that suites and commands take."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ KINDS = ("methods", "operations", "implementations", "suites", "models", "tasks"
 
 
 @click.command("list")
-@click.argument("kinds", nargs=-1, type=click.Choice(KINDS), metavar="[KIND]...")
+@click.argument("kinds", nargs=-1, type=options.Choice(KINDS), metavar="[KIND]...")
 @options.as_json
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
-    """List the names that a suite can use.
+    """List the names that suites and commands take.
 
     KIND is methods, operations, implementations, suites, models, tasks, checks, claims or measures. Without it, prints the
-    names of all kinds.
+    names of all kinds. `peft-harness explain NAME` describes one of them.
     """
     from harness.cli import catalog
 

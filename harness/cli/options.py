@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from harness.console import print_json, print_lines
+from harness.errors import closest_match
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
@@ -27,6 +28,19 @@ class _NamedPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Choice(click.Choice[str]):
+    """One of several words. For another word, the error names the closest of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word. Raises BadParameter if `value` is none of them."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            if close := closest_match(str(value), self.choices):
+                self.fail(f"{error.message} Did you mean '{close}'?", param, ctx)
+            raise
+
+
 PATH = _NamedPath(path_type=Path)
 FILE = _NamedPath(path_type=Path, dir_okay=False)
 FOLDER = _NamedPath(path_type=Path, file_okay=False)
@@ -35,7 +49,7 @@ AGAIN = "Repeatable."
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 strict = click.option("--strict", is_flag=True, help="Exit with 3 if a comparison stays undecided.")
 device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    "--device", type=Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="Device to measure on; auto takes a GPU if there is one.",
 )  # fmt: skip
 junit = click.option("--junit", type=FILE, metavar="FILE", help="Also write the results as JUnit XML.")

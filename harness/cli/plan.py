@@ -15,7 +15,7 @@ _MOST = 40
 
 
 @options.only
-@click.command()
+@click.command(epilog="Example: peft-harness plan quick")
 @click.argument("suite")
 @click.option("--all", "every", is_flag=True, help=f"List all Cells. A terminal shows the first {_MOST} otherwise.")
 @options.as_json
@@ -25,7 +25,8 @@ def plan(suite: str, only: str | None, every: bool, as_json: bool) -> Exit:
     Prints, for each Cell, the parameters that train, the predicted memory of training, and the time of its newest run.
 
     SUITE is a name (see `peft-harness list suites`) or a .yaml file. Nothing is trained. Parameters and memory are predicted
-    from the shapes of the models that are on this machine. Times are those of the newest Records in results/runs.
+    from the shapes of the models that are on this machine. Times are those of the newest Records in results/runs. A Cell
+    whose method refuses its config cannot run: it is listed with its line, and the exit code is 0 nevertheless.
     """
     from harness.report import plan_table
     from harness.suites import expand, loader, model_checks

@@ -20,7 +20,7 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
 """Exit codes, the most serious first. A finding is more serious than a missing Cell."""
 
 
-@click.command()
+@click.command(epilog="Example: peft-harness report latest")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "-o",
@@ -30,7 +30,7 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
     help="File to write.  [default: report.html in the folder of the run]",
 )
 @click.option(
-    "--format", "form", type=click.Choice(["html", "markdown", "csv", "json"]), default="html", show_default=True,
+    "--format", "form", type=options.Choice(["html", "markdown", "csv", "json"]), default="html", show_default=True,
     help="Other formats hold the answers and the recipes, and are printed, or written to --out.",
 )  # fmt: skip
 @click.option(

@@ -23,7 +23,7 @@ class _RunCommand(click.Command):
             more = [option for _, _, option in found if option]
             self.params += [
                 click.Option(
-                    ["--executor"], type=click.Choice(names), default="local", show_default=True,
+                    ["--executor"], type=options.Choice(names), default="local", show_default=True,
                     help=" ".join(["Where Cells run.", *about]),
                 ),
                 *(
@@ -35,7 +35,7 @@ class _RunCommand(click.Command):
 
 
 @options.only
-@click.command(cls=_RunCommand)
+@click.command(cls=_RunCommand, epilog="Example: peft-harness run quick")
 @click.argument("suite")
 @click.option("--out", type=options.PATH, metavar="DIR", help="Run folder.  [default: results/runs/<run id>]")
 @click.option("--resume", metavar="RUN", help="Continue this run; Cells that have an ok Record are not run again.")

@@ -70,6 +70,9 @@ def explain(name: str) -> str:
 def _hint(wanted: str, known: set[str]) -> str:
     from harness.claims import explain as explained
 
+    words = wanted.split()
+    if len(words) > 1 and {topic.lower() for topic in known}.issuperset(words):
+        return f"explain one name at a time, e.g. `peft-harness explain {words[-1]}`"
     close = closest_match(wanted, sorted({*known, *explained.claim_ids(), *_defect_ids()}), _NEAR)
     return f"did you mean `{close}`?" if close else f"there are {_KINDS}; `peft-harness list` shows most names"
 

@@ -211,7 +211,8 @@ def count_method(
         chosen, _ = adapted_layers(model, method, targets | dict(config), head)
         adapted = _attach(model, method, chosen)
     except (UsageError, ValueError) as error:
-        return {"rank": rank, "error": error.what if isinstance(error, UsageError) else str(error)}, None
+        why = error.what if isinstance(error, UsageError) else str(error)
+        return {"rank": rank, "error": why, "refused": True}, None
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _UNUSED = ("scipy", "torchao")
 count of a Method."""
 _OF_CHECKPOINTS = ("accelerate",)
 """Packages that only a count from a checkpoint needs. transformers uses them to load a checkpoint without its weights."""
+_WITHOUT_LIBRARY = ("reference", "fused")
+"""Implementations that import none of these packages. A library may need any of them, e.g. peft needs accelerate."""
 
 
 def main(argv: list[str]) -> None:
@@ -32,10 +35,17 @@ def main(argv: list[str]) -> None:
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
     requests = json.loads(Path(argv[2]).read_bytes())
-    short_worker.hide(_UNUSED if any(one.get("checkpoint") for one in requests) else (*_UNUSED, *_OF_CHECKPOINTS))
+    short_worker.hide(_unneeded(requests))
     with collection.paused(), Path(argv[3]).open("w", encoding="utf-8") as answers:
         for request in requests:
             print(json.dumps(_answer(request)), file=answers, flush=True)
+
+
+def _unneeded(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the packages that no request needs."""
+    if any("cell" in one and one["cell"]["implementation"] not in _WITHOUT_LIBRARY for one in requests):
+        return ()
+    return _UNUSED if any(one.get("checkpoint") for one in requests) else (*_UNUSED, *_OF_CHECKPOINTS)
 
 
 def _answer(request: Any) -> ModelCount | StepAnswer:

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.assets import misfit
 from harness.console import print_note
 from harness.errors import HarnessError, Problem, UsageError, did_you_mean, usage_error
 from harness.memory_model import counting_client, model_shapes, size_units
@@ -160,8 +161,8 @@ def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, 
     than the model reads.
     """
     if misfits := counted.get("misfits"):
-        hint = f"name layers of {request.model.name}"
-        raise UsageError("; ".join(misfits.values()), where="--target", hint=hint)
+        name = request.model.name
+        raise usage_error([Problem("--target", one["reason"], misfit.hint(one, name)) for one in misfits.values()])
     most = counted["positions"]
     tokens = request.tokens or min(TOKENS, most or TOKENS)
     if most is not None and tokens > most:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired, Required, TypedDict
 
+from harness.assets.misfit import Misfit
+
 
 class CountRequest(TypedDict):
     """A request to count the bytes of one model for several Methods."""
@@ -24,11 +26,13 @@ class CountRequest(TypedDict):
 
 
 class MethodCount(TypedDict, total=False):
-    """Counts for one Method with one config. If the config failed, there are only `rank` and `error`."""
+    """Counts for one Method with one config. If the config failed, there are only `rank`, `error` and `refused`."""
 
     rank: Required[int | None]
     error: Required[str]
-    """Reason why the Method cannot be attached. Empty if it can."""
+    """Reason why there are no counts. Empty if there are."""
+    refused: bool
+    """True if the reason is an error of the reference, which refuses the config for this model."""
     trainable: int
     """Number of trainable parameters."""
     untouched: int
@@ -56,8 +60,8 @@ class ModelCount(TypedDict, total=False):
 
     error: str
     """Reason why the model cannot be built or counted."""
-    misfits: dict[str, str]
-    """Requested targets that match no layer that can be adapted, with the reason."""
+    misfits: dict[str, Misfit]
+    """Requested targets that match no layer that can be adapted."""
     parameters: int
     targets: list[str]
     """Layers to adapt for configs without targets."""

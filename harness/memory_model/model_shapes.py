@@ -44,7 +44,8 @@ def find_model(name: str) -> ModelShape:
         return _of_file(path / "config.json", name, str(path))
     if name.count("/") == 1:
         return _of_hub(name)
-    hint = f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or org/name in the hub's cache"
+    instead = "name a folder (./path), or org/name in the hub's cache"
+    hint = did_you_mean(name, [*shapes.presets(), *table], instead=instead)
     raise UsageError(f"no model is named `{name}`", where="MODEL", hint=hint)
 
 

@@ -26,6 +26,12 @@ _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 these options then share one step."""
 
 
+class Refusal(str):
+    """Reason why a Cell has no prediction, if it is an error of the Cell's Method: the Cell cannot run either."""
+
+    __slots__ = ()
+
+
 class PlannedMemory(Predicted):
     """Predicted memory of one Cell of a plan."""
 
@@ -60,9 +66,9 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
         return str(error)
     (one,) = counted["methods"][cell.method]
     if one["error"]:
-        return str(one["error"])
+        return (Refusal if one.get("refused") else str)(one["error"])
     if cell.base.quantization != "none" and one["unpackable"]:
-        return one["unpackable"]
+        return Refusal(one["unpackable"])
     base = OWN if OWN in one["weights"] else cell.base.quantization
     if base not in one["weights"]:
         return f"there is no count of a {cell.method} on a base in {cell.base.quantization}"

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from harness.errors import closest_match
 from reference.spec import Deviation, ReferenceSpec
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ class FieldInfo:
     def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield every problem of a value."""
         if text := self.problem(value):
-            yield (), text, self.hint
+            close = closest_match(value, TARGET_WORDS) if self.is_list and isinstance(value, str) else ""
+            yield (), text, f"did you mean `{close}`?" if close else self.hint
 
     def problem(self, value: Any) -> str:
         """Return the first problem of a value, or an empty string."""

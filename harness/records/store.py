@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from harness.errors import StoreError, UsageError
+from harness.errors import StoreError, UsageError, did_you_mean
 from harness.records import collection, gate
 from harness.records.base_model import mistake
 from harness.records.files import sha256, write_atomic
@@ -387,13 +387,13 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if matches:
         raise UsageError(f"{name!r} matches {len(matches)} runs", where=str(runs), hint="give more of its id")
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
-        hint = "copy it from the machine that made the run"
+        hint = f"name a folder in {runs}, or `latest`; if this is a copy of a run, copy its run.json, too"
         if any((folder / file).exists() for file in ("adapter_config.json", "trainer_state.json")):
             hint = f"another program made it: `peft-harness import {shlex.quote(str(folder))}` makes a run of it"
         raise UsageError("is no run: it has no run.json", where=str(folder), hint=hint)
     if Path(name).is_absolute():
         raise UsageError("no such folder", where=name, hint="name a run id or its folder")
-    recent = ", ".join(p.name for p in known[-3:])
-    raise UsageError(
-        f"no run {name!r}", where=str(runs), hint=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
-    )
+    of_suite = [p.name for p in known if f"-{name}-" in p.name]  # the middle of an id is the name of the suite
+    names = ["latest", *(p.name for p in known[-3:]), *of_suite[-1:]]
+    hint = did_you_mean([name, *of_suite][-1], names, "runs here", "name a folder")
+    raise UsageError(f"no run {name!r}", where=str(runs), hint=hint if known else "`peft-harness run quick` first")

@@ -128,7 +128,9 @@ def _which(names: Names, group: Group, chosen: Choice, lost: int) -> dict[str, A
     if len(chosen.near) == 1:
         return _card(question, f"No proven winner. Highest: {highest}, {score}.", "No other recipe is as close as"
                      f" {100 * MARGIN:.0f} points.")  # fmt: skip
-    gap = "the highest" if chosen.pick is chosen.highest else formatting.points(chosen.pick.difference)
+    gap = "also the highest"
+    if chosen.pick is not chosen.highest:
+        gap = f"{abs(100 * chosen.pick.difference):.1f} points below the highest"
     return _card(question, f"No proven winner. Cheapest near the top: {pick}, {gap}.", margin)
 
 
@@ -152,19 +154,23 @@ def _cost(names: Names, chosen: Choice) -> dict[str, Any]:
         details.append(
             f"! Other programs used the CPU while {' and '.join(busy)} trained: these times may be too high."
         )
-    details += _passes(pick)
+    details += _passes(pick, names[id(pick)])
     return _card("At what cost?", ", ".join(parts) + "." if parts else "No costs were measured.", *details)
 
 
-def _passes(entry: RankingEntry) -> list[str]:
-    """Return sentences about the latencies of the unmerged, merged and base model; none if a latency is missing."""
+def _passes(entry: RankingEntry, name: str) -> list[str]:
+    """Return sentences about the latencies of the unmerged, merged and base model; none if a latency is missing.
+
+    name: name of the recipe.
+    """
     fields = [recipes.latency(entry, variant) for variant in ("unmerged", "merged", "base")]
     if any(one["value"] is None for one in fields):
         return []
     unmerged, merged, base = (one["text"] for one in fields)
     found = [f"A pass takes {unmerged} ms with the adapter, {merged} ms merged and {base} ms without an adapter."]
     if flag := recipes.disturbed(entry):
-        found.append(f"! These times may be too high ({flag}).")
+        seeds = f" ({flag} seeds)" if len(entry.records) > 1 else ""
+        found.append(f"! Other programs slowed the passes of {name}{seeds}: their times may be too high.")
     return found
 
 
@@ -218,7 +224,8 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
             f"{cut:,} of {group.budget.items:,} test items were truncated to {group.budget.max_tokens} tokens."
         )
     if busy := sum(bool(contention.busy(record)) for record in records):
-        reasons.append(f"{busy} of {len(records)} trainings were timed on a busy machine; accuracies are not affected.")
+        trainings = f"{busy} of {len(records)} trainings were" if len(records) > 1 else "The training was"
+        reasons.append(f"{trainings} timed on a busy machine; accuracies are not affected.")
     missing, changed = len(f.verdict.missing), len(f.doubtful)
     if missing or changed:
         count = missing + changed

@@ -11,9 +11,9 @@ from harness.assets.environments import folder
 from harness.assets.environments import table as environments
 from harness.assets.table import resolve
 from harness.console import align_columns
-from harness.errors import StoreError, plural
+from harness.errors import StoreError, first_names, plural
 from harness.memory_model import plan_prediction
-from harness.memory_model.plan_prediction import PlannedMemory
+from harness.memory_model.plan_prediction import PlannedMemory, Refusal
 from harness.methods import servers
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Record, Status
@@ -42,11 +42,13 @@ def planning(
     memory only if `predicted` contains the Cell.
     """
     named = naming.full(plan.cells)
+    places = {entry.id: entry.where for entry in suite.entries}
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
     rows: list[dict[str, Any]] = [
         {
             "cell_id": cell.cell_id,
             "id": plan.ids[cell.cell_id],
+            "where": places[plan.ids[cell.cell_id]],
             "label": cell.label,
             "name": named[cell.cell_id],
             "cell": cell.model_dump(mode="json"),
@@ -95,13 +97,15 @@ def lines(document: Mapping[str, Any], most: int | None = None) -> list[str]:
 
 
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
-    """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
+    """Return fields of a Cell: `predicted`, its predicted memory, or `not_predicted`, the reason why it has none.
 
-    `predicted` has the key `total_B`: the predicted peak memory of the device, or a lower bound of it.
+    `refused` is true if this reason also prevents the Cell from running. `predicted` has the key `total_B`: the
+    predicted peak memory of the device, or a lower bound of it.
     """
     if not isinstance(found, PlannedMemory):
-        return {"predicted": None, "not_predicted": found or ""}
-    return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
+        return {"predicted": None, "not_predicted": found or "", "refused": isinstance(found, Refusal)}
+    predicted = {**found.model_dump(), "total_B": found.total_B}
+    return {"predicted": predicted, "not_predicted": "", "refused": False}
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -137,10 +141,19 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{what}; `peft-harness env create {home.name}` makes an environment with it"
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"
+    for by, n in Counter(p["peak_by"] for p in predicted if p["peak_by"]).items():
+        yield f"memory of {plural(n, 'Cell')}: predicted with {by}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
         yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
-    for why, n in Counter(row["not_predicted"] for row in cells if row["not_predicted"]).items():
-        yield f"no prediction for {plural(n, 'Cell')}: {why}"
+    for why, n in Counter(row["not_predicted"] for row in cells if not row["refused"]).items():
+        if why:
+            yield f"no prediction for {plural(n, 'Cell')}: {why}"
+    places: dict[str, list[str]] = {}
+    for row in cells:
+        if row["refused"]:
+            places.setdefault(row["not_predicted"], []).append(row["where"])
+    for why, of_entries in places.items():
+        yield f"{first_names(list(dict.fromkeys(of_entries)))}: {plural(len(of_entries), 'Cell')} cannot run: {why}"
 
 
 def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
@@ -184,5 +197,6 @@ def _summary(estimate: Mapping[str, Any]) -> str:
     if not known:
         return f"{text}; time unknown until they have run here once"
     rest = f"; time unknown for the other {count - known}" if known < count else ""
-    peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
+    size = estimate["peak_memory_B"]
+    peak = f", peak of a whole process {mebibytes(size)} MiB" if size else ""
     return f"{text}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"

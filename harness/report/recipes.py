@@ -162,13 +162,13 @@ def gap(group: Group, e: RankingEntry) -> Field:
         "best": "the highest accuracy",
         "tied": f"no test tells it apart from the highest{p}",
         "below": f"lower than the highest{p}",
-        "untrained": "imported, not trained here" if e.record.imported else "not trained",
+        "untrained": f"{'imported, not trained here' if e.record.imported else 'not trained'}{p}",
     }
     tied = e.standing == "tied"
     text = formatting.signed_percent(e.difference) + (" ≈" if tied else "")
     more: dict[str, str] = {"standing": e.standing} | ({} if e.p is None else {"p": f"{e.p:.3g}"})
-    # Without the remark, the gap of an untrained recipe would look as if a test had shown it.
-    small = "not tested" if e.standing == "untrained" else ""
+    # Without the remark, the recipe would look as if it had the budget of the others.
+    small = ("imported" if e.record.imported else "not trained") if e.standing == "untrained" else ""
     return field(text, e.difference, small=small, why=words[e.standing], tone="quiet" if tied else "", more=more)
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.assets import fetch, model_folder
+from harness.assets import fetch, misfit, model_folder
 from harness.assets.table import resolve
-from harness.errors import Problem, SuiteError
+from harness.errors import Problem, SuiteError, closest_match
 from harness.methods.spec import TARGET_WORDS
 from harness.process import supervisor
 from harness.records.record import DECODED
@@ -93,9 +93,9 @@ def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -
 def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
     requests = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
     for one, misfits in zip(unseen, _misfits(requests) if requests else (), strict=True):
-        for name, what in misfits.items():
+        for name, found in misfits.items():
             for where, model in one.wanted[name].items():
-                yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+                yield Problem(where, f"`targets`: {found['reason']}", misfit.hint(found, model))
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
@@ -107,7 +107,9 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
         if paths and isinstance(names, list) and names and not any(_seen(str(name), paths) for name in names):
             what = f"`adapter_config`: no target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
             ends = sorted({path.rpartition(".")[2] for path in paths})
-            yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
+            close = dict.fromkeys(filter(None, (closest_match(str(name), ends) for name in names)))
+            guess = f"did you mean {', '.join(f'`{name}`' for name in close)}? " if close else ""
+            yield Problem(places["adapter_config"], what, f"{guess}it has {', '.join(ends)}")
 
 
 def _dropout(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
@@ -133,13 +135,13 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 
 @functools.cache
-def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Return one dict per request: name that matches no layer -> reason.
+def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, misfit.Misfit]]:
+    """Return one dict per request, with each name that matches no layer.
 
     requests: tuples (folder of a model, its kind, names of layers). If a model cannot be built here, its dict is empty,
     and its Cells report the failure.
     """
-    found: list[dict[str, str]] = []
+    found: list[dict[str, misfit.Misfit]] = []
     while left := requests[len(found) :]:
         request = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
         with supervisor.python(["-P", "-m", "harness.assets.structure", request], {"HF_HUB_OFFLINE": "1"}) as child:

@@ -369,6 +369,26 @@ def test_a_whole_run_passes(tmp_path: Path) -> None:
     assert len(v.parity.unchecked) == 3
 
 
+@pytest.mark.parametrize(
+    ("right", "only", "reason"),
+    [
+        ("head", (), "all 10 measured Cells conform and the suite's question is answered yes"),
+        ("full", (), "the suite's question is left open; all 10 measured Cells conform"),
+        ("head", ("reference",), "the suite's question is left open; the only measured Cell conforms"),
+    ],
+)
+def test_a_verdict_on_one_thing_is_singular(tmp_path: Path, right: str, only: tuple[str, ...], reason: str) -> None:
+    v = run_verdict.judge(_whole(tmp_path, only=only, asked=lambda _: _better("reference", right)))
+    assert v.verdict.reason == reason
+
+
+def test_same_losses_of_one_cell_name_it(tmp_path: Path) -> None:
+    c = recorded_run.cells()
+    asked = Comparison(kind="same-losses", left=[c["fused"].cell_id], right=[c["float64"].cell_id], says="the same")
+    (judged,) = run_verdict.judge(_whole(tmp_path, asked=lambda _: [asked])).judgements
+    assert "[fused] follows the float64 losses through 60 steps" in judged.verdict.reason
+
+
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST])
 def test_an_unmeasured_cell_is_infrastructure(tmp_path: Path, status: Status) -> None:
     v = run_verdict.judge(_whole(tmp_path, change=lambda n, r: recorded_run.failed(r, status) if n == "nf4" else r))

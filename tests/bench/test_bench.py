@@ -1389,8 +1389,23 @@ def test_a_failed_parity_check_is_a_failure() -> None:
 
 def test_all_unknown_names_are_listed_at_once(registry: Registry) -> None:
     requested = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
-    with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
+    with pytest.raises(
+        UsageError, match=r"(?s)nf4_linear.*`peft-harness list operations`.*bitsandbytes.*lora.*float32"
+    ):
         planning.plan(requested, registry, no_gpu="no GPU")
+    with pytest.raises(UsageError, match="did you mean `--step lora`"):
+        planning.plan(BenchRequest(["lora"]), registry, no_gpu="no GPU")
+
+
+def test_fewer_pairs_than_an_interval_needs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--pairs", "5"]) == Exit.USAGE
+    assert "5 is not in the range 6<=x" in capsys.readouterr().err
+    least = row().samples
+    assert least is not None
+    of_six = row(samples=least.model_copy(update={"ours": [1.0] * 6, "other": [2.0] * 6}))
+    assert "too few" not in "\n".join(table.lines([of_six]))
+    assert main(["bench", "--help"]) == Exit.PASS
+    assert "A 95 % interval needs 6." in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_triton_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -170,6 +172,8 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text
+    # A report shows the part above the imports, which is far less.
+    assert "last time, peak of a whole process " in text
 
 
 @pytest.mark.parametrize(
@@ -319,6 +323,52 @@ def test_the_hint_of_wrong_use_names_the_help_of_the_command(
 ) -> None:
     assert main(words) == Exit.USAGE
     assert f"hint: see `{f'peft-harness {command}'.strip()} --help`" in capsys.readouterr().err
+
+
+def _commands(group: click.Group, path: str = "peft-harness") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [(path, command) for path, command in _commands(app.commands) if any(one.required for one in command.params)],
+)
+def test_a_missing_argument_is_answered_with_an_example_that_works(
+    path: str, command: click.Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(path.split()[1:]) == Exit.USAGE
+    said = capsys.readouterr().err
+    example = said.partition("hint: e.g. `")[2].partition("`; see `")[0]
+    assert said.endswith(f"`; see `{path} --help`\n")
+    assert example.startswith(f"{path} ")
+    words = shlex.split(example.removeprefix(path))
+    assert command.make_context(path, words).params  # raises an error for words that the command does not take
+    assert main([*path.split()[1:], "--help"]) == Exit.PASS
+    assert f"Example: {example}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["list", "method"], "Did you mean 'methods'?"),
+        (["report", "latest", "--format", "htm"], "Did you mean 'html'?"),
+        (["env", "creat"], "Did you mean 'create'?"),
+        (["explain", "lora", "dora"], "hint: explain one name at a time, e.g. `peft-harness explain dora`"),
+        (["claims", "lroa"], "hint: did you mean `lora`? Or use --file FILE for your own"),
+        (["fit", "lama-7b", "--memory", "1GiB"], "hint: did you mean `llama-7b`? Or name a folder"),
+        (["env", "remove", "torchoa"], "hint: `peft-harness env list` shows which ones could be made"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_closest_one(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    assert main(words) == Exit.USAGE
+    assert said in capsys.readouterr().err
 
 
 _BUG = """

@@ -200,12 +200,16 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
     code = main(["check", "hf-pfet", "myplugin", "--method", "lorra", "--op", "nf4_quantise", "--dtype", "float8"])
     said = capsys.readouterr().err
     assert code == Exit.USAGE
-    for part in (
-        "implementation 'hf-pfet': did you mean `hf-peft`?", "implementation 'myplugin': there are: ",
-        "add an entry point of the group harness.implementations", "method 'lorra': did you mean `lora`?",
-        "operation 'nf4_quantise': did you mean `nf4_quantize`?", "dtype 'float8': ",
-    ):  # fmt: skip
-        assert part in said, part
+    assert "5 mistakes" in said
+    for what, hint in (
+        ("check: unknown implementation 'hf-pfet'", "did you mean `hf-peft`? `peft-harness list implementations`"),
+        ("check: unknown implementation 'myplugin'", "add an entry point of the group harness.implementations"),
+        ("--method: unknown method 'lorra'", "did you mean `lora`? `peft-harness list methods` shows all"),
+        ("--op: unknown operation 'nf4_quantise'", "did you mean `nf4_quantize`? `peft-harness list operations` shows"),
+        ("--dtype: unknown dtype 'float8'", "did you mean `float64`?"),
+    ):
+        assert what in said
+        assert hint in said.partition(what)[2].splitlines()[1]
 
 
 def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
@@ -216,7 +220,7 @@ def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
     monkeypatch.setattr(command.worker_processes, "discover", lambda *_: found)
     assert main(["check", "wexit"]) == Exit.USAGE
     said = capsys.readouterr().err
-    assert "'wexit': there are: acme;" in said  # entry points are no implementations
+    assert "'wexit'\n  hint: there are: acme;" in said  # entry points are no implementations
     assert "could not be loaded: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
 
 
@@ -310,9 +314,12 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
     ("asked", "said"),
     [
         (["loralib", "--method", "dora"], "loralib does not offer dora, only lora"),
-        (["lora"], "it is of kind `method`: --method lora"),
-        (["--op", "lora"], "it is of kind `method`: --method lora"),
-        (["--method", "nf4_dequantize"], "it is of kind `operation`: --op nf4_dequantize"),
+        (["lora"], "did you mean `--method lora`? `peft-harness list methods` shows all"),
+        (["lora_linaer"], "did you mean `--op lora_linear`? `peft-harness list operations` shows all"),
+        (["peft"], "did you mean `hf-peft`?"),  # not the Method `peft`, which nothing can check
+        (["--op", "lora"], "did you mean `--method lora`?"),
+        (["--method", "nf4_dequantise"], "did you mean `--op nf4_dequantize`?"),
+        (["--method", "hf-peft"], "did you mean `check hf-peft`?"),
     ],
 )
 def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

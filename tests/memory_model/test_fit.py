@@ -399,7 +399,9 @@ def test_a_target_that_fits_no_layer_and_a_rank_that_no_method_has(
     assert main(["fit", str(tmp_path), "--memory", "64MiB", *wrong]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "named 'q_projj'; this model has: " in said
+    assert "did you mean `q_proj`?" in said
     assert "named 'query'" in said
+    assert "name layers of " in said
     assert main(["fit", str(tmp_path), "--memory", "64MiB", "--rank", "5000", "--method", "lora"]) == Exit.USAGE
     assert "--rank: lora: must be at most 4096, got 5000" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import psutil
 import pytest
 
 from harness.analysis.run_facts import analyse
+from harness.cli import main
+from harness.errors import Exit
 from harness.memory_model import counting_client, plan_prediction
 from harness.process.supervisor import python
 from harness.records.files import whole_lines
@@ -104,6 +107,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
     said = "\n".join(plan_table.lines(document))
     assert "largest predicted memory 8,000 MiB" in said
     assert any(line.split()[-4:-1] == ["1.34", "M", "8,000"] for line in said.splitlines())
+    assert "memory of 1 Cell: predicted with the reference" in said
 
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +118,60 @@ def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: 
     assert set(found.values()) == {"tiny-llama is not on this machine yet"}
     said = "\n".join(plan_table.lines(plan_table.planning(suite, plan, tmp_path, found)))
     assert f"no prediction for {len(plan.cells)} Cells: tiny-llama is not on this machine yet" in said
+
+
+SMALL = {
+    "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 64,
+}  # fmt: skip
+REFUSED = """\
+suite: refused
+sources: [{name: small, kind: causal, source: "shape:./config.json"}]
+matrix:
+  - model: small
+    task: synthetic
+    implementation: reference
+    training: {steps: 2, batch: 2, lr: 1e-3, max_tokens: 16}
+    config: {targets: [q_proj]}
+    cells:
+      - {id: fits, method: pissa, config: {rank: 8}}
+      - {id: large, method: pissa, config: {rank: 16}}
+"""
+
+
+@pytest.mark.usefixtures("_no_steps")
+def test_a_cell_that_its_method_refuses_is_shown_with_the_line_of_its_entry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
+    (tmp_path / "suite.yaml").write_text(REFUSED, encoding="utf-8")
+    assert main(["plan", str(tmp_path / "suite.yaml")]) == Exit.PASS
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'suite.yaml'}:11: 1 Cell cannot run: rank 16: " in said
+    assert "suite.yaml:10" not in said
+    assert "no prediction" not in said
+    assert main(["plan", str(tmp_path / "suite.yaml"), "--json"]) == Exit.PASS
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["id"], cell["refused"], cell["where"].rpartition(":")[2]) for cell in cells] == [
+        ("fits", False, "10"), ("large", True, "11"),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_library_finds_the_packages_that_it_needs_in_the_process_that_predicts(sandbox: Sandbox) -> None:
+    """peft needs accelerate, which a count of a reference does without."""
+    (sandbox.folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    text = REFUSED.replace("implementation: reference", "implementation: hf-peft").replace("pissa", "lora")
+    (sandbox.folder / "suite.yaml").write_text(text, encoding="utf-8")
+    cells = json.loads(sandbox.command("plan", "suite.yaml", "--only", "fits", "--json").out)["cells"]
+    assert [(cell["predicted"]["peak_by"], cell["predicted"]["no_peak"]) for cell in cells] == [("", "")]
 
 
 def beside(change: int, why: str = "") -> Record:

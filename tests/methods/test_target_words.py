@@ -113,3 +113,5 @@ def test_a_word_is_one_value_however_it_is_written() -> None:
     assert knob.canonical("attention") == knob.canonical(["attention"]) == ["attention"]
     assert knob.problem("atention") == "must be a list of words, got 'atention'"
     assert "all-linear or attention" in knob.hint
+    assert list(knob.problems("atention")) == [((), knob.problem("atention"), "did you mean `attention`?")]
+    assert list(knob.problems("query")) == [((), knob.problem("query"), knob.hint)]

@@ -380,7 +380,14 @@ def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
         store.find_run("20260102", runs)
     with pytest.raises(UsageError, match="no run 'x'") as caught:
         store.find_run("x", runs)
-    assert "20260102-bc" in caught.value.hint
+    assert caught.value.hint == "runs here: latest, 20260101-a, 20260102-b, 20260102-bc; or name a folder"
+    for typed, meant in (("lastest", "latest"), ("20260102-d", "20260102-b"), ("quick", "20260103-quick-1")):
+        if typed == "quick":
+            (runs / meant).mkdir()
+            (runs / meant / "run.json").write_text("{}")
+        with pytest.raises(UsageError, match=f"no run '{typed}'") as caught:
+            store.find_run(typed, runs)
+        assert caught.value.hint == f"did you mean `{meant}`? Or name a folder"
     with pytest.raises(UsageError, match="no run 'latest'"):
         store.find_run("latest", tmp_path / "none")
     with pytest.raises(UsageError, match="no such folder") as caught:

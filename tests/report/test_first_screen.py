@@ -17,7 +17,7 @@ from harness.cli import main
 from harness.errors import Exit
 from harness.records.imported import Imported
 from harness.records.record import Outcome, Record, Status
-from harness.report import first_screen, html, terminal
+from harness.report import first_screen, html, terminal, view
 from harness.report.table_model import by_key
 from support import recorded_run
 from support.report_page import Page
@@ -88,6 +88,17 @@ def test_every_format_says_which_records_do_not_count(
         assert all(path.stem in text for path in (changed, unreadable, removed))
 
 
+def test_an_untrained_recipe_is_shown_with_its_test(tmp_path: Path) -> None:
+    run = recorded_run.write_run(tmp_path / "r", only=["smollm-lora", "zero-shot"])
+    facts = run_facts.analyse(run)
+    gap = _rows(first_screen.answers(facts)[0])["zero-shot"]["difference"]
+    assert gap["small"] == "not trained"
+    assert "p < 0.001" in gap["why"]
+    # The section with the charts tells the same.
+    (group,) = view.build([facts])["runs"][0]["groups"]
+    assert any("without training: zero-shot" in text and "p < 0.001" in text for text in group["sentences"])
+
+
 def test_without_a_winner_the_cheapest_recipe_near_the_top_is_recommended(tmp_path: Path) -> None:
     found, answer = _chosen(tmp_path / "r", ["full", "reference", "fused", "hf-peft", "lora-r1", "head"])
     # Nothing checks the Cells of `full` and `head` in this run.
@@ -98,7 +109,9 @@ def test_without_a_winner_the_cheapest_recipe_near_the_top_is_recommended(tmp_pa
     # `head` needs less memory than all of these, but tests tell it apart from the highest.
     assert _method(found.pick) == ("lora", "fused")
     headline = _card(answer, "Which method?")["headline"]
-    assert headline.startswith("No proven winner. Cheapest near the top: lora r=8 [fused], −")
+    below = abs(100 * found.pick.difference)
+    cheapest = f"Cheapest near the top: lora r=8 [fused], {below:.1f} points below the highest."
+    assert headline == f"No proven winner. {cheapest}"
     assert "instead of" in _card(answer, "At what cost?")["headline"]
     assert _card(answer, "At what cost?")["details"][0] == "lora r=8 [fused] against full."
     assert _card(answer, "Can I trust it?")["headline"] == "Code: partly checked. Ranking: no."

@@ -132,6 +132,13 @@ def test_unsteady_latencies_are_flagged_wherever_they_stand(good: store.Run, tmp
     assert not view.build([analyse(good)])["runs"][0]["latency"]["notes"]
 
 
+def test_the_first_screen_says_which_latencies_may_be_too_high(tmp_path: Path) -> None:
+    run = recorded_run.write_run(tmp_path / "r", only=["full", "fused"], change=shaken)
+    (answer,) = view.build([analyse(run)])["runs"][0]["answers"]
+    (cost,) = (card for card in answer["cards"] if card["question"] == "At what cost?")
+    assert cost["details"][-1] == "! Other programs slowed the passes of lora r=8: their times may be too high."
+
+
 def test_a_busy_cell_without_latencies_has_no_flag_of_latencies(tmp_path: Path) -> None:
     def untimed(name: str, r: Record) -> Record:
         r = _timed(r, 0.5, 9.0) if name == "fused" else r

@@ -172,6 +172,16 @@ def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: 
     kinds = "linear, Conv1D, embedding, nn.Conv1d, Conv2d, Conv3d or experts"
     assert what.startswith(f"`targets`: no {kinds} layer is named 'query'; this model has: ")
     assert "q_proj" in what.partition("has: ")[2]
+    for typed, meant in (
+        ("[qproj]", "q_proj"),
+        ("[atention]", "attention"),
+        ("[self_atn.q_proj]", "self_attn.q_proj"),
+    ):
+        ((line, _, hint),) = refused(folder, "[q_proj, v_proj]", typed)
+        assert (line, hint) == (13, f"did you mean `{meant}`?")
+    # The model has this module, so its name is not misspelt.
+    ((_, what, hint),) = refused(folder, "[q_proj, v_proj]", "[mlp]")
+    assert ("is a LlamaMLP" in what, hint) == (True, "name layers of tied")
 
 
 @pytest.mark.usefixtures("no_child")

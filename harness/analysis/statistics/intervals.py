@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
 from statistics import NormalDist, median
 
 LEVEL = 0.95
@@ -80,6 +80,12 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
     if rank < 0:
         return Median(median(ordered), None, None, n)
     return Median(median(ordered), ordered[rank], ordered[n - 1 - rank], n)
+
+
+@cache
+def fewest_with_interval() -> int:
+    """Return the smallest number of samples whose median has an interval at `LEVEL`."""
+    return next(n for n in count(1) if _rank(n, LEVEL) >= 0)
 
 
 def mcnemar(only_left: int, only_right: int) -> float:

@@ -127,8 +127,6 @@ def resolve(text: str, known: Mapping[str, EnvironmentSpec]) -> EnvironmentSpec:
     if text in known:
         return known[text]
     if re.fullmatch(_NAME, text, re.IGNORECASE):
-        guess = did_you_mean(text, known, "there are")
-        guess += " Or" if guess.endswith("?") else "; or"
-        hint = f"{guess} write a requirement with a version, e.g. peft==0.19.1"
+        hint = did_you_mean(text, known, "there are", "write a requirement with a version, e.g. peft==0.19.1")
         raise UsageError(f"unknown environment {text!r}", hint=hint)
     return of_requirement(text)

@@ -29,7 +29,8 @@ def _suite(name: str, info: ValidationInfo) -> str:
 
     if not name.endswith(".yaml"):
         if name not in (there := loader.names()):
-            raise ValueError(f"unknown suite `{name}`; {did_you_mean(name, there)}; or write the path of a .yaml file")
+            hint = did_you_mean(name, there, instead="write the path of a .yaml file")
+            raise ValueError(f"unknown suite `{name}`; {hint}")
         return name
     path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
     try:

@@ -146,7 +146,7 @@ def on_cpu() -> list[NightPart]:
         _parity(dtype, ("check", "fused", "--dtype", dtype, "--op", name), 30, interpreted=True)
         for dtype, name in (("bfloat16", "nf4_dequantize"), ("float16", "nf4_linear"), ("float32", "adamw8bit_step"))
     ]
-    timed = (*cpu, "--pairs", "5", *saved)
+    timed = (*cpu, "--pairs", "6", *saved)
     ceilings = NightPart("ceilings", "How fast is the machine?", "card", ("bench", "--ceilings", *cpu, *saved), 10)
     two_at_a_time = (*cpu, "--jobs", "2")
     runs = [
