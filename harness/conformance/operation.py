@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from harness.conformance.comparison.tolerance_policies import Judgement
 
@@ -127,6 +128,11 @@ class OperationSubject:
     def method(self) -> str:
         """The Operation's name. Check ids contain it in the place of a Method's name."""
         return self.operation.name
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the arguments."""
+        return next(one.device for one in tree_leaves(self.arguments) if isinstance(one, Tensor))
 
     def call(self, **changed: Any) -> dict[str, Tensor]:
         """Call the implementation on clones of the arguments, and map the names of the outputs to the results.

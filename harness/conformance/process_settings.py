@@ -140,6 +140,12 @@ def seed(value: int) -> None:
         torch.cuda.manual_seed_all(value)
 
 
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the random number generators from which torch draws on the CPU and on `device`."""
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]
+
+
 def find_seeding(act: Callable[[], object]) -> list[str]:
     """Describe each random number generator that `act` seeds. Restore the states of all generators.
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +22,64 @@ from harness.errors import Exit
 from harness.methods.registry import Implementation, implements
 from support.repository import TESTS, TOP
 
-_ON_PRETENDED = """
-import collections, json, sys
-import torch
-torch.set_num_threads(1)
-from harness.conformance.comparison import observations
-from harness.conformance.execution import suite_run
-from harness.methods.registry import discover
-from support.pretend_gpu import pretended
-observations.strided_copy = lambda x: x.detach().clone()  # the pretended device has no storage
-found = {}
-registry = discover(only=["fused"])
-with pretended() as device:
-    for kind, target in (("operation", "nf4_dequantize"), ("operation", "lora_linear"), ("method", "lora")):
-        tried = []
-        suite_run.stream(registry.find(kind, target, "fused"), tried.append, dtypes=("float32",), device=device)
-        found[target] = [(one.status.value, one.result.detail) for one in tried]
-print(json.dumps(found))
-"""
+_PASSES = {"pass", "skipped", "unsupported"}
+_BRIEF = ("lora", "lora_linear", "nf4_dequantize", "paged_adamw")
+_METHODS = ("adalora", "dora", "galore", "lora", "pissa", "qlora", "vera")
+_OPERATIONS = (
+    "adalora_importance", "adamw8bit_step", "dora_linear", "double_dequantize", "double_quantize", "dynamic_quantize",
+    "galore8bit_step", "galore_step", "lora_experts", "lora_linear", "lora_mlp", "lora_qkv", "multi_lora_linear", "nf4",
+    "nf4-dq", "nf4_dequantize", "nf4_linear", "nf4_lora_linear", "nf4_quantize", "paged_adamw", "paged_states",
+    "vera_linear",
+)  # fmt: skip
+_NOT_FUSED = (
+    "fp4_dequantize", "fp4_quantize", "frozen", "full", "lamb8bit_step", "lion8bit_step", "loha", "lokr", "lorafa_step",
+    "loraplus_groups", "riemannian_lora_step",
+)  # fmt: skip
+
+
+@cache
+def _on_pretended_device(*arguments: str) -> list[list[str]]:
+    """Return the outcomes of checks in a process with a pretended GPU, as lists.
+
+    A list holds the implementation, the target, the case, the check, the status and the detail of an outcome.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOP), str(TESTS)])}
+    command = [sys.executable, "-m", "support.pretended_checks", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tried: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return tried
+
+
+def _require_passes(name: str, targets: Sequence[str], *arguments: str) -> None:
+    tried = [one[1:] for one in _on_pretended_device(*arguments, *targets) if one[0] == name]
+    failed = [one for one in tried if one[3] not in _PASSES]
+    assert not failed, "\n".join(f"{name} {check}, case {case}: {detail}" for _, case, check, _, detail in failed)
+    assert {target for target, _, _, status, _ in tried if status == "pass"} == set(targets)
+
+
+def test_no_check_lets_a_tensor_of_the_cpu_meet_one_of_the_device() -> None:
+    _require_passes("fused", _BRIEF, "--planted", "--brief")
+
+
+def test_a_check_on_a_device_finds_what_is_wrong_only_there() -> None:
+    tried = _on_pretended_device("--planted", "--brief", *_BRIEF)
+    found = {name: detail for name, *_, detail in tried if name != "fused"}
+    assert "one device" in found["on-the-cpu"]
+    assert "under autocast" in found["zero-under-autocast"]
+    assert "draws random numbers" in found["draws-on-the-device"]
 
 
 @pytest.mark.nightly
-def test_no_check_lets_a_tensor_of_the_cpu_meet_one_of_the_device() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOP), str(TESTS)])}
-    command = [sys.executable, "-c", _ON_PRETENDED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    for target, tried in found.items():
-        assert [detail for _, detail in tried if "one device" in detail] == [], target
-        assert sum(status == "pass" for status, _ in tried) > 50, target
-    assert {status for status, _ in found["nf4_dequantize"]} <= {"pass", "skipped"}
-    assert {status for status, _ in found["lora_linear"]} == {"pass"}
+@pytest.mark.parametrize(
+    ("name", "targets", "options"),
+    [("fused", _METHODS, ()), ("fused", _OPERATIONS, ("--brief",)), ("reference", _NOT_FUSED, ("--brief",))],
+    ids=["methods", "operations", "reference"],
+)
+def test_no_check_of_any_target_lets_a_tensor_of_the_cpu_meet_one_of_the_device(
+    name: str, targets: Sequence[str], options: tuple[str, ...]
+) -> None:
+    _require_passes(name, targets, f"--of={name}", *options)
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

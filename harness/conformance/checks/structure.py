@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, States, check
 from harness.conformance.comparison import whole_model
@@ -175,11 +176,12 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     found, drawn = [], []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        before = torch.get_rng_state()
+        before = process_settings.random_states(x.device)
         first = observe(layer, subject.tensors_of(path), x, dy)
         again = observe(layer, subject.tensors_of(path), x, dy)
         found.append(prefix_tensor(path, exact(again, first)))  # `gradient` judges NaN
-        if not torch.equal(torch.get_rng_state(), before):
+        after = process_settings.random_states(x.device)
+        if not all(torch.equal(*both) for both in zip(after, before, strict=True)):
             drawn.append(f"{path} draws random numbers in eval mode")
     if drawn:
         return from_problems(subject, case, "deterministic", drawn)

@@ -5,8 +5,7 @@ x is the layer's input, and dy the gradient of its output. Token numbers are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -279,19 +278,20 @@ def _narrow_numbers(call: Call) -> dict[str, Tensor] | None:
     return None if call.x.is_floating_point() else call.observe(call.x.int(), call.dy)
 
 
-def _under(context: Callable[[], Any]) -> Form:
+def _under(change: Callable[[], object]) -> Form:
     def run(call: Call) -> dict[str, Tensor]:
-        with process_settings.restored(), context() or nullcontext():
+        with process_settings.restored():
+            change()
             return call.observe(call.x, call.dy)
 
     return Form(run)
 
 
-@contextmanager
-def _autocast_off() -> Iterator[None]:
-    """Switch autocast (automatic mixed precision) on, and switch it off again in an inner context."""
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
-        yield
+def _autocast_off(call: Call) -> dict[str, Tensor]:
+    """Call the layer after autocast (automatic mixed precision) was switched on, and off again in an inner context."""
+    device = call.x.device.type
+    with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
+        return call.observe(call.x, call.dy)
 
 
 def _compiled(call: Call) -> dict[str, Tensor]:
@@ -353,7 +353,7 @@ MODES: dict[str, Form] = {
     "while torch's default dtype is bfloat16": _under(lambda: torch.set_default_dtype(torch.bfloat16)),
     "while torch's default dtype is float64": _under(lambda: torch.set_default_dtype(torch.float64)),
     "with deterministic algorithms": _under(lambda: torch.use_deterministic_algorithms(True)),
-    "with autocast switched off again": _under(_autocast_off),
+    "with autocast switched off again": Form(_autocast_off),
 }
 """Name -> form that calls a layer in a mode of torch, of autograd or of the layer, or changes its input or output."""
 REPEATED_FORM, LONG_RUN_FORM = f"{REPEATS} times", f"{LONG_RUN} times without gradients"

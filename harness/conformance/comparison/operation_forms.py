@@ -107,7 +107,8 @@ def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
             change()
             seen = subject.call()
         yield form, seen
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    device = subject.device.type
+    with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
         seen = subject.call()
     yield OperationForm.NO_AUTOCAST, seen
 
@@ -123,7 +124,7 @@ def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Ite
     exactly = cloned(subject.arguments, {torch.float32: torch.float64})
     truth = subject.operation.named(subject.operation.reference(**exactly))
     for dtype in ("bfloat16", "float16"):
-        with torch.autocast("cpu", DTYPES[dtype]):
+        with torch.autocast(subject.device.type, DTYPES[dtype]):
             try:
                 seen = subject.call()
             except RuntimeError:

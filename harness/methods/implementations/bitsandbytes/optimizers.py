@@ -113,7 +113,8 @@ def _are_paged(kind: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> 
 
     trained = _trained(params)
     optimizer = _steps(kind, trained, [grads])
-    return torch.tensor([float(getattr(optimizer.state[p]["state1"], "is_paged", False)) for p in trained])
+    are = [float(getattr(optimizer.state[p]["state1"], "is_paged", False)) for p in trained]
+    return torch.tensor(are, device=trained[0].device)
 
 
 def _trained(params: Sequence[Tensor]) -> list[nn.Parameter]:
