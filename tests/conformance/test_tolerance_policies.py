@@ -53,9 +53,11 @@ def test_what_is_not_finite_fails_and_is_counted(bad: float) -> None:
     assert everything.nonfinite == 4
 
 
-def test_nan_where_nan_is_expected_fails_too() -> None:
-    value = torch.full((2,), float("nan"))
-    assert not exact({"y": value}, {"y": value}).passed
+def test_nan_equals_nan_and_nothing_else() -> None:
+    both, one, none = torch.tensor([torch.nan, torch.nan]), torch.tensor([torch.nan, 1.0]), torch.tensor([0.0, 1.0])
+    assert exact({"y": both}, {"y": both.clone()}).passed
+    for have, want in ((both, one), (one, both), (one, none), (none, one)):
+        assert not exact({"y": have}, {"y": want}).passed
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3)])

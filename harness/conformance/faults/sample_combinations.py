@@ -23,7 +23,7 @@ FAULTS = [
         values={"shape": [BEYOND_16_BITS, 32], "block": 32}),
     line_fault("multi_lora_linear", "marks_adapters_in_a_mask_of_32_bits", ["outputs", "backward"],
         "rows = (chosen == i)", "rows = ((chosen == i) & (chosen < 32))",
-        file="multi_lora", values={"ids": [39, 0, 33], "ranks": [1, 2] * 20, "shape": [16, 12], "tokens": 2}),
+        file="multi_lora", values={"ids": [0], "ranks": [1, 2], "shape": [16, 12], "tokens": 2, "distinct": 40}),
     line_fault("lora", "ignores_rslora_in_a_convolution", ["forward", "merge"],
         "return LoraConv(base, A.view(R, C, *K), B, s, p, bias(E))",
         "return LoraConv(base, A.view(R, C, *K), B, config.alpha / R, p, bias(E))",
