@@ -60,6 +60,12 @@ def test_on_a_cpu_torch_computes_the_activation_and_its_gradients(module: str, n
     assert_same(mine, dict(zip("hgu", (wanted.detach(), *own), strict=True)))
 
 
+def test_on_a_cpu_the_activation_records_no_graph_as_a_kernel_records_none() -> None:
+    dh, gate, up = torch.randn(3, 2, 5, generator=generator()).requires_grad_(True).unbind()
+    backward = gated_activations.activation_functions("any.swiglu", "forward", "", gate)[1]
+    assert not any(one.requires_grad for one in backward(dh, gate, up))
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])
 def test_an_input_of_any_shape_goes_through_three_dimensions(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

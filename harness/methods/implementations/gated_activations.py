@@ -52,6 +52,7 @@ def _of_torch(function: Callable[[Tensor], Tensor], *, up_first: bool) -> Pair:
     def forward(gate: Tensor, up: Tensor) -> Tensor:
         return function(gate) * up
 
+    @torch.no_grad()  # a kernel records no graph either
     def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_(True)
