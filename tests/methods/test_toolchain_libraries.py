@@ -64,7 +64,9 @@ def test_on_a_cpu_torch_computes_the_activation_and_its_gradients(module: str, n
 def test_on_a_cpu_the_activation_refuses_a_gradient_of_a_gradient_as_the_library_does() -> None:
     dh, gate, up = torch.randn(3, 2, 5, generator=generator()).unbind()
     backward = gated_activations.activation_functions("any.swiglu", "forward", "", gate)[1]
-    with pytest.raises(RuntimeError, match="records no graph"):  # backward passes with create_graph=True enable gradients
+    with pytest.raises(
+        RuntimeError, match="records no graph"
+    ):  # backward passes with create_graph=True enable gradients
         backward(dh, gate, up)
 
 
