@@ -211,7 +211,8 @@ def _claims(wanted: str) -> Iterator[Topic]:
 def _defects(wanted: str) -> Iterator[Topic]:
     from harness.conformance.findings import defects
 
-    if wanted in _defect_ids():  # otherwise the file, which takes long to read, is not needed
+    ids = _defect_ids()
+    if {wanted, wanted.rpartition("-in-")[0]} & ids:  # otherwise the file, which takes long to read, is not needed
         for defect in defects.known():
             yield defect.id, partial(_defect, defect, defects.path().parent / defect.reproduction)
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from harness.cli import main
 from harness.conformance import checks, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation, discover
 from harness.records.record import CheckResult, Outcome
 from reference import galore
@@ -173,6 +175,26 @@ def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
 
 def test_an_entry_that_comes_second_is_alive_all_the_same() -> None:
     assert defects.explained([failed(tensor="codes")], [known("wide"), known("narrow", shows=["^codes"])])[1] == []
+
+
+def test_each_implementation_of_an_entry_must_show_its_defect() -> None:
+    entries = known(also=["other"]).for_each_implementation()
+    assert [(one.id, one.implementation) for one in entries] == [("one", "acme"), ("one-in-other", "other")]
+    theirs = failed().model_copy(update={"implementation": "other"})
+    passed = theirs.result.model_copy(update={"outcome": Outcome.PASS})
+    marked, complaints = defects.explained([failed(), theirs], entries)
+    assert [one.defect for one in marked] == ["one", "one-in-other"]
+    assert complaints == []
+    (complaint,) = defects.explained([failed(), theirs.model_copy(update={"result": passed})], entries)[1]
+    assert "one-in-other did not show" in complaint
+
+
+def test_an_entry_for_two_implementations_is_explained_under_both_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = next(one for one in defects.known() if one.id == "peft-merge-tied-layers-in-axolotl")
+    assert entry.implementation == "axolotl"
+    for name, implementation in ((entry.id, "axolotl"), ("peft-merge-tied-layers", "hf-peft")):
+        assert main(["explain", name]) == Exit.PASS
+        assert f"peft-harness check {implementation} " in capsys.readouterr().out
 
 
 def test_a_check_of_an_entry_that_passes_is_said() -> None:

@@ -54,10 +54,20 @@ def test_on_a_cpu_torch_computes_the_activation_and_its_gradients(module: str, n
     forward, backward = gated_activations.activation_functions(f"any.{module}", name, "", gate, up_first=up_first)
     wanted = forward(*leaves)
     wanted.backward(dh)
-    h, *gradients = backward(dh, gate, up)
+    with torch.no_grad():
+        h, *gradients = backward(dh, gate, up)
     own = [leaf.grad for leaf in leaves]
     mine = dict(zip("hgu", (h, *(reversed(gradients) if up_first else gradients)), strict=True))
     assert_same(mine, dict(zip("hgu", (wanted.detach(), *own), strict=True)))
+
+
+def test_on_a_cpu_the_activation_refuses_a_gradient_of_a_gradient_as_the_library_does() -> None:
+    dh, gate, up = torch.randn(3, 2, 5, generator=generator()).unbind()
+    backward = gated_activations.activation_functions("any.swiglu", "forward", "", gate)[1]
+    with pytest.raises(
+        RuntimeError, match="records no graph"
+    ):  # backward passes with create_graph=True enable gradients
+        backward(dh, gate, up)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])

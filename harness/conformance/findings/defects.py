@@ -38,6 +38,9 @@ class Defect(FrozenModel):
     """Range of affected versions, e.g. `>=0.19`."""
     implementation: str
     """Name of the implementation that shows the defect."""
+    also: list[str] = Field(default=[])
+    """Names of other implementations that show the same defect in the same checks, because they use layers of this
+    library. `known` replaces the entry by one for each implementation, named `ID-in-NAME` for these."""
     target: str = ""
     """Name of the affected Method, Operation or other target. Empty if all of the implementation's targets are
     affected."""
@@ -109,6 +112,12 @@ class Defect(FrozenModel):
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
+    def for_each_implementation(self) -> list[Defect]:
+        """Return a Defect for `implementation` and one for each name in `also`. Each of these must show the defect."""
+        names = {self.implementation: self.id, **{name: f"{self.id}-in-{name}" for name in self.also}}
+        changed = [{"id": one, "implementation": name, "also": []} for name, one in names.items()]
+        return [self.model_copy(update=one) for one in changed]
+
     def explains_file(self, loader: str, features: Collection[str], failure: str) -> bool:
         """Return whether this defect explains why a loader fails with an adapter file that has these features.
 
@@ -144,16 +153,17 @@ def path() -> Path:
 def known() -> tuple[Defect, ...]:
     """Read and return the known defects.
 
-    Raises one SuiteError that lists all unknown checks, duplicate ids and missing reproductions.
+    An entry for several implementations gives several Defects. Raises one SuiteError that lists all unknown checks,
+    duplicate ids and missing reproductions.
     """
     file = path()
     document, keys = yaml_validation.load_model(file, _File)
-    problems, seen = [], set()
+    problems, seen = [], set[str]()
     for index, defect in enumerate(keys.defects):
         where = document.where("defects", index)
-        if defect.id in seen:
-            problems.append(Problem(where, f"the id {defect.id} is used twice", "give it another"))
-        seen.add(defect.id)
+        ids = [one.id for one in defect.for_each_implementation()]
+        problems += [Problem(where, f"the id {one} is used twice", "give it another") for one in seen.intersection(ids)]
+        seen.update(ids)
         for pattern in defect.checks:
             name = CheckId.parse(pattern)
             if not name.is_complete or name.check not in {*checks.docstrings(), "attach", "alive", "*"}:
@@ -163,7 +173,7 @@ def known() -> tuple[Defect, ...]:
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))
     if problems:
         raise SuiteError(problems)
-    return tuple(keys.defects)
+    return tuple(one for defect in keys.defects for one in defect.for_each_implementation())
 
 
 def _installed(library: str) -> str:

@@ -53,6 +53,8 @@ def _of_torch(function: Callable[[Tensor], Tensor], *, up_first: bool) -> Pair:
         return function(gate) * up
 
     def backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # as with the interpreter, where a tensor that the kernel changed is missed
+            raise RuntimeError("a kernel records no graph, so that a gradient of a gradient cannot be computed")
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_(True)
             activated = function(leaf)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
+from harness.methods.implementations.three_dimensions import in_shape_of, in_three_dimensions
 from harness.methods.registry import DTYPES, Implementation, implements
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def lora_qkv(
         "linear.weight": torch.cat(Ws), "lora_A": torch.cat(As),
         "lora_B": torch.cat([B * (s / scalings[0]) for B, s in zip(Bs, scalings, strict=True)]),
     } | ({} if biases is None else {"linear.bias": torch.cat(biases)})  # fmt: skip
-    y: Tensor = torch.func.functional_call(layer, tensors, (x,))
+    y = in_shape_of(x, torch.func.functional_call(layer, tensors, (in_three_dimensions(x),)))
     return torch.split(y, [E, shared, shared], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""Shape inputs for the kernels of Axolotl and Unsloth, which accept (batch, tokens, features) only."""
+"""Shape inputs for the layers of Axolotl, Unsloth and LitGPT, which accept (batch, tokens, features) only."""
 
 from __future__ import annotations
 
