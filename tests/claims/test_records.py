@@ -649,7 +649,8 @@ def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
         if (value := one.arguments.get(key)) and value not in ("merged", "unmerged", "base")
         for entry in (value if isinstance(value, list) else [value])
     }
-    assert {suite for suite, _ in asked} == {"headline-gpu", "headline-rehearsal", "claims-small", "learning-rates"}
+    suites = {"headline-gpu", "headline-rehearsal", "claims-small", "learning-rates", "learning-rates-of-ranks"}
+    assert {suite for suite, _ in asked} == suites
     wrong = []
     for suite, entry in sorted(asked):
         try:

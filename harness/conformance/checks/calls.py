@@ -194,8 +194,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield from _under_autocast(subject, case, path, call)
             yield from _untrained(subject, case, path, call)
     yield from _derivatives(subject, case)
-    yield from judge_copy(subject, case)
-    yield from judge_beside_another_dtype(subject, case)
+    for judged_layer in chain(judge_copy(subject, case), judge_beside_another_dtype(subject, case)):
+        yield _named(*judged_layer)
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.call_forms import ROWS, owns, tensors_of_copy
-from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import cast, inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
@@ -25,8 +24,8 @@ COPY, BESIDE = "by a copy in {}", "beside a layer in {}"
 """Names of the two forms. `{}` stands for the name of the other dtype."""
 
 
-def judge_copy(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield a judgement of a copy of the first layer that was cast to another dtype.
+def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:
+    """Yield the path, the form's name and a judgement of a copy of the first layer that was cast to another dtype.
 
     Nothing is judged if the layer is packed, or if its tensors have several dtypes: an adapter may stay in float32.
     """
@@ -50,11 +49,13 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[Judgement]:
 
     truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
     verdict = noise_floor(moved(layer, tensors, other), truth, rounded, other, case.factor("calls"))
-    yield prefix_tensor(f"{path} {COPY.format(other)}", verdict)
+    yield path, COPY.format(other), verdict
 
 
-def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Attach to a model whose first adapted layer has another dtype. Yield judgements of the other layers.
+def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:
+    """Attach to a model whose first adapted layer has another dtype. Judge the other layers.
+
+    Yield for each its path, the form's name and the judgement.
 
     With the same tensors, they compute the same as in the subject, to the last bit. Tensors that follow from the config
     alone, such as VeRA's A and B, are not copied from the subject. Packed weights are left out.
@@ -78,4 +79,4 @@ def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[Judgeme
         load(mixed.adapted, *values)
         x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(index + 730))
         mine, expected = (observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject))
-        yield prefix_tensor(f"{path} {BESIDE.format(other)}", exact(mine, expected))
+        yield path, BESIDE.format(other), exact(mine, expected)
