@@ -295,7 +295,7 @@ def _tasks(
     def total(several: Iterable[Implementation]) -> int:
         return sum(sizes[one.target] for one in several)
 
-    number = jobs * (_TASKS_PER_JOB if worker_processes.forks(request.device) else 1)
+    number = jobs * (_TASKS_PER_JOB if jobs > 1 and worker_processes.forks(request.device) else 1)
     share = max(1, total(itertools.chain(*grouped.values())) / number)
     tasks = [
         WorkerTask(
@@ -367,7 +367,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; entry points that could not be loaded: {broken}"
     implementations = [name for name in request.implementations if name not in registry.broken]
-    yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours)
+    yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours, always=bool(registry.broken))
     referenced = [name for name in request.methods if name not in UNREFERENCED]
     yield from of_methods.unknown(referenced, (of_operations, of_arguments))
     yield from of_operations.unknown(request.operations, (of_methods, of_arguments))

@@ -1,4 +1,4 @@
-"""Find names on a command line that nothing has. For each one, suggest the closest name that something has."""
+"""Find unknown names on a command line. For each one, suggest the closest known name."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ class NameOption:
     known: Collection[str]
     """Every valid name."""
 
-    def unknown(self, given: Sequence[str], others: Sequence[NameOption] = (), more: str = "") -> Iterator[Problem]:
+    def unknown(
+        self, given: Sequence[str], others: Sequence[NameOption] = (), more: str = "", *, always: bool = False
+    ) -> Iterator[Problem]:
         """Yield a problem for each name in `given` that is unknown.
 
         others: further options, whose names the user may have meant. more: a text to append to the hint if no name is
-        close.
+        close, or always.
         """
         elsewhere = {name: other for other in others for name in other.known if name not in self.known}
         for name in given:
             if name not in self.known:
                 close = closest_match(name, [*self.known, *elsewhere])
-                hint = self._hint(close, elsewhere.get(close)) if close else self._all(name, more)
+                hint = self._hint(close, elsewhere.get(close)) if close else self._all(name)
+                hint = "; ".join(filter(None, (hint, "" if close and not always else more)))
                 yield Problem(self.option, f"unknown {self.kind} {name!r}", hint)
 
     def _hint(self, close: str, other: NameOption | None) -> str:
@@ -40,6 +43,6 @@ class NameOption:
         guess, kind = (f"{other.option} {close}", other.kind) if other else (close, self.kind)
         return f"did you mean `{guess}`?" + (f" `peft-harness list {kind}s` shows all" if kind in _LISTED else "")
 
-    def _all(self, name: str, more: str) -> str:
+    def _all(self, name: str) -> str:
         shows = f"`peft-harness list {self.kind}s` describes them" if self.kind in _LISTED else ""
-        return "; ".join(filter(None, (did_you_mean(name, self.known, "there are"), shows, more)))
+        return "; ".join(filter(None, (did_you_mean(name, self.known, "there are"), shows)))

@@ -170,7 +170,7 @@ def _passes(entry: RankingEntry, name: str) -> list[str]:
     found = [f"A pass takes {unmerged} ms with the adapter, {merged} ms merged and {base} ms without an adapter."]
     if flag := recipes.disturbed(entry):
         seeds = f" ({flag} seeds)" if len(entry.records) > 1 else ""
-        found.append(f"! Other programs slowed the passes of {name}{seeds}: their times may be too high.")
+        found.append(f"! The passes of {name}{seeds} were disturbed: their times may be too high.")
     return found
 
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.base_layer import (
-    HOOKED,
     TRAINED,
-    forms_without_hooks,
     judge_with_trained_base,
 )
 from harness.conformance.comparison.call_forms import (
@@ -37,7 +35,7 @@ from harness.conformance.comparison.call_forms import (
 )
 from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
 from harness.conformance.comparison.call_programs import PROGRAMS
-from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import judged, named_if_raised, prefix_tensor, skipped
 from harness.conformance.comparison.derivatives import by_functorch, second_order
 from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
@@ -76,7 +74,6 @@ class LayerForm(StrEnum):
     OTHER_DTYPE = COPY
     TWO_DTYPES = BESIDE
     TRAINED_BASE = TRAINED
-    HOOKED_BASE = HOOKED
     DROPPED = OperationForm.DROPPED.value
 
 
@@ -101,7 +98,7 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
     The gradients of the input and of the adapter's tensors can be differentiated again. If the first layer of a model
     has another dtype, the other layers compute the same as before, to the last bit. A layer does not change what its base
-    layer returned, and calls its base layer once, so that the hooks of the base layer run.
+    layer returned.
 
     If an Operation compares no gradients, an output has no graph (`grad_fn`), unless that of the reference has one.
     """
@@ -172,12 +169,12 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         apart = ("in micro-batches", "token by token") if whole else ()
         tried = layouts_with_gradients(layouts) | MODES | HISTORIES | PROGRAMS | long | forms_without_gradients(layouts)
         for name, form in tried.items():
-            with _named_if_raised(path, name):
+            with named_if_raised(path, name):
                 seen = None if name.endswith(apart) else form.run(call)
             if seen is not None:
                 yield judge(name, seen, form.shown(judge.truth), _by_reference(subject, path, call, form))
         for name in call.tensors if len(call.tensors) > 1 else ():
-            with _named_if_raised(path, LayerForm.ONE_TRAINED.format(name)), _only_trained(call.tensors, name):
+            with named_if_raised(path, LayerForm.ONE_TRAINED.format(name)), _only_trained(call.tensors, name):
                 seen = call.observe(call.x, call.dy)
             yield judge(LayerForm.ONE_TRAINED.format(name), seen, ["y", "grad x", f"grad {name}"])
         if kept := describe_leak(partial(call.observe, call.x, call.dy)):
@@ -186,8 +183,6 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield Judgement(False, None, None, f"{path} {', '.join(held)}", LayerForm.DROPPED, "exact", 0)
         yield from _with_new_values(subject, case, path, call)
         yield from (_named(path, TRAINED, one) for one in judge_with_trained_base(subject, case, path, call))
-        odd = forms_without_hooks(subject, path, call)
-        yield from (Judgement(False, None, None, path, form, "exact", 0) for form in odd)
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":
@@ -212,7 +207,7 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     autocast = NEW_VALUES_UNDER_AUTOCAST if subject.dtype == "float32" else {}
     found = dict[str, dict[str, Tensor]]()
     for name, form in (NEW_VALUES | autocast).items():
-        with _named_if_raised(path, name):
+        with named_if_raised(path, name):
             if (seen := form.run(call)) is not None:
                 found[name] = seen
     if not found:
@@ -246,7 +241,7 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
         (LayerForm.ONE_ROW, call.x[:1].expand(ROWS, D), call.dy[:1].expand(ROWS, E)),
         (LayerForm.NO_TOKENS, call.x[:0].view(2, 0, D), call.dy[:0].view(2, 0, E)),
     ):
-        with _named_if_raised(path, name):
+        with named_if_raised(path, name):
             mine = observe(call.layer, call.tensors, x, dy, training=call.training)
         truth, draws = reference_runs(subject, path, x, dy)
         yield _named(path, name, noise_floor(mine, truth, draws, subject.dtype, case.factor("calls")))
@@ -269,7 +264,7 @@ def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iter
             for dtype in ("bfloat16", "float16"):
                 given = x if when == LayerForm.AUTOCAST else cast(x, dtype)
                 truth = observe(wide.layer, wide.tensors, cast(given, "float64"), dy.double())
-                with _named_if_raised(path, when.format(dtype)):
+                with named_if_raised(path, when.format(dtype)):
                     seen = _autocast(call, call.layer, mine, dtype, given)
                 rounded = PlausibleResults(_rounded_by_autocast(own, replace(call, x=given), dtype))
                 verdict = noise_floor(seen, truth, rounded, dtype, factor)
@@ -348,9 +343,13 @@ def _derivatives(subject: Subject, case: Case) -> Iterator[Judgement]:
     own, factor = subject.reference(path, subject.dtype), case.factor("calls")
     if x.is_floating_point() and second_order(own.layer, own.tensors, x, dy):
         truth, draws = reference_runs(subject, path, x, dy, run=second_order)
-        verdict = noise_floor(second_order(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
+        with named_if_raised(path, LayerForm.SECOND_ORDER):
+            mine = second_order(layer, tensors, x, dy)
+        verdict = noise_floor(mine, truth, draws, subject.dtype, factor)
         yield _named(path, LayerForm.SECOND_ORDER, verdict)
-    if x.is_floating_point() and (seen := by_functorch(layer, tensors, x, dy)):
+    with named_if_raised(path, LayerForm.FUNCTORCH):
+        seen = by_functorch(layer, tensors, x, dy) if x.is_floating_point() else None
+    if seen:
         truth, draws = reference_runs(subject, path, x, dy, run=by_functorch)
         known = ({n: t for n, t in draw.items() if n in seen} for draw in draws)
         expected = {n: t for n, t in truth.items() if n in seen}
@@ -359,13 +358,3 @@ def _derivatives(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:
     return prefix_tensor(f"{path} {form}" if path else form, judgement)
-
-
-@contextmanager
-def _named_if_raised(path: str, form: str) -> Iterator[None]:
-    """Add the names of the layer and the form to an exception that is raised inside this context."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in the form `{path} {form}`")
-        raise

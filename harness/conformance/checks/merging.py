@@ -283,21 +283,30 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
 
 def _left_hooks(model: nn.Module, original: nn.Module) -> list[str]:
-    """Return a message for each module of `model` that has more hooks than the same module of `original`.
+    """Return a message for each module of `model` that differs from the same module of `original`.
 
-    A function `forward` of the module's own, in place of that of its class, counts as a hook.
+    It may have more hooks on itself or on its parameters, another class, or a function in the place of its `forward`.
     """
 
     def hooks(module: nn.Module) -> int:
-        registered = (value for name, value in vars(module).items() if name.endswith("_hooks"))
-        return sum(len(one) for one in registered if isinstance(one, dict)) + ("forward" in vars(module))
+        found = [value for name, value in vars(module).items() if name.endswith("_hooks")]
+        for parameter in module.parameters(recurse=False):
+            found += [parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)]
+        return sum(len(one) for one in found if isinstance(one, dict))
 
-    before = {path: hooks(module) for path, module in original.named_modules()}
-    return [
-        f"{path or 'the model'} still has a hook that attaching registered"
-        for path, module in model.named_modules()
-        if path in before and hooks(module) > before[path]
-    ]
+    def replaced(module: nn.Module) -> bool:
+        own = vars(module).get("forward")
+        return own is not None and getattr(own, "__func__", own) is not type(module).forward
+
+    before, odd = dict(original.named_modules()), []
+    for path, module in model.named_modules():
+        if (other := before.get(path)) is None:
+            continue
+        where = path or "the model"
+        odd += [f"{where} still has a hook that attaching registered"] if hooks(module) > hooks(other) else []
+        odd += [f"{where} still has a forward of the adapter"] if replaced(module) and not replaced(other) else []
+        odd += [f"{where} is a {type(module).__name__} now"] if type(module) is not type(other) else []
+    return odd
 
 
 def _start(subject: Subject | None) -> dict[str, Tensor]:

@@ -53,26 +53,30 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
     if not torch.is_grad_enabled():
         torch.set_grad_enabled(True)
         odd.append("after a closure that raises, gradients are switched off")
-    added = torch.nn.Parameter(torch.ones(4, device=fresh.own[0].device))
-    added.grad = torch.ones_like(added)
-    with suppress(ValueError, NotImplementedError):  # an optimizer may refuse such a group
-        optimizer.add_param_group({"params": [added]})
-        optimizer.step()
-        odd += ["a parameter added by add_param_group does not train"] if bool((added == 1).all()) else []
-        odd += _of_other_groups(optimizer, added)
+    for shape in ((4,), fresh.own[0].shape):
+        odd += _of_added_groups(optimizer, torch.ones(shape, device=fresh.own[0].device))
     return from_problems(subject, case, "closure", odd)
 
 
-def _of_other_groups(optimizer: torch.optim.Optimizer, like: Tensor) -> Iterator[str]:
-    """Add a group without learning rate and one without weight decay. Yield a message for each that a step moves."""
-    still, undecayed = (torch.nn.Parameter(torch.ones_like(like)) for _ in range(2))
-    optimizer.add_param_group({"params": [still], "lr": 0.0})
-    optimizer.add_param_group({"params": [undecayed], "weight_decay": 0.0})
-    still.grad, undecayed.grad = torch.ones_like(like), torch.zeros_like(like)
-    optimizer.step()
-    for tensor, setting in ((still, "learning rate"), (undecayed, "weight decay")):
-        if not bool((tensor == 1).all()):
-            yield f"a group of parameters with a {setting} of 0 gets the {setting} of another group"
+def _of_added_groups(optimizer: torch.optim.Optimizer, values: Tensor) -> Iterator[str]:
+    """Add three groups with one parameter each: a usual one, one without learning rate, one without weight decay.
+
+    The first parameter must move in a step, the others must not: the third has a gradient of zeros. Yield a message for
+    each that is wrong. values: those of each parameter. A group that the optimizer refuses is left out.
+    """
+    for options, gradient, moves, problem in (
+        ({}, values, True, "a parameter added by add_param_group does not train"),
+        ({"lr": 0.0}, values, False, "a group with a learning rate of 0 gets the learning rate of another group"),
+        ({"weight_decay": 0.0}, 0 * values, False, "a group with a weight decay of 0 gets the decay of another group"),
+    ):
+        added = torch.nn.Parameter(values.clone())
+        added.grad = gradient.clone()
+        with suppress(ValueError, NotImplementedError):  # an optimizer may refuse such a group
+            optimizer.add_param_group({"params": [added], **options})
+        if any(one is added for group in optimizer.param_groups for one in group["params"]):
+            optimizer.step()
+            if bool((added == values).all()) is moves:
+                yield problem
 
 
 class _StoppedError(Exception):

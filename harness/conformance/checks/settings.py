@@ -33,7 +33,8 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
     later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's own
     optimizer, and `after_step`. The tensors that attaching puts into `state()`, such as VeRA's projections, do not
-    depend on torch's default dtype.
+    depend on torch's default dtype, nor do the dtypes of the tensors that train. These tensors train even if gradients are
+    off when the adapter is attached.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
@@ -60,8 +61,8 @@ def _under_other_settings(subject: Subject, case: Case) -> Iterator[str]:
     yield from (f"after attaching under other settings, {one}" for one in changed)
     yield from left
     if other is not None:
-        trained = {name for name, tensor in other.adapted.tensors().items() if tensor.requires_grad}
-        lost = sorted(subject.adapted.tensors().keys() - trained)
+        usual, now = ({n for n, t in one.adapted.tensors().items() if t.requires_grad} for one in (subject, other))
+        lost = sorted(usual - now)
         yield from (f"{name} does not train if gradients are off when it is attached" for name in lost)
 
 

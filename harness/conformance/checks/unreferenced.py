@@ -83,8 +83,11 @@ def check_start(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.START, CellStage.WARM], reference=Reference.ABSENT)
 def check_repeats(subject: Subject, case: Case) -> CheckResult:
-    """Two runs of the whole model on the same texts give the same logits and gradients, to the last bit."""
-    return judged(subject, case, "repeats", exact(_observed(subject, case), _observed(subject, case)))
+    """Two runs of the whole model on the same texts give the same logits and gradients, to the last bit. All are finite."""
+    one, again = (_observed(subject, case) for _ in range(2))
+    if odd := [f"{name} is not finite" for name, tensor in one.items() if not bool(tensor.isfinite().all())]:
+        return from_problems(subject, case, "repeats", odd)
+    return judged(subject, case, "repeats", exact(one, again))
 
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.conformance import process_settings
+from harness.conformance.comparison.inputs import safe_factor
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.threads import at_once
 
@@ -244,15 +245,16 @@ def _gradients_of_zeros(call: Call) -> dict[str, Tensor]:
 
 
 def _output_in_place(call: Call) -> dict[str, Tensor] | None:
-    """Negate the output in place, as `nn.ReLU(inplace=True)` would change it. The returned output is negated again.
+    """Multiply the output in place, as `nn.ReLU(inplace=True)` would change it. The returned output is divided again.
 
     Return None if torch refuses the change, for example because the backward pass needs the output.
     """
+    factor = safe_factor(call.output(call.training)["y"])
     try:
-        seen = call.observe(call.x, -call.dy, call=lambda layer, x: layer(x).neg_())
+        seen = call.observe(call.x, call.dy / factor, call=lambda layer, x: layer(x).mul_(factor))
     except RuntimeError:
         return None
-    return seen | {"y": -seen["y"]}
+    return seen | {"y": seen["y"] / factor}
 
 
 def _input_in_place(call: Call) -> dict[str, Tensor] | None:

@@ -205,7 +205,7 @@ def _halved(call: Call) -> dict[str, Tensor]:
 
 
 Mode = Callable[[str], AbstractContextManager[object]]
-"""Function that takes the type of the device and returns a context without gradients."""
+"""Function that takes the type of the device and returns the context of both calls."""
 
 
 def _in_mode_after(mode: Mode, restore: Restore, *, frozen: bool = False) -> Form:
@@ -316,8 +316,8 @@ _WAYS: dict[str, Restore] = {
     ".data.copy_()": _copy_data,
     "load_state_dict()": _load_state_dict(assign=False),
 }
-"""Name -> function that gives a layer new values between two calls. Both calls are in one mode of `_MODES` or under
-autocast."""
+"""Name -> function that gives a layer new values between two calls. Both calls are in one mode of `_MODES`, under
+autocast, or with frozen tensors."""
 NEW_VALUES: dict[str, Form] = (
     {
         "after .data.copy_()": _after(_copy_data),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -77,3 +78,13 @@ def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
     path: name of a layer or of a call.
     """
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")
+
+
+@contextmanager
+def named_if_raised(path: str, form: str) -> Iterator[None]:
+    """Add the names of the layer and the form to an exception that is raised inside this context."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the form `{path} {form}`")
+        raise

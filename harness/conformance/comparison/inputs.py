@@ -86,3 +86,8 @@ def features(base: nn.Module) -> tuple[int, int]:
 def takes_rows(base: nn.Module) -> bool:
     """Return whether the layer takes inputs (..., D) and maps each row of D features independently of all other rows."""
     return not isinstance(base, nn.Embedding | Convolution) and kind_of(base) != "experts"
+
+
+def safe_factor(y: Tensor) -> float:
+    """Return a power of two by which y is multiplied without rounding: -2, or -1 if -2 would overflow."""
+    return -2.0 if not y.numel() or float(y.abs().amax()) < torch.finfo(y.dtype).max / 4 else -1.0

@@ -15,7 +15,7 @@ from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
-from harness.conformance.comparison.inputs import HALF, is_large
+from harness.conformance.comparison.inputs import HALF, is_large, safe_factor
 from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
@@ -212,15 +212,17 @@ def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -
 
 
 def _outputs_in_place(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    """Negate the outputs in place before backward, and yield a judgement of the gradients.
+    """Multiply the outputs in place before backward, and yield a judgement of the gradients.
 
     Torch may refuse this, for example because the backward pass needs an output.
     """
     outputs, leaves = operation_call.forward(subject, subject.function, DTYPES[subject.dtype])
-    incoming = {name: -dy for name, dy in operation_call.incoming_gradients(outputs, case).items()}
+    factors = {name: safe_factor(t.detach()) if t.requires_grad else 1.0 for name, t in outputs.items()}
+    incoming = operation_call.incoming_gradients(outputs, case)
+    incoming = {name: dy / factors[name] for name, dy in incoming.items()}
     try:
-        negated = {name: t.neg_() if t.requires_grad else t for name, t in outputs.items()}
-        mine = operation_call.backward(negated, leaves, case, incoming=incoming)
+        multiplied = {name: t.mul_(factors[name]) if t.requires_grad else t for name, t in outputs.items()}
+        mine = operation_call.backward(multiplied, leaves, case, incoming=incoming)
     except RuntimeError:
         return
     yield _as_usual(OperationForm.OUTPUTS_IN_PLACE, subject, case, mine)

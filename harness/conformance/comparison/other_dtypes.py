@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.call_forms import ROWS, owns, tensors_of_copy
+from harness.conformance.comparison.check_results import named_if_raised
 from harness.conformance.comparison.inputs import cast, inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
@@ -48,7 +49,9 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
 
     truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
-    verdict = noise_floor(moved(layer, tensors, other), truth, rounded, other, case.factor("calls"))
+    with named_if_raised(path, COPY.format(other)):
+        mine = moved(layer, tensors, other)
+    verdict = noise_floor(mine, truth, rounded, other, case.factor("calls"))
     yield path, COPY.format(other), verdict
 
 
@@ -78,5 +81,8 @@ def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[s
         values = ({n: t for n, t in named.items() if n.startswith(f"{path}.")} for named in (subject.added(), state))
         load(mixed.adapted, *values)
         x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(index + 730))
-        mine, expected = (observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject))
+        with named_if_raised(path, BESIDE.format(other)):
+            mine, expected = (
+                observe(one.adapted.layers[path], one.tensors_of(path), x, dy) for one in (mixed, subject)
+            )
         yield path, BESIDE.format(other), exact(mine, expected)

@@ -115,16 +115,6 @@ def _subtract_previous(tensor: Any) -> None:
     vars(tensor)["_previous"] = (tensor.grad, tensor.grad.clone())
 
 
-@planted("lora", "calls", values=_LORA)
-def multiplies_by_the_weight_without_calling_the_base(copy: PatchedCopy) -> None:
-    def forward(layer: Any, x: Tensor, _: Right) -> Tensor:
-        y = nn.functional.linear(x, layer.base.weight, layer.base.bias)
-        update: Tensor = layer.scaling * (layer.dropout(x) @ layer.A.T @ layer.B.T)
-        return y + update
-
-    copy.replace_forward(forward)
-
-
 @planted_in_methods("settings")
 def changes_the_default_dtype(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda _: torch.set_default_dtype(torch.float16))

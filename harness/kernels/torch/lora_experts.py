@@ -174,8 +174,8 @@ class _Reordered(torch.autograd.Function):
 class _WeightedSum(torch.autograd.Function):
     """Autograd function that adds up the N rows of each token: y_t = sum_n weights[t, n] rows[at[t, n]], shape (T, D).
 
-    rows (T N, D), weights (T, N), `at` (T, N): a permutation of the row numbers. order (T N): its inverse. The sum is
-    rounded once. A batched matrix product would give the same result; in bfloat16 it takes five times as long.
+    rows (T N, D), weights (T, N), `at` (T, N): a permutation of the row numbers. order (T N): its inverse. In 16
+    bits the sum is rounded once. A batched matrix product does the same; in bfloat16 it takes five times as long.
     """
 
     @staticmethod
@@ -184,6 +184,7 @@ class _WeightedSum(torch.autograd.Function):
         return embedding_bag(at, rows, per_sample_weights=weights, mode="sum")
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, order, at = ctx.saved_tensors
         drows = dweights = None
