@@ -83,7 +83,7 @@ def _nf4(
 
 
 def _kind(x: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[object, ...]:
-    return x.device, x.dtype, x.dim(), x.requires_grad, bias is None, mask is None
+    return x.device, x.dtype, x.dim(), x.is_contiguous(), x.requires_grad, bias is None, mask is None
 
 
 @cache
