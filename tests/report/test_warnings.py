@@ -136,7 +136,7 @@ def test_the_first_screen_says_which_latencies_may_be_too_high(tmp_path: Path) -
     run = recorded_run.write_run(tmp_path / "r", only=["full", "fused"], change=shaken)
     (answer,) = view.build([analyse(run)])["runs"][0]["answers"]
     (cost,) = (card for card in answer["cards"] if card["question"] == "At what cost?")
-    assert cost["details"][-1] == "! Other programs slowed the passes of lora r=8: their times may be too high."
+    assert cost["details"][-1] == "! The passes of lora r=8 were disturbed: their times may be too high."
 
 
 def test_a_busy_cell_without_latencies_has_no_flag_of_latencies(tmp_path: Path) -> None:
