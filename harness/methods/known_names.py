@@ -18,7 +18,7 @@ class NameOption:
     option: str
     """The option, e.g. `--op`. For arguments: the command, e.g. `check`."""
     kind: str
-    """What a name stands for, e.g. `operation`."""
+    """Kind of thing that has such a name, e.g. `operation`."""
     known: Collection[str]
     """Every valid name."""
 

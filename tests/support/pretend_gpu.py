@@ -177,7 +177,7 @@ def _drawn(act: Callable[[], Any]) -> Any:
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What torch asks of a kind of device."""
+    """Functions that torch calls for a kind of device."""
 
     _initialized = True  # activation checkpointing then restores the random numbers
 

@@ -9,13 +9,14 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.analysis.statistics.intervals import fewest_with_interval
 from harness.analysis.statistics.trimmed import cut
 from harness.errors import UsageError, plural
 
 Stage = Literal["first", "fresh"]
 BLOCKS = ("ABBA", "BAAB")
-FEWEST = 6
-"""Fewest pairs in a stage. Five pairs allow no interval at 95 %, neither from order statistics nor from signed ranks."""
+FEWEST = fewest_with_interval()
+"""Fewest pairs in a stage. Fewer allow no interval at 95 %, neither from order statistics nor from signed ranks."""
 
 
 @dataclass(frozen=True)

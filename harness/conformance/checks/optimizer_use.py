@@ -59,10 +59,11 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
 
 
 def _of_added_groups(optimizer: torch.optim.Optimizer, values: Tensor) -> Iterator[str]:
-    """Add three groups with one parameter each: a usual one, one without learning rate, one without weight decay.
+    """Add three groups with one parameter each, and take a step after each. Yield a message for each wrong step.
 
-    The first parameter must move in a step, the others must not: the third has a gradient of zeros. Yield a message for
-    each that is wrong. values: those of each parameter. A group that the optimizer refuses is left out.
+    The first group has the usual settings, so its parameter must move. The second has a learning rate of 0. The third has
+    a weight decay of 0 and a gradient of zeros. The parameters of these two must not move. A group that the optimizer
+    refuses is left out. values: the values of each parameter.
     """
     for options, gradient, moves, problem in (
         ({}, values, True, "a parameter added by add_param_group does not train"),

@@ -1,4 +1,4 @@
-"""Functions that make a `CheckResult` from a judgement, from a list of mistakes, or from a reason to skip."""
+"""Functions that make a `CheckResult`, and functions that name the layer or the form of a judgement or an exception."""
 
 from __future__ import annotations
 

@@ -56,12 +56,11 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
 
 
 def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:
-    """Attach to a model whose first adapted layer has another dtype. Judge the other layers.
+    """Attach to a model whose first adapted layer has another dtype, and judge the other layers.
 
-    Yield for each its path, the form's name and the judgement.
-
-    With the same tensors, they compute the same as in the subject, to the last bit. Tensors that follow from the config
-    alone, such as VeRA's A and B, are not copied from the subject. Packed weights are left out.
+    Yield the path, the form's name and a judgement of each. With the same tensors, these layers compute the same as in
+    the subject, to the last bit. Tensors that follow from the config alone, such as VeRA's A and B, are not copied from
+    the subject. Packed weights are left out.
     """
     if subject.original.model is None or subject.packed:
         return
