@@ -36,12 +36,13 @@ from harness.methods.known_names import NameOption
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.signals import handle_termination
+from harness.process.worker_pool import WorkerPool
 from harness.records.check import CheckId
 from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable
 from harness.report import check_terminal, check_versions
 
-_TASKS_PER_JOB = 3
+_TASKS_PER_JOB = 6
 """Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
 
 
@@ -154,6 +155,16 @@ def _with_declared_environments(report: CheckReport, missing: Collection[Target]
 
 def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tuple[CheckReport, Collection[Target]]:
     """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
+    python = environment.python if environment is not None else None
+    # The pool's server imports torch while another process imports the plug-ins.
+    with worker_processes.worker_pool(request.device, python) as pool:
+        return _judge_with(pool, request, environment)
+
+
+def _judge_with(
+    pool: WorkerPool, request: CheckRequest, environment: MadeEnvironment | None
+) -> tuple[CheckReport, Collection[Target]]:
+    """Do what `_judge_in` does, with the workers of `pool`."""
     python, label = (environment.python, environment.label) if environment is not None else (None, "")
     registry = worker_processes.discover(request.patience, python)
     described = registry.environment or describe()
@@ -172,7 +183,7 @@ def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tup
     def progress(line: str) -> None:
         print_note(f"{label}: {line}" if label else line)
 
-    findings, interrupted = worker_processes.run(tasks, jobs, progress, request.patience, python)
+    findings, interrupted = worker_processes.run(tasks, pool, jobs, progress, request.patience)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:

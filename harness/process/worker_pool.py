@@ -107,16 +107,19 @@ class WorkerPool:
             print_lines([f"| {line}" for line in output[-_LAST_LINES:]], err=True)
             yield {"died": died}
 
-    def _ready_server(self) -> WorkerServer | None:
-        """Return the process that forks workers. Return None if there is none; then the workers must be new processes."""
+    def start_server(self) -> None:
+        """Start the process that forks workers, if forks are allowed. It imports while this process goes on."""
         with self._server_lock:
-            if self._server is not None and not self._server.is_alive:
-                self._end_server()
-            elif self._server is None and self._imports and not self.stopped:
+            if self._server is None and self._imports and not self.stopped:
                 with contextlib.suppress(OSError):
                     self._server = WorkerServer(self._python, self._imports, _environment(), _TOKEN)
-                    if not self._server.is_ready():
-                        self._end_server()
+
+    def _ready_server(self) -> WorkerServer | None:
+        """Return the process that forks workers. Return None if there is none; then the workers must be new processes."""
+        self.start_server()
+        with self._server_lock:
+            if self._server is not None and not (self._server.is_alive and self._server.is_ready()):
+                self._end_server()
             return self._server
 
     def _end_server(self) -> None:

@@ -24,6 +24,7 @@ from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation, Registry
+from harness.process.worker_pool import WorkerPool
 from harness.records import files
 from harness.records.record import CheckResult, Outcome
 from harness.report import check_junit, check_page
@@ -279,7 +280,7 @@ def test_a_target_whose_process_died_was_not_tried_to_the_end(monkeypatch: pytes
 
     monkeypatch.setattr(command.worker_processes, "worker_events", events)
     task = protocol.WorkerTask(point="acme", targets=[target])
-    (found,), interrupted = command.worker_processes.run([task], 1, lambda _: None)
+    (found,), interrupted = command.worker_processes.run([task], WorkerPool(), 1, lambda _: None)
     assert not interrupted
     assert found.not_tried == {target}
     assert [one.check for one in found.tried] == ["alive"]

@@ -37,11 +37,14 @@ PATIENCE = 120.0
 """Seconds without a result after which an implementation counts as hanging. A check normally takes milliseconds."""
 _SHARED = (
     "torch._dynamo",  # the first optimizer imports it
+    "torch._decomp.decompositions_for_jvp",  # this and the next two: the first call of a compiled function imports them
+    "torch._dynamo.backends.common",
+    "torch._inductor.pattern_matcher",
     "transformers.pytorch_utils",
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )
-"""Modules that nearly every worker imports. A parent process can import them once, before it forks the workers."""
+"""Modules that nearly every worker imports."""
 
 
 @dataclass
@@ -144,22 +147,34 @@ class _Run:
         return remaining
 
 
+def worker_pool(device: str, python: Path | None = None) -> WorkerPool:
+    """Return a pool for the workers of `run`, whose tensors are on `device`.
+
+    If the workers are forks, the process that forks them starts now, and imports what nearly every worker needs. The
+    libraries under test are not among these modules: each worker imports them itself, and reports what their import
+    changes. python: interpreter of the workers; by default, that of the caller.
+    """
+    pool = WorkerPool(python, _SHARED if forks(device) else ())
+    pool.start_server()
+    return pool
+
+
 def run(
     tasks: Sequence[WorkerTask],
+    pool: WorkerPool,
     jobs: int,
     progress: Callable[[str], None],
     patience: float = PATIENCE,
-    python: Path | None = None,
 ) -> tuple[list[CheckFindings], bool]:
-    """Run all tasks in at most `jobs` processes at a time.
+    """Run all tasks in at most `jobs` processes of the pool at a time.
 
     Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run. progress:
     called with a line of text when a target begins and when it ends. patience: seconds without a result after which
-    an implementation counts as hanging. python: interpreter of the worker processes; by default, that of the caller.
+    an implementation counts as hanging.
     """
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False
-    with WorkerPool(python, _imports(tasks)) as pool, ThreadPoolExecutor(max_workers=max(1, jobs)) as threads:
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as threads:
         workers = _Run(pool, progress, patience)
         try:
             for future in [threads.submit(workers.task, task, one) for task, one in zip(tasks, findings, strict=True)]:
@@ -171,15 +186,6 @@ def run(
                 workers.pool.stop()
             threads.shutdown(cancel_futures=interrupted)
     return findings, interrupted
-
-
-def _imports(tasks: Sequence[WorkerTask]) -> Sequence[str]:
-    """Return the modules to import before the workers are forked. Return none if the workers are not forked.
-
-    The libraries under test are not in the list. Each worker imports them itself, and reports what their import
-    changes.
-    """
-    return _SHARED if len(tasks) > 1 and all(forks(task.device) for task in tasks) else ()
 
 
 def forks(device: str) -> bool:
