@@ -200,22 +200,22 @@ class MethodInfo:
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
     """Read every Method in `folder`; return them by name, sorted. Raises TypeError for a malformed SPEC or Config."""
-    read = (_method(path, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py")))
+    read = (_method(path, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.py")))
     return {info.name: info for info in read if info is not None}
 
 
 def method_info(name: str) -> MethodInfo:
     """Read one Method, and return it. Raises KeyError for an unknown name."""
     path = _REFERENCE / f"{name}.py"
-    info = _method(path, path.read_text(encoding="utf-8")) if path.is_file() else None
+    info = _method(path, path.stat().st_mtime_ns) if path.is_file() else None
     if info is None:
         raise KeyError(name)
     return info
 
 
 @cache  # claim files call it once per row
-def _method(path: Path, source: str) -> MethodInfo | None:
-    module = ast.parse(source, filename=str(path))
+def _method(path: Path, changed_ns: int) -> MethodInfo | None:  # a file that has changed is read again
+    module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     spec = next((node.value for node in module.body if isinstance(node, ast.Assign) and _is_spec(node)), None)
     if spec is None:
         return None

@@ -166,14 +166,15 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Set the counted time to zero."""
-        self.seconds = 0.0
-        self._wall, self._cpu = time.monotonic(), self._cpu_s()
+        """Set the counted time to zero. If the process is runnable, it counts from the next `tick`."""
+        self.seconds, self._wall = 0.0, time.monotonic()
+        self._cpu: float | None = None  # reading it here, for every event, would take longer than the rest of the event
 
     def tick(self) -> None:
         """Add the time since the last call of `tick` or `restart` to the counted time."""
         wall, cpu = time.monotonic(), self._cpu_s()
-        self.seconds += cpu - self._cpu if self._runs() else wall - self._wall
+        used = 0.0 if self._cpu is None else cpu - self._cpu
+        self.seconds += used if self._runs() else wall - self._wall
         self._wall, self._cpu = wall, cpu
 
     def _cpu_s(self) -> float:

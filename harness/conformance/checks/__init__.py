@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -167,7 +167,8 @@ def without_reference() -> list[str]:
     return [name for name, one in every().items() if one.reference is not Reference.REQUIRED]
 
 
-def docstrings() -> dict[str, str]:
+@cache  # each pattern of a known defect asks for all names
+def docstrings() -> Mapping[str, str]:
     """Return the docstring of every check, by the check's name.
 
     The docstrings are read from the source, without importing torch.
@@ -190,7 +191,7 @@ def _declared() -> dict[str, ast.FunctionDef]:
     return {name: function for file in files for name, function in _declared_in(file).items()}
 
 
-@cache  # each pattern of a known defect asks for all names
+@cache
 def _declared_in(file: Path) -> dict[str, ast.FunctionDef]:
     return {
         node.name.removeprefix(_PREFIX): node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -281,6 +282,11 @@ def attach(
     # One weight and one config: one reference, shared by every subject made here.
     cache: dict[tuple[str, str], ReferenceLayer] = {}
 
+    @functools.cache  # quantising a weight takes longer than attaching
+    def codes_of(path: str) -> ExpectedCodes:
+        layer: Any = pristine.get_submodule(path)
+        return ExpectedCodes.of(layer.weight, bias=layer.bias)
+
     def fresh(
         *, seed: int | torch.Generator = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any
     ) -> Subject:
@@ -295,10 +301,11 @@ def attach(
         expected: dict[str, ExpectedCodes] = {}
         unpacked = copied(model) if plan.base else None
         if plan.base:
+            linear = {path: one for path, one in bases.items() if isinstance(one, nn.Linear)}
+            usual = not (given or square)
             expected = {
-                p: ExpectedCodes.of(layer.weight, bias=layer.bias)
-                for p, layer in bases.items()
-                if isinstance(layer, nn.Linear)
+                path: codes_of(path) if usual else ExpectedCodes.of(one.weight, bias=one.bias)
+                for path, one in linear.items()
             }
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}

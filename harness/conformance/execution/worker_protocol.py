@@ -6,9 +6,9 @@ An event is one JSON object on the worker's pipe. The keys of the object show wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome
@@ -90,11 +90,12 @@ class Died(FrozenModel):
 
 
 DiscoveryEvent = PointBegun | Offered | Died
-WorkerEvent = TargetBegun | TargetEnded | CaseBegun | ModuleMissing | CheckEnded | Died
+WorkerEvent = CheckEnded | CaseBegun | TargetBegun | TargetEnded | ModuleMissing | Died
 
 _Event = TypeVar("_Event")
 _DISCOVERY: TypeAdapter[DiscoveryEvent] = TypeAdapter(DiscoveryEvent)
-_WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
+_WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(Annotated[WorkerEvent, Field(union_mode="left_to_right")])
+"""Most events are a CheckEnded. No object is valid as two events, so the first match is the only one."""
 
 
 def send(emit: EventWriter, event: FrozenModel) -> None:

@@ -10,6 +10,7 @@ names. Otherwise the run fails: the library was fixed, or the check no longer no
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -196,11 +197,14 @@ def explained(
     software: versions of the libraries with which the outcomes were found; by default, those of this process.
     """
     active = [defect for defect in defects if defect.applies(software)]
+    of = defaultdict[str, list[Defect]](list)
+    for defect in active:
+        of[defect.implementation].append(defect)
     marked = []
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
     for one in tried:
         explaining = []
-        for defect in active:
+        for defect in of[one.implementation]:
             matching = {(defect.id, pattern) for pattern in defect.matching(one)}
             if matching and defect.explains(one):
                 explaining.append(defect)
