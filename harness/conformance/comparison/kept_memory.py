@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from harness.conformance.comparison.observations import preserved_state
 
@@ -79,10 +78,10 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
+        given = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
         returned = func(*args, **(kwargs or {}))
-        for one in returned if isinstance(returned, tuple | list) else (returned,):
-            if type(one) is torch.Tensor and one.untyped_storage()._cdata not in given:
+        for one in _tensors((returned,)):
+            if one.untyped_storage()._cdata not in given:
                 reference = StorageWeakRef(one.untyped_storage())
                 self._made[reference.cdata] = reference
         return returned
@@ -90,6 +89,15 @@ class _Allocations(TorchDispatchMode):
     def alive(self) -> int:
         """Return the number of noted allocations that are still alive."""
         return sum(not reference.expired() for reference in self._made.values())
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operator of torch, which may be in lists or tuples."""
+    for value in values:
+        if type(value) is torch.Tensor:
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def describe_views(value: Any) -> str:
