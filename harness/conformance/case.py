@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -73,6 +73,9 @@ class Case:
     attach_fresh: AttachFresh | None = None
     """Function that attaches the implementation once more, to a model with the same weights. None if this is
     impossible, as with the model of a Cell."""
+    other_settings: Sequence[dict[str, Any]] = ()
+    """Settings of the Method's config that differ from the case's. Each item is a dict of settings that the Method accepts
+    together, in place of the case's. Empty in cases in which the check `each_setting` is not tried."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Check name -> largest allowed error, as a multiple of the reference's own rounding error. A check without an
     entry uses NOISE_FACTOR."""

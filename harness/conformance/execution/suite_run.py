@@ -206,6 +206,8 @@ def _run_method(
         return
     subject, case = made
     subject.disturbed += disturbed
+    if not of.sampled and of.dtype in ("float64", "float32") and (wide or of.typical):  # 16 bits would overflow
+        case = dataclasses.replace(case, other_settings=sample.other_settings(plan, of))
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
     for state in plan.states:
         in_state = dataclasses.replace(case, state=state)

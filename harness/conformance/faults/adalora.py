@@ -77,6 +77,8 @@ FAULTS = [
         "for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)", "for gram in (layer.B.T @ layer.B,)"),
     _adalora("forgets_gamma", ["regularizer"],
         "return self.config.orthogonality * orthogonality(", "return 1.0 * orthogonality("),
+    _adalora("ignores_gamma", ["each_setting"],
+        "return self.config.orthogonality * orthogonality(", "return 0.5 * orthogonality("),
     _adalora("shares_its_averages_with_a_deep_copy", ["walk"],
         "    def tensors(self) -> dict[str, nn.Parameter]:",
         "    def __deepcopy__(self, memo):\n        import copy\n"

@@ -22,6 +22,11 @@ FAULTS = [
         '            old = {id(p) for group in groups for p in group["params"]}\n'
         '            param_group["params"] = [p for p in param_group["params"] if id(p) not in old]\n'
         "            super().add_param_group(param_group)"),
+    _galore("ignores_scale", ["each_setting"], '"scale": c.scale', '"scale": 0.25'),
+    _galore("ignores_beta1", ["each_setting"], '"beta1": c.beta1', '"beta1": 0.9'),
+    _galore("ignores_beta2", ["each_setting"], '"beta2": c.beta2', '"beta2": 0.999'),
+    _galore("knows_only_the_usual_sides", ["each_setting"],
+        '"side": c.side', '"side": c.side if c.side in ("std", "paper", "reverse_std") else "full"'),
     _galore("projects_the_wrong_side", ["refresh"], '"std": (m < n, m >= n)', '"std": (m >= n, m < n)'),
     _galore("forgets_its_moments_at_a_refresh", ["refresh"], "        fresh = given or",
         '        state |= {"M": state["M"] * 0, "V": state["V"] * 0} if state else {}\n        fresh = given or'),
