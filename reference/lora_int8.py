@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) over weights in the 8-bit format of LLM.int8(). Dettmers et al., NeurIPS 2022, arXiv:2208.07339.
+"""LLM.int8() under LoRA: 8-bit Matrix Multiplication at Scale. Dettmers et al., NeurIPS 2022, arXiv:2208.07339.
 
     h = int8product(x, W_int8) + (alpha / r) B A x          in eval mode; in training, x is not quantised
 

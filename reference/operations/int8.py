@@ -83,6 +83,18 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
     return (codes.to(wide) * (absmax.to(wide) / LARGEST_CODE)[..., None]).to(dtype)
 
 
+def multiply(X: Tensor, codes: Tensor, absmax: Tensor, threshold: float, training: bool) -> Tensor:
+    """Return X W^T, shape (..., E), in the dtype of X, where W has the codes (E, D) and the absmax (E,).
+
+    In training, W is decoded to the dtype of X. Otherwise X is quantised too, but the gradient of X is the same: rounding
+    has no useful gradient.
+    """
+    Y: Tensor = linear(X, dequantize(codes, absmax, X.dtype))
+    if training:
+        return Y
+    return product(X, codes, absmax, threshold) + (Y - Y.detach())
+
+
 def product(X: Tensor, codes: Tensor, absmax: Tensor, threshold: float = 0.0) -> Tensor:
     """Return X W^T, shape (..., E), in the dtype of X, where W has the codes (E, D) and the absmax (E,).
 

@@ -1,4 +1,4 @@
-"""Planted faults of LoRA over 8-bit weights."""
+"""Planted faults of LoRA over 8-bit weights, and of a layer on 8-bit codes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _BIASED = {**_USUAL, "lora_bias": True}
 
 _layer = partial(line_fault, "lora_int8", values=_USUAL)
 _form = partial(_layer, file="int8")
-_weight = partial(_layer, file="int8_weight")
+
+_alone = partial(line_fault, "int8_linear", values={"shape": [24, 40], "rows": [9], "threshold": 2.5}, file="int8")
 
 _CODES = "codes = (half * (LARGEST_CODE / absmax)[..., None]).round()"
 _BIAS = "c if bias is None else bias + c.to(bias.dtype)"
@@ -40,10 +41,11 @@ FAULTS = [
         "quantize(X.masked_fill(outlier, 0))", "quantize(X)"),
     _form("takes_outliers_by_their_sign", ["strides"],
         "X.to(torch.float16).abs() >= threshold", "X.to(torch.float16) >= threshold"),
-    _weight("quantises_the_input_in_training", ["forward"], "if training:", "if False:"),
-    _weight("does_not_quantise_the_input", ["strides"], "if training:", "if True:"),
-    _weight("passes_no_gradient_in_eval_mode", ["strides"], " + (y - y.detach())", " + 0 * y.detach()"),
-    _weight("ignores_the_threshold", ["strides"], "self.codes, self.absmax, self.threshold)", "self.codes, self.absmax)"),
+    _form("quantises_the_input_in_training", ["forward"], "if training:", "if False:"),
+    _form("does_not_quantise_the_input", ["strides"], "if training:", "if True:"),
+    _form("passes_no_gradient_in_eval_mode", ["strides"], " + (Y - Y.detach())", " + 0 * Y.detach()"),
+    _layer("ignores_the_threshold", ["strides"],
+        "dense_weight(base).detach(), config.threshold)", "dense_weight(base).detach(), 0.0)"),
     _layer("multiplies_by_the_original_weight", ["forward"],
         "add_bias(self.packed.product(x_TD, self.training), self.base.bias)", "self.base(x_TD)"),
     _layer("forgets_the_bias_of_the_base", ["forward"],
@@ -67,5 +69,12 @@ FAULTS = [
         "c = self.scaling * self.c", "c = self.c.detach()", values=_BIASED, model="wide"),
     _layer("adds_the_bias_of_b_to_the_base_too", ["merge"], _BIAS,
         "bias.data.add_(c)", values=_BIASED, model="wide"),
+    _alone("scales_by_128_in_place_of_127", ["outputs"], "absmax.to(wide) / LARGEST_CODE**2", "absmax.to(wide) / 128**2"),
+    _alone("rounds_the_products_of_outliers_to_codes", ["outputs"],
+        "linear(X[..., column], dequantize", "linear(X[..., column].round(), dequantize"),
+    _alone("takes_only_columns_full_of_outliers", ["outputs"],
+        "outlier.flatten(0, -2).any(dim=0)", "outlier.flatten(0, -2).all(dim=0)"),
+    _alone("has_no_gradient_in_eval_mode", ["backward"], "product(X, codes, absmax, threshold) + (Y - Y.detach())",
+        "product(X, codes, absmax, threshold)"),
 ]
 # fmt: on
