@@ -37,6 +37,9 @@ class ReferenceSpec:
     """Letters of the low-rank factors that train. LoRA+ (`lr_ratio`) needs a factor B."""
     replaces_weight: str = ""
     """Name in `state()` of the tensor that is used in place of the base weight. Empty if the base weight itself is used."""
+    merge_quantises: bool = False
+    """True if merging quantises the sum of weight and update. Merged layers are then compared with the merged layers of
+    the reference, since they compute something else than the adapted layers."""
     opt_in_layers: tuple[str, ...] = ()
     """Kinds of layers (`reference.shared.layers.KINDS`) that are passed only to implementations that name them in `offers`.
     Older plug-ins would not adapt such a layer, because its kind was added after they were written."""

@@ -44,10 +44,14 @@ def peft_equivalent(method: str, config: Config, quantization: str = "none") -> 
     except KeyError as error:
         return PeftEquivalent(None, f"There is no {FILE} for {method}: the Cell's config lacks {error.args[0]}.")
     keys["target_modules"] = _ALL_LINEAR if names == [_ALL_LINEAR] else names
-    bits = method == "qlora" or quantization != "none"
     twice = quantization == "nf4-dq" or (method == "qlora" and config.get("double_quant", True))
-    how = "nf4, bnb_4bit_use_double_quant" if twice else "nf4"
-    remark = f"Load the base model in 4 bits first (`BitsAndBytesConfig` of transformers, {how}). " if bits else ""
+    how = "4 bits", "nf4, bnb_4bit_use_double_quant" if twice else "nf4"
+    if method == "lora_int8":
+        how = "8 bits", f"llm_int8_threshold={config.get('threshold', 6.0)}"
+    packed = method in ("qlora", "lora_int8") or quantization != "none"
+    remark = ""
+    if packed:
+        remark = f"Load the base model in {how[0]} first (`BitsAndBytesConfig` of transformers, {how[1]}). "
     if method == "oft":
         size = config["block_size"]
         remark += (
@@ -138,6 +142,7 @@ def _adalora(config: Config) -> dict[str, Any]:
 _EQUIVALENTS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "lora": _lora,
     "qlora": _low_rank,
+    "lora_int8": _low_rank,
     "dora": lambda config: {**_low_rank(config), "use_dora": True},
     "pissa": _pissa,
     "vera": _vera,

@@ -49,7 +49,7 @@ def test_one_entry_point_has_all_implementations() -> None:
 
     found = {(i.kind, i.target) for i in discover(["hf-peft"]).implementations}
     assert found == {(i.kind, i.target) for i in hf_peft.implementations()}
-    assert {"lora", "dora", "adalora", "pissa", "vera", "loha", "lokr", "oft", "qlora"} == METHODS.keys()
+    assert {"lora", "dora", "adalora", "pissa", "vera", "loha", "lokr", "oft", "qlora", "lora_int8"} == METHODS.keys()
     assert ("operation", "multi_lora_linear") in found
 
 

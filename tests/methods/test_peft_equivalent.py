@@ -46,6 +46,7 @@ def _given(method: str, config: Any, monkeypatch: pytest.MonkeyPatch) -> dict[st
         ("lora", {"rank": 4, "lora_bias": True}),
         ("qlora", {"rank": 4, "lora_bias": True}),
         ("qlora", {"rank": 4}),
+        ("lora_int8", {"rank": 4, "dropout": 0.1, "lora_bias": True}),
         ("dora", {"rank": 4}),
         ("pissa", {"rank": 4}),
         ("pissa", {"rank": 4, "niter": 2}),
@@ -67,6 +68,7 @@ def test_the_config_is_the_one_that_hf_peft_trains(
     keys = {key: value for key, value in found.keys.items() if key != "peft_type"}
     assert kind(**keys).to_dict() == _given(method, config, monkeypatch)
     assert ("4 bits" in found.remark) is (method == "qlora")
+    assert ("8 bits" in found.remark) is (method == "lora_int8")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Checks of the NF4 codes of a packed (4-bit) weight.
+"""Checks of the codes of a packed weight.
 
 NF4 stores a block of elements as 4-bit codes, which are indices of 16 levels, and as absmax, the block's largest
-magnitude.
+magnitude. The 8-bit format stores a row of elements as codes from -127 to 127, and as absmax.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
-from harness.conformance.comparison.packed_codes import judge
+from harness.conformance.comparison.packed_codes import judge, judge_rows
 from harness.conformance.comparison.tolerance_policies import worst_of
 from harness.conformance.subject import DTYPES, ExpectedCodes, PackedLayer, Subject
 from harness.records.record import CheckResult
+from reference.shared.int8_weight import Int8Weight
 
 
 @check(in_cell=[CellStage.START])
@@ -46,18 +47,22 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT)
 def check_packing(subject: Subject, case: Case) -> CheckResult:
-    """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight.
+    """`state()` has the reference's codes and absmax of the original weight: in NF4 (QLoRA), or in 8 bits (lora_int8).
 
-    The rules are those of the check `codes`. In all other checks, the reference computes with the codes in `state()`.
-    If there are none, it computes with its own codes, and this check cannot judge the implementation's codes.
+    The rules are those of the check `codes`, with rows in the place of blocks in 8 bits. In all other checks, the
+    reference computes with the codes in `state()`. If there are none, it computes with its own codes, and this check
+    cannot judge the implementation's codes.
     """
     found = []
-    block, double = subject.config.block, subject.config.double_quant
     for path in subject.bases:
         layer: Any = subject.reference(path, subject.dtype).layer  # with the subject's codes
         dense: Any = subject.dense_base(path, DTYPES[subject.dtype])
         for name, packed in layer.packed_weights().items():
-            want = ExpectedCodes.of(dense.get_parameter(name), block)
-            verdict, _ = judge(PackedLayer(packed.codes, packed.constants(), block, double), want, None)
+            weight = dense.get_parameter(name)
+            if isinstance(packed, Int8Weight):
+                verdict = judge_rows(packed.codes, packed.absmax, weight)
+            else:
+                form = PackedLayer(packed.codes, packed.constants(), packed.block, packed.two_levels)
+                verdict, _ = judge(form, ExpectedCodes.of(weight, packed.block), None)
             found.append(prefix_tensor(f"{path}.{name}", verdict))
     return judged(subject, case, "packing", worst_of(found, "exact"))

@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,17 @@ from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
-from harness.conformance.comparison.layer_comparison import PlausibleResults, runs_of
+from harness.conformance.comparison.layer_comparison import PlausibleResults, RunLayer, runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.methods.module_copy import copied
+from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _UNMERGED = "after unmerging without merging"
+_MERGED = "after merging"
 _CHANGED = "unmerged twice, with another adapter"
 _AGAIN = "after merging again, in training mode"
 
@@ -38,6 +41,7 @@ _AGAIN = "after merging again, in training mode"
 def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 
+    If merging quantises the sum of weight and update (LoRA over 8 bits), the reference of a merged layer is merged, too.
     A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again, and trains as before.
     This also holds if the adapter is changed and merged again, in training mode and while gradients are recorded. Merging
     includes every lambda that is not zero, whatever AdaLoRA's mask says.
@@ -78,7 +82,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
         subject.adapted.merge()  # what is merged already stays as it is
-        outputs["after merging"] = _merged_outputs(subject, xs)
+        outputs[_MERGED] = _merged_outputs(subject, xs)
         load(subject.adapted, values)
         subject.adapted.unmerge()
         outputs["after unmerging"] = layer_outputs(subject, xs)
@@ -98,7 +102,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     for when, ys in outputs.items():
         found = []
         for path, y in ys.items():
-            truth, draws = expected[path][when in (_CHANGED, _AGAIN)]
+            truth, draws = expected[path][when in (_MERGED, _AGAIN)][when in (_CHANGED, _AGAIN)]
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
@@ -110,7 +114,10 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     if odd:
         return from_problems(subject, case, "merge", odd)
     if failures:
-        return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
+        # What comes after the first unmerging depends on it, so it is reported only if all before it is right.
+        first = [when for when in failures if when in (_UNMERGED, _MERGED)]
+        worst = max(first, key=lambda when: verdicts[when].ratio) if first else failures[0]
+        return judged(subject, case, "merge", verdicts[worst], worst)
     if changed:
         problems = [f"{path}: merging changes the table itself, and so the output layer tied to it" for path in changed]
         return from_problems(subject, case, "merge", problems)
@@ -198,26 +205,34 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "unmerge", unchanged(whole_model.tensors(fresh.model), before))
 
 
-def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]]:
-    """Return the expected outputs of a layer: with its adapter, and with the adapter's tensors multiplied by HALF.
+_Runs = tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]
+"""The output of the float64 reference, and plausible outputs, i.e. outputs that a correct program may give."""
 
-    Each of the two items is a pair: the output of the float64 reference, and plausible outputs, i.e. outputs that a
-    correct program may give. In a small model, the plausible outputs are computed when needed. In a large model, they
-    are computed at once, because the reference layers of all paths do not fit into memory together.
+
+def _expected(subject: Subject, path: str, x: Tensor) -> list[list[_Runs]]:
+    """Return the expected outputs of a layer: of the layer with its adapter, and of the merged layer.
+
+    Each item lists two: with the adapter's tensors as they are, and with these tensors multiplied by HALF. In a small
+    model, the plausible outputs are computed when needed. In a large model, they are computed at once, because the
+    reference layers of all paths do not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
     for reference in half:
         for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
             reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
-    found: list[tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]] = []
     x = x.clone()  # the subject may write to the one that it gets
-    for wide, own in (whole, half):
-        first = _merged(own, x)
-        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=_output)
-        made = PlausibleResults(chain([first], islice(draws, DRAWS_AT_ONCE)))
-        found.append((truth, made if subject.reference_cache is not None else list(made)))
-    return found
+
+    def runs(wide: ReferenceLayer, own: ReferenceLayer, run: RunLayer, *first: dict[str, Tensor]) -> _Runs:
+        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=run)
+        made = PlausibleResults(chain(first, islice(draws, DRAWS_AT_ONCE)))
+        return truth, made if subject.reference_cache is not None else list(made)
+
+    if method_info(subject.method).spec.merge_quantises:
+        merged = [runs(*copy.deepcopy(pair), _merged_output) for pair in (whole, half)]
+        return [[runs(*pair, _output) for pair in (whole, half)], merged]
+    found = [runs(*pair, _output, _merged(pair[1], x)) for pair in (whole, half)]
+    return [found, found]
 
 
 @check(States.INIT, depends_on_sizes=False)
@@ -337,6 +352,11 @@ def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()  # also when a draw is made later
 def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
     return {"y": layer.eval()(x)}
+
+
+@torch.no_grad()
+def _merged_output(layer: Any, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
+    return {"y": layer.merged().eval()(x)}
 
 
 def layer_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -51,10 +51,11 @@ def observe_with_reference(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], PlausibleResults]:
     """Run the subject's layer and the reference's layer on the same input, both with the function `run`.
 
+    training: mode of both layers. Some layers compute something else in training, even without dropout (lora_int8).
     Return the subject's output and gradients, followed by the two results of `reference_runs`.
     """
     mine = run(layer, subject.tensors_of(path), x, dy, training=training)
-    return mine, *reference_runs(subject, path, x, dy, run=run)
+    return mine, *reference_runs(subject, path, x, dy, run=partial(run, training=training))
 
 
 def reference_runs(

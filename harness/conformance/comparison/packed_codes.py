@@ -1,4 +1,4 @@
-"""Judgement of a packed (4-bit) weight's codes: of all codes at once, or in pieces to save memory.
+"""Judgement of a packed weight's codes: of all codes at once, or in pieces to save memory.
 
 Levels are the values that codes stand for. An element near a tie is near the middle of two levels, so the codes of
 both are right.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.subject import ExpectedCodes, PackedLayer
-from reference.operations import double_quant, nf4
+from reference.operations import double_quant, int8, nf4
 
 PIECE = 2**22
 """Number of elements of a weight that are judged at a time. It is a multiple of the block size."""
@@ -31,6 +31,15 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
     if form.double:
         found.append(_judge_double_quantised(form.absmax, want.absmax))
     return worst_of(found, "exact"), ties
+
+
+def judge_rows(codes: Tensor, absmax: Tensor, weight: Tensor) -> Judgement:
+    """Judge the 8-bit codes (E, D) and the absmax (E,) of a weight. A code near a tie may be the neighbouring one."""
+    want, scales = int8.quantize(weight)
+    if codes.shape != want.shape:
+        return exact({"codes": codes}, {"codes": want})
+    tied = int8.near_tie(weight) & ((codes.int() - want.int()).abs() == 1)
+    return exact({"codes": torch.where(tied, want, codes), "absmax": absmax}, {"codes": want, "absmax": scales})
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:

@@ -1,4 +1,4 @@
-"""Quantisation of a model's base weights by bitsandbytes: NF4, with and without double quantisation."""
+"""Quantisation of a model's base weights by bitsandbytes: NF4, with and without double quantisation, and 8 bits."""
 
 from __future__ import annotations
 
@@ -74,6 +74,24 @@ def packed_layer(dense: nn.Linear, compute_dtype: torch.dtype, double: bool, blo
     # On CPUs with AVX512-BF16, eval mode repacks the weight permanently and computes in bfloat16, whatever compute_dtype is.
     # A later backward pass then has no gradient for the layer's input. The Operation nf4_linear shows this.
     packed.support_avx512bf16_for_cpu = False
+    return packed.train(dense.training)
+
+
+def eight_bit_layer(dense: nn.Linear, threshold: float) -> Any:
+    """Return a Linear8bitLt with the weight of `dense` in 8 bits. threshold: magnitude of outliers in the input; 0: none."""
+    import bitsandbytes
+    import torch
+
+    weight = dense.weight.detach()
+    packed: Any = bitsandbytes.nn.Linear8bitLt(
+        dense.in_features, dense.out_features, dense.bias is not None, has_fp16_weights=False, threshold=threshold,
+        device="meta",
+    )  # fmt: skip
+    packed.weight = bitsandbytes.nn.Int8Params(weight.contiguous(), requires_grad=False, has_fp16_weights=False).to(
+        weight.device
+    )
+    if dense.bias is not None:
+        packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
     return packed.train(dense.training)
 
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """Name of the attached adapter in peft. It is a part of the names of the adapter's parameters."""
 
+_MARKS = {"Linear4bit": "is_loaded_in_4bit", "Linear8bitLt": "is_loaded_in_8bit"}
+"""Class of bitsandbytes' layer -> attribute by which transformers marks a model with such layers."""
+
 NamedTensors = Callable[[Any], dict[str, Any]]
 """A function that takes one of peft's layers, and maps letters of the paper to tensors of this layer."""
 
@@ -62,19 +65,19 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """While the context is open, set `is_loaded_in_4bit` on a model with 4-bit layers, as transformers does.
+    """While the context is open, set `is_loaded_in_4bit` on a model with 4-bit layers, as transformers does. 8 bits alike.
 
     Otherwise peft would treat a Linear4bit as an nn.Linear.
     """
-    packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
-    if not packed or hasattr(model, "is_loaded_in_4bit"):
-        yield
-        return
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # no tensor
+    kinds = {type(module).__name__ for module in model.modules()}
+    marks = [name for kind, name in _MARKS.items() if kind in kinds and not hasattr(model, name)]
+    for name in marks:
+        setattr(model, name, True)
     try:
         yield
     finally:
-        del model.is_loaded_in_4bit
+        for name in marks:
+            delattr(model, name)
 
 
 def attach_after_wider_adapter(model: nn.Module, peft_config: Any, generator: Generator) -> None:
@@ -139,7 +142,7 @@ class PeftAdapted:
         """Do nothing: there is no schedule."""
 
     def merge(self) -> None:
-        """Merge as peft does: into the base weight, in place. A 4-bit base is packed again, which adds a rounding error.
+        """Merge as peft does: into the base weight, in place. A packed base is packed again, which adds a rounding error.
 
         Raises Unsupported for a bias of B (`lora_bias`) over a layer without a bias: peft cannot merge it.
         """
