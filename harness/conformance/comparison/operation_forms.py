@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.argument_values import with_shared_tensors, with_zeros
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF, is_large, safe_factor
@@ -39,6 +40,8 @@ class OperationForm(StrEnum):
     OTHER_NUMBERS = "with other numbers"
     CHANGED = "after its arguments changed"
     ONE_CHANGED = "after {} changed"
+    ZERO_ARGUMENT = "with zeros as {}"
+    SHARED = "with a tensor that is several items of {}"
     OUTPUTS_OVERWRITTEN = "after its outputs were overwritten"
     EARLIER_OVERWRITTEN = "after earlier outputs were overwritten"
     ONE_GRADIENT = "with only {} needing a gradient"
@@ -79,6 +82,8 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         if operation_call.flatten(subject.arguments[name]):
             form = OperationForm.ONE_CHANGED.format(name)
             yield _judge_changed(subject, case, form, subject.arguments, in_place=[name])
+    for form, several in ((OperationForm.ZERO_ARGUMENT, with_zeros), (OperationForm.SHARED, with_shared_tensors)):
+        yield from (prefix_tensor(form.format(name), one) for name, one in several(subject, case))
     yield from _after_overwriting(subject, judge)
     if subject.operation.differentiable:
         yield from _gradients(subject, case)
@@ -348,9 +353,7 @@ def _in_threads(subject: OperationSubject, alone: _Named) -> _Named:
     return `alone`.
     """
     others = [subject.arguments, *(subject.another() for _ in range(THREADS - 1))]
-    given = [
-        [cloned(arguments) for _ in range(4)] for arguments in others
-    ]  # before the threads start, so that they overlap
+    given = [[cloned(one) for _ in range(4)] for one in others]  # before the threads start, so that they overlap
     mine, *_ = at_once(lambda calls: [_called(subject, one) for one in calls], given)
     return next((one for one in mine if not _same(one, alone)), alone)
 

@@ -1,0 +1,61 @@
+"""Calls of an Operation with special values of one argument: zero, as many tensors are when training starts, or shared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.tolerance_policies import Judgement, worst_of
+from harness.conformance.operation import OperationSubject, mapped
+
+
+def with_zeros(subject: OperationSubject, case: Case) -> Iterator[tuple[str, Judgement]]:
+    """Call the Operation with zeros in place of each floating-point argument in turn. Yield the name and a judgement.
+
+    B is zero when the training of LoRA starts, and the gradient of a frozen or unused tensor is zero. The Operation must
+    still compute what the reference computes, with all gradients. A list of tensors is zero as a whole. Only a case in
+    float32 with plain numbers is tried.
+    """
+    if subject.dtype != "float32" or case.magnitude != "normal":
+        return
+    for name, value in subject.arguments.items():
+        tensors = operation_call.flatten({name: value}).values()
+        if any(t.is_floating_point() and t.numel() for t in tensors):
+            yield name, _judged(subject, case, {name: mapped(value, _zero)})
+
+
+def with_shared_tensors(subject: OperationSubject, case: Case) -> Iterator[tuple[str, Judgement]]:
+    """Call the Operation with one tensor as several items of each list in turn. Yield the name and a judgement.
+
+    Several adapters may share one frozen A, for example. Items of one shape share the first item of this shape.
+    """
+    for name, value in subject.arguments.items():
+        items = value if isinstance(value, list) and all(map(_is_float, value)) else []
+        shared = dict[torch.Size, Tensor]()
+        of_shape = [shared.setdefault(one.shape, one) for one in items]
+        if len(shared) < len(items):
+            yield name, _judged(subject, case, {name: of_shape})
+
+
+def _judged(subject: OperationSubject, case: Case, changed: dict[str, Any]) -> Judgement:
+    """Judge the outputs and the gradients of a call with other values of some arguments."""
+    other = replace(subject, arguments={**subject.arguments, **changed})
+    found = [one for one, _ in operation_call.judgements(other, other.call(), case)]
+    if subject.operation.differentiable:
+        found.append(operation_call.judge_gradients(other, case, case.factor("calls")))
+    return worst_of(found, found[0].policy)
+
+
+def _zero(value: object) -> object:
+    """Return zeros in place of a floating-point tensor, and anything else as it is."""
+    return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
