@@ -11,6 +11,7 @@ from torch import nn
 
 
 def adapted(dtype, device):
+    """Return a linear layer of this dtype, on this device, with AdaLoRA."""
     torch.manual_seed(0)
     config = AdaLoraConfig(init_r=4, target_r=2, target_modules=["0"], total_step=100)
     return get_peft_model(nn.Sequential(nn.Linear(12, 10, dtype=dtype, device=device)), config)
