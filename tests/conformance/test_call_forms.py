@@ -105,6 +105,29 @@ def test_layers_whose_train_returns_nothing_pass() -> None:
     assert found.outcome is Outcome.PASS, found
 
 
+def test_a_state_that_an_earlier_call_in_training_leaves_behind_is_found() -> None:
+    class Stops(lora.LoraLinear):
+        """Drops nothing any more after an empty batch in training, as an expert may get it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.training and not len(x):
+                self.dropout = torch.nn.Identity()
+            return y
+
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = with_layers(Stops)(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.eval()  # as the model is: the layers of some libraries adopt its mode
+        return adapted
+
+    mine = Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+    case = replace(method_case(), config={"rank": 3, "dropout": 0.25})
+    (found,) = results(mine, case, "dropout")
+    assert found.outcome is Outcome.FAIL
+    assert "first after calls of other sizes: 64 of 64 outputs fit neither" in found.detail
+
+
 def test_a_layer_whose_backward_pass_needs_the_output_passes() -> None:
     (result,) = results(with_output(_SavesItsOutput.apply), method_case(), "calls")
     assert result.outcome is Outcome.PASS, result
