@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from harness.conformance import operations, parity_suite, self_test
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
+from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor
@@ -251,3 +253,32 @@ def test_an_exception_names_the_layer_and_the_form_that_raised_it() -> None:
         assert raised in result.detail
         assert "in the form `first " in result.detail
     assert "in the form `first by a deep copy`" in result.detail
+
+
+def _wrapped(gate_up: Tensor, **others: Any) -> Tensor:
+    """The block of experts, but with offsets in 32 bits, as in Liger-Kernel#1296."""
+    reached = [k if k * gate_up.stride(0) < 2**31 else 0 for k in range(len(gate_up))]
+    return operations.every()["lora_experts"].reference(gate_up=gate_up[reached], **others)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_of_experts_that_wrap_at_32_bits_are_found_in_little_memory(dtype: Any, transposed: bool) -> None:
+    plan, peak = parity_suite.load_operation("lora_experts"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    drawn = OperationCase({"shape": [16, 12], "experts": 3, "rank": 2, "transposed": transposed}, dtype)
+    for function, passes in ((operations.every()["lora_experts"].reference, True), (_wrapped, False)):
+        subject, case = suite_run.call(Implementation("mine", "operation", "lora_experts", function), plan, drawn)
+        (judgement,) = on_distant_weights(subject, case)
+        assert judgement.passed is passes
+        assert passes or judgement.tensor == "on stacked weights far apart in memory: y"
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+    )  # KiB; the stacks have 8 GiB of addresses
+
+
+def test_stacks_that_need_no_large_offset_are_left_alone() -> None:
+    plan, reference = parity_suite.load_operation("lora_experts"), operations.every()["lora_experts"].reference
+    for experts, dtype in ((2, "bfloat16"), (3, "float32")):
+        drawn = OperationCase({"shape": [16, 12], "experts": experts, "rank": 2}, dtype)  # type: ignore[arg-type]
+        subject, case = suite_run.call(Implementation("mine", "operation", "lora_experts", reference), plan, drawn)
+        assert list(on_distant_weights(subject, case)) == []

@@ -36,6 +36,7 @@ class OperationForm(StrEnum):
     NO_AUTOCAST = "with autocast switched off again"
     AUTOCAST = "under autocast to {}"
     LEAVES = "with arguments that need a gradient"
+    DISTANT = "on stacked weights far apart in memory"
     OTHER_NUMBERS = "with other numbers"
     CHANGED = "after its arguments changed"
     ONE_CHANGED = "after {} changed"
