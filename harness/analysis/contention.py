@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from harness.analysis.grouping import group
-from harness.analysis.measurements import TRAIN
+from harness.analysis.measurements import EVALUATE, LATENCY_PHASE, TRAIN
 from harness.analysis.statistics.intervals import median_interval
 from harness.errors import plural
 from harness.records.record import Latency, Record
@@ -33,8 +33,10 @@ RULE = (
     "busy: other programs used the CPU while the Cell trained, so its times may be too high; its accuracy is not affected."
     f" The process got less than {ONE_CORE:g} s of CPU time per second of its steps; or it got less than {ALL_THREADS:g} s"
     f" per second and thread, while the load average at the end of training was more than {LOAD_ABOVE:g} above the number of"
-    " cores (or of threads, if there are more threads than cores)"
+    " cores (or of threads, if there are more threads than cores). A Cell without training is judged in the same way by the"
+    " CPU time of its latency phase or, without latencies, of its evaluation"
 )
+BUSY_PASSES = "busy: other programs used the CPU while the Cell trained or, without training, during its passes"
 UNSTEADY_RULE = (
     "unsteady: something slowed some of these passes and not others, so their times may be too high. The base, the unmerged"
     " and the merged model are timed in turn; all of them are unsteady if the 95 % interval of one median ends above"
@@ -47,22 +49,35 @@ SERVER_RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence, as text, that the training steps of a Cell waited for a CPU.
+    """Return evidence, as text, that the training steps of a Cell, or the passes of an untrained Cell, waited for a CPU.
 
     Without evidence, and on a GPU, return an empty string.
     """
-    training = record.training
-    threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
+    threads, (phase, cpu, wall) = record.environment.threads, _timed(record)
     # The process may sleep while a GPU computes.
-    if training is None or training.cpu_seconds is None or not threads or wall <= 0 or record.device not in ("", "cpu"):
+    if cpu is None or not threads or wall <= 0 or record.device not in ("", "cpu"):
         return ""
-    used = training.cpu_seconds / wall
-    load = next((p.load_end for p in record.phases if p.name == TRAIN), None)
+    used = cpu / wall
+    load = next((p.load_end for p in record.phases if p.name == phase), None)
     crowded = load is not None and load > max(threads, _cores(record)) + LOAD_ABOVE
     if used >= ONE_CORE and not (crowded and used < ALL_THREADS * threads):
         return ""
-    load_text = "" if load is None else f"; load average {load:.1f} at the end of training"
+    end = "training" if phase == TRAIN else f"its phase {phase}"
+    load_text = "" if load is None else f"; load average {load:.1f} at the end of {end}"
     return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{load_text}"
+
+
+def _timed(record: Record) -> tuple[str, float | None, float]:
+    """Return the phase by which a Cell is judged, and the CPU and wall seconds of its steps, or of the whole phase.
+
+    The phase is the training; without it, that of the latencies; without them, the evaluation. The CPU seconds are None
+    if they are not known.
+    """
+    if training := record.training:
+        return TRAIN, training.cpu_seconds, sum(training.step_seconds)
+    phases = {phase.name: phase for phase in record.phases}
+    found = phases.get(LATENCY_PHASE) or phases.get(EVALUATE)
+    return (found.name, found.cpu_seconds, found.seconds) if found else ("", None, 0.0)
 
 
 def disturbed(record: Record, latencies: Iterable[Latency]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from harness.records.served import Load, ServedTimes
 
 STARTUP = "start-up"
 """Name of the phase from the start of the process to the first work on the Cell."""
-TRAIN = "train"
+TRAIN, EVALUATE, LATENCY_PHASE = "train", "evaluate", "latency"
 _WHOLE_MACHINE = "rapl"
 
 

@@ -67,8 +67,8 @@ def got_worse(metric: str, old: float, new: float) -> bool:
 def tracked(record: Record) -> TrackedMetrics:
     """Return the values of a Record that the history stores. A Record that is not ok has none.
 
-    Times are left out if a failed check forbids showing them (`failed_checks.no_speed`), or if the steps waited for a
-    CPU.
+    Times are left out if a failed check forbids showing them (`failed_checks.no_speed`), or if the steps or passes
+    waited for a CPU.
     """
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
@@ -79,7 +79,7 @@ def tracked(record: Record) -> TrackedMetrics:
             values[metric.history] = _short(value) if metric.kind == "score" else value
     untimed = failed_checks.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
-        untimed = f"its steps waited for a CPU: {busy}"
+        untimed = f"its {'steps' if record.training else 'passes'} waited for a CPU: {busy}"
     return TrackedMetrics(values if untimed else values | times(record), untimed)
 
 

@@ -24,6 +24,9 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DROPOUTS = ("_pdrop", "dropout", "dropout_prob", "dropout_rate")
 _OF_HEADS = ("summary_", "classifier_")
 """Prefixes of dropouts that only a classification head uses. A causal model does not use them."""
+_EACH = "num_experts_per_tok"
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Keys of a config for the number of experts in a block. A config has one of them."""
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 """Last parts of the names of transformers classes for models that predict a token from the tokens on both sides."""
 
@@ -118,7 +121,7 @@ def _is_dropout(key: str) -> bool:
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError if the harness cannot score a model with this config's architecture.
+    """Raise AssetError if the harness cannot score a model with this config's architecture, or if it cannot run.
 
     A config that does not determine the architecture is accepted, because the model is checked again when it is loaded.
     where: path of the config, for the message.
@@ -145,6 +148,19 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
         what = f"model {name} has the type `{model_type}`, and the installed transformers has no such class that {does}"
         raise AssetError(what, where=str(where), hint="name a model of texts (a BERT, a Llama), and its `kind`")
+    refuse_routing(config, name, str(where))
+
+
+def refuse_routing(config: Mapping[str, Any], name: str, where: str) -> None:
+    """Raise AssetError if a mixture of experts sends a token to no expert, or to more experts than it has.
+
+    A config without experts is accepted, since dense models may state 0 experts. where: path of the config.
+    """
+    key = next((key for key in _EXPERTS if isinstance(config.get(key), int) and config[key] > 0), "")
+    each = config.get(_EACH)
+    if key and isinstance(each, int) and not 1 <= each <= config[key]:
+        what = f"model {name}: `{_EACH}` is {each}, and a token needs 1 to {config[key]} experts (`{key}`)"
+        raise AssetError(what, where=where, hint=f"write a number from 1 to {config[key]} as `{_EACH}`")
 
 
 def _config(folder: Path) -> dict[str, Any]:

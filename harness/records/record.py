@@ -218,6 +218,8 @@ class Phase(FrozenModel):
     """One-minute load average of the machine at the start of the phase. None if the system has no load average."""
     load_end: float | None = None
     """One-minute load average of the machine at the end of the phase."""
+    cpu_seconds: Seconds | None = None
+    """CPU seconds of all threads of the process during the phase. None in older Records."""
     energy_J: Joules | None = None
     """Energy of the phase by the counter that `Energy.source` names. None without a counter. Also None if the phase
     took less than 2 s, because no counter resolves so short a time."""

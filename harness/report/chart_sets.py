@@ -168,12 +168,12 @@ def _against(metric: Metric, series: Sequence[Series], missing: Sequence[str]) -
     points = [p for s in series if s.kind == "line" for p in s.points]
     front = [points[i].tip.partition(": ")[0] for i in charts.pareto([(p.x, p.y) for p in points])]
     busy = sum(p.busy for p in points)
+    unequal = "some passes took much longer than others, or " if metric is metrics.LATENCY else ""
+    why = f"{unequal}other programs used the CPU"
     notes = [
         f"{formatting.sentence(metric.meaning)}.",
         f"On the dashed front, where no other recipe is both cheaper and more accurate: {', '.join(front)}.",
-        f"! Dashed ring, {busy} of {len(points)}: other programs used the CPU; the time may be too high."
-        if busy
-        else "",
+        f"! Dashed ring, {busy} of {len(points)}: {why}; the time may be too high." if busy else "",
         "Hollow: a test tells the recipe apart from the highest." if any(p.hollow for p in points) else "",
         f"Without a value: {', '.join(missing)}." if missing else "",
     ]

@@ -90,7 +90,7 @@ def _flagged(record: Record, fields: Sequence[Field], timed: Iterable[Latency]) 
 def _noted(made: Table) -> Table:
     """Return a table with a note that explains each kind of flag in it."""
     rows = [{one["flag"] for one in row["fields"]} for group in made["groups"] for row in group["rows"]]
-    rules = {"unsteady": contention.UNSTEADY_RULE, "busy": "busy: other programs used the CPU while the Cell trained"}
+    rules = {"unsteady": contention.UNSTEADY_RULE, "busy": contention.BUSY_PASSES}
     counts = {rule: sum(flag in flags for flags in rows) for flag, rule in rules.items()}
     notes = [f"{rule}. This is so in {n} of {plural(len(rows), 'row')}." for rule, n in counts.items() if n]
     return made | {"notes": [*made["notes"], *notes], "short_flags": True}

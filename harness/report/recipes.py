@@ -44,7 +44,8 @@ def table(f: RunFacts, key: str, title: str, group: Group, names: Names, chosen:
     made = grouped(key, f"Recipes of {title}", columns, [("", rows)], file=file, first="Recipe")
     return made | {
         "facets": facets(rows), "scale": {"width": WIDTH, "height": HEIGHT, "best": scale(group.entries[0].score.value)},
-        "busy": any(map(busy, group.entries)), "short_flags": True, "disturbed": any(map(disturbed, group.entries)),
+        "busy": any(map(busy, group.entries)), "short_flags": True,
+        "disturbed": sorted(set().union(*map(_disturbances, group.entries))),
         "hollow": any(e.standing == "below" for e in group.entries),
         "imported": any(e.record.imported for e in group.entries),
         "target": None if target is None else {"loss": target.loss, "window": target.window},
@@ -193,7 +194,7 @@ def _timed(e: RankingEntry, shown: Field) -> Field:
 
 def busy(entry: RankingEntry) -> int:
     """Return the number of training runs of a recipe that were timed while other programs used the CPU."""
-    return sum(bool(contention.busy(record)) for record in entry.records)
+    return sum(bool(record.training and contention.busy(record)) for record in entry.records)
 
 
 def median_over_seeds(
@@ -244,9 +245,13 @@ def latency(e: RankingEntry, variant: str, missing: str = "not measured") -> Fie
 
 def disturbed(entry: RankingEntry) -> str:
     """Return the flag of a recipe's latencies, e.g. `unsteady 1 of 3` (seeds); "" if no latency is disturbed."""
-    found = [contention.disturbed(r, timed)[0] for r in entry.records if (timed := _last_pass(r))]
-    flags = Counter(filter(None, found))
-    return ", ".join(f"{flag} {count} of {len(found)}" for flag, count in sorted(flags.items()))
+    timed = sum(bool(_last_pass(record)) for record in entry.records)
+    return ", ".join(f"{flag} {count} of {timed}" for flag, count in sorted(_disturbances(entry).items()))
+
+
+def _disturbances(entry: RankingEntry) -> Counter[str]:
+    """Count how many of a recipe's latencies are `unsteady` and how many are `busy`."""
+    return Counter(filter(None, (contention.disturbed(r, _last_pass(r))[0] for r in entry.records)))
 
 
 def _latency(variant: str) -> Read:

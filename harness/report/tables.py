@@ -23,7 +23,7 @@ _EXPECTED = (
 STATUS = "status"
 """Key of the status column in the comparison table. Any other column has the name of its metric as its key."""
 _NAMED = 3
-"""Maximum number of busy Cells that a note names. A Cell is busy if other programs used the CPU during its training."""
+"""Maximum number of busy Cells that a note names. A Cell is busy if other programs used the CPU while it was timed."""
 
 
 def comparison(facts: RunFacts, cells: Sequence[Cell] | None = None) -> Table:
@@ -59,7 +59,7 @@ def _fields(facts: RunFacts, cell: Cell) -> Iterator[Field]:
 
 
 def _busy(facts: RunFacts) -> list[tuple[str, str]]:
-    """Return pairs (name, evidence) of the busy Cells, i.e. Cells whose training steps waited for a CPU."""
+    """Return pairs (name, evidence) of the busy Cells, whose steps or passes waited for a CPU."""
     return [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := contention.busy(r))]
 
 

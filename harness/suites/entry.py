@@ -273,7 +273,7 @@ class _EntryChecker:
             if source.scheme == "folder":
                 model_folder.check(Path(source.address), source)
             elif source.scheme == "shape":
-                shapes.config_of(source.address)
+                model_folder.refuse_routing(shapes.config_of(source.address), source.name, source.address)
         return source
 
     def _task(self, name: str, path: KeyPath, encoders: list[str]) -> None:

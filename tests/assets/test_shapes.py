@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.assets import conv1d, fetch, shapes
+from harness.assets import conv1d, fetch, model_folder, shapes
 from harness.assets.table import Source
 from harness.cell import base_quantisation, lifecycle
 from harness.cell.cell_run import CellRun
@@ -91,6 +91,25 @@ def mistakes(path: Path) -> list[str]:
 # ---- what a suite may say
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        MIXTRAL | {"num_experts_per_tok": 4},
+        MIXTRAL | {"num_local_experts": 0, "num_experts_per_tok": 0},  # a dense model of a type that may have experts
+        MIXTRAL | {"num_experts_per_tok": None},
+    ],
+)
+def test_a_routing_that_works_is_accepted(config: dict[str, Any]) -> None:
+    model_folder.refuse_routing(config, "tiny", "tiny.json")
+
+
+def test_a_folder_whose_tokens_reach_no_expert_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL | {"num_experts_per_tok": 0}), encoding="utf-8")
+    with pytest.raises(AssetError, match="`num_experts_per_tok` is 0") as caught:
+        model_folder.check(tmp_path, Source(name="tiny", kind="causal", source="shape:./config.json"))
+    assert caught.value.hint == "write a number from 1 to 4 as `num_experts_per_tok`"
+
+
 @pytest.mark.parametrize("model", ['"shape:llama-7b"', '"shape:./tiny.json"', "tiny-shape"])
 def test_a_suite_names_a_preset_or_a_file(model: str, tmp_path: Path) -> None:
     cells = loader.load(written(tmp_path, model)).plan.cells
@@ -111,6 +130,14 @@ def test_what_does_not_go_with_a_shape_is_told_at_once_with_its_line(tmp_path: P
         ({"task": "[synthetic, toy-sentiment]"}, "`synthetic` is never scored"),
         ({"config": {}}, "names no `model_type`"),
         ({"model": '"shape:./nowhere.json"'}, "cannot read its config.json"),
+        (
+            {"config": MIXTRAL | {"num_experts_per_tok": 0}},
+            "`num_experts_per_tok` is 0, and a token needs 1 to 4 experts",
+        ),
+        (
+            {"config": MIXTRAL | {"num_experts_per_tok": 5}},
+            "`num_experts_per_tok` is 5, and a token needs 1 to 4 experts",
+        ),
     ],
 )
 def test_one_mistake(asked: dict[str, Any], what: str, tmp_path: Path) -> None:

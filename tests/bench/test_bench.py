@@ -534,12 +534,32 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert one.judged
 
 
+def _nothing(weight: torch.Tensor) -> None:
+    """Leave the weight as it is."""
+
+
+def _one_element(weight: torch.Tensor) -> None:
+    weight.data[0, 0] += 1e-3
+
+
+def _one_direction(weight: torch.Tensor) -> None:
+    weight.data += 1e-3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("honest", [0, step_benchmark.LATER_STEPS])
+@pytest.mark.parametrize(
+    ("honest", "later"),
+    [
+        (0, _nothing),
+        (step_benchmark.LATER_STEPS, _nothing),
+        (step_benchmark.LATER_STEPS, _one_element),
+        (step_benchmark.LATER_STEPS, _one_direction),
+    ],
+)
 def test_a_galore_step_that_goes_wrong_during_the_timing_gets_no_speed(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch, honest: int
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, honest: int, later: Callable[[torch.Tensor], None]
 ) -> None:
-    """honest: number of right steps of each optimizer during and after the timing."""
+    """honest: number of right steps of each optimizer during and after the timing. later: replaces all later steps."""
     timed, cycles = list[bool](), step_benchmark._cycles
 
     def measured(*given: Any) -> results.Samples:
@@ -555,7 +575,8 @@ def test_a_galore_step_that_goes_wrong_during_the_timing_gets_no_speed(
             step, count = made.step, itertools.count()
 
             def tiring(_: torch.optim.Optimizer, *given: Any) -> Any:
-                return None if timed and next(count) >= honest else step(*given)
+                weight = made.param_groups[0]["params"][0]
+                return later(weight) if timed and next(count) >= honest else step(*given)
 
             made.step = MethodType(tiring, made)  # type: ignore[method-assign]  # a scheduler needs a method
             return made

@@ -6,6 +6,7 @@ import platform
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -116,6 +117,16 @@ def test_the_clock_keeps_the_phase_that_failed() -> None:
     assert [p.name for p in clock.done] == announced == ["load", "train"]
     assert clock.current == "train"
     assert all(p.seconds >= 0 and p.peak_memory_B and p.end_memory_B for p in clock.done)
+
+
+def test_a_phase_knows_the_cpu_time_of_the_process() -> None:
+    clock = PhaseClock(PeakMeter(CPU), lambda _: None)
+    before = time.process_time()
+    with clock.phase("evaluate"):
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    (phase,) = clock.done
+    assert phase.cpu_seconds is not None
+    assert 0 < phase.cpu_seconds <= time.process_time() - before
 
 
 def _examples(count: int = 100) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from harness.conformance import operations, parity_suite, self_test
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
+from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor
@@ -103,6 +105,29 @@ def test_layers_whose_train_returns_nothing_pass() -> None:
 
     (found,) = results(with_layers(Silent), method_case(), "calls")
     assert found.outcome is Outcome.PASS, found
+
+
+def test_a_state_that_an_earlier_call_in_training_leaves_behind_is_found() -> None:
+    class Stops(lora.LoraLinear):
+        """Drops nothing any more after an empty batch in training, as an expert may get it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.training and not len(x):
+                self.dropout = torch.nn.Identity()
+            return y
+
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = with_layers(Stops)(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.eval()  # as the model is: the layers of some libraries adopt its mode
+        return adapted
+
+    mine = Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+    case = replace(method_case(), config={"rank": 3, "dropout": 0.25})
+    (found,) = results(mine, case, "dropout")
+    assert found.outcome is Outcome.FAIL
+    assert "first after calls of other sizes: 64 of 64 outputs fit neither" in found.detail
 
 
 def test_a_layer_whose_backward_pass_needs_the_output_passes() -> None:
@@ -228,3 +253,32 @@ def test_an_exception_names_the_layer_and_the_form_that_raised_it() -> None:
         assert raised in result.detail
         assert "in the form `first " in result.detail
     assert "in the form `first by a deep copy`" in result.detail
+
+
+def _wrapped(gate_up: Tensor, **others: Any) -> Tensor:
+    """The block of experts, but with offsets in 32 bits, as in Liger-Kernel#1296."""
+    reached = [k if k * gate_up.stride(0) < 2**31 else 0 for k in range(len(gate_up))]
+    return operations.every()["lora_experts"].reference(gate_up=gate_up[reached], **others)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_of_experts_that_wrap_at_32_bits_are_found_in_little_memory(dtype: Any, transposed: bool) -> None:
+    plan, peak = parity_suite.load_operation("lora_experts"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    drawn = OperationCase({"shape": [16, 12], "experts": 3, "rank": 2, "transposed": transposed}, dtype)
+    for function, passes in ((operations.every()["lora_experts"].reference, True), (_wrapped, False)):
+        subject, case = suite_run.call(Implementation("mine", "operation", "lora_experts", function), plan, drawn)
+        (judgement,) = on_distant_weights(subject, case)
+        assert judgement.passed is passes
+        assert passes or judgement.tensor == "on stacked weights far apart in memory: y"
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000
+    )  # KiB; the stacks have 8 GiB of addresses
+
+
+def test_stacks_that_need_no_large_offset_are_left_alone() -> None:
+    plan, reference = parity_suite.load_operation("lora_experts"), operations.every()["lora_experts"].reference
+    for experts, dtype in ((2, "bfloat16"), (3, "float32")):
+        drawn = OperationCase({"shape": [16, 12], "experts": experts, "rank": 2}, dtype)  # type: ignore[arg-type]
+        subject, case = suite_run.call(Implementation("mine", "operation", "lora_experts", reference), plan, drawn)
+        assert list(on_distant_weights(subject, case)) == []

@@ -79,5 +79,6 @@ _NOT_OF_THIS_CASE = (
     "with outputs that are changed in place",  # likewise
     "before other gradients", "with a graph that nothing needs",  # only of a failure
     "still in memory after the program dropped it",  # likewise
+    "on stacked weights far apart in memory",  # of experts, in 16 bits
     "by a copy in {}", "by a pickled copy", "by torch.func",  # where the layer allows it
 )  # fmt: skip

@@ -165,6 +165,21 @@ def test_a_defect_of_an_optimizer_with_8_bits_hides_none_without(error: float, i
     assert ("with bits=8" in found.tensor) is (is_shown == "with")
 
 
+def test_ranknum_trains_in_float32_only_on_a_gpu() -> None:
+    software = {"peft": "0.21.2"}
+    entries = [d for d in defects.known() if d.id.startswith("peft-adalora-ranknum-trains")]
+    result = failed("layers", detail="problems", execution=Execution.COMPLETED).result.model_copy(
+        update={"check": "adalora/layers/float32/init", "worst": "0.ranknum.default trains but is not the adapter's"}
+    )
+    on_gpu = failed().model_copy(update={"implementation": "hf-peft", "target": "adalora", "result": result})
+    marked, _ = defects.explained([on_gpu], entries, software)
+    assert marked[0].defect == "peft-adalora-ranknum-trains-on-gpu"
+    passed = result.model_copy(update={"outcome": Outcome.PASS, "worst": ""})
+    on_cpu = on_gpu.model_copy(update={"result": passed})
+    marked, complaints = defects.explained([on_cpu], entries, software)
+    assert (marked[0].defect, complaints) == ("", [])
+
+
 def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
     wide, narrow = known("wide"), known("narrow", shows=["^codes"])
     marked, complaints = defects.explained([failed(tensor="absmax")], [wide, narrow])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from harness.conformance import operations, parity_suite
+from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.execution import suite_run
 from harness.conformance.parity_suite import OperationCase
 from harness.kernels.torch import lora_experts
@@ -67,6 +68,15 @@ def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[
     results = [one.result for one in suite_run.run_case(offered, plan, OperationCase(case, dtype))]
     assert results
     assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_offsets_of_experts_have_64_bits(dtype: str) -> None:
+    offered = implements("lora_experts", name="kernel", kind="operation", dtypes=DTYPES)(lora_experts.lora_experts)
+    drawn = OperationCase({"shape": [16, 16], "experts": 3, "rank": 3, "tokens": 3}, dtype)
+    subject, case = suite_run.call(offered, parity_suite.load_operation("lora_experts"), drawn)
+    (judgement,) = on_distant_weights(subject, case)
+    assert judgement.passed, judgement
 
 
 @pytest.mark.parametrize("signed", [True, False])

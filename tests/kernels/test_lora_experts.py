@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from harness.kernels.torch import lora_experts as module
 from harness.kernels.torch.lora_experts import grouped_lora_linear, lora_experts
 
 EXPERTS, RANK, INPUTS, OUTPUTS = 3, 2, 4, 5
@@ -32,3 +34,37 @@ def test_the_block_is_differentiable_twice_in_every_floating_argument() -> None:
 
     assert torch.autograd.gradcheck(block, given)
     assert torch.autograd.gradgradcheck(block, given)
+
+
+def test_tokens_without_an_expert_are_refused_with_a_reason() -> None:
+    sizes = (2, 6, 4), (2, 4, 3), (4, 4), (6, 4), (4, 3), (4, 4)
+    with pytest.raises(ValueError, match=r"chosen has the shape \(3, 0\): no expert per token"):
+        lora_experts(
+            torch.ones(3, 4),
+            torch.zeros(3, 0, dtype=torch.int64),
+            torch.ones(3, 0),
+            *map(torch.ones, sizes),
+            1.0,
+            False,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_of_the_routing_is_the_same_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-4, 5, (14, 6), generator=generator).to(
+        dtype
+    )  # small integers: every order gives the same sum
+    order = torch.randperm(14, generator=generator)
+    at = order.argsort().view(7, 2)
+    dy = torch.randint(-4, 5, (7, 6), generator=generator).to(dtype)
+
+    def gradient(pieces: int) -> torch.Tensor:
+        monkeypatch.setattr(module, "_CACHED", pieces)
+        weights = torch.ones(7, 2, dtype=dtype, requires_grad=True)
+        (found,) = torch.autograd.grad(module._WeightedSum.apply(rows, weights, order, at), weights, dy)
+        return found
+
+    whole = (rows[at].double() * dy.double().unsqueeze(1)).sum(-1)
+    for pieces in (0, 24, 1000):  # a token at a time, two tokens, all
+        assert gradient(pieces).double().equal(whole)

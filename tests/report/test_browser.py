@@ -254,6 +254,26 @@ def test_a_page_asks_for_nothing_and_fits_its_window(
         assert shown.messages == []
 
 
+BROKEN = """[...document.querySelectorAll("th[scope=row]")].filter(head => head.checkVisibility()).flatMap(head => {
+    const found = [], texts = document.createTreeWalker(head, NodeFilter.SHOW_TEXT);
+    for (let text; (text = texts.nextNode());)
+        for (const word of text.data.matchAll(/[^\\s-]+-?/g)) {
+            const range = document.createRange();
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) found.push(word[0]);
+        }
+    return found;
+})"""
+
+
+@each_width
+def test_the_name_of_a_row_breaks_only_between_words_or_at_a_hyphen(show: Open, report: Path, width: int) -> None:
+    with show(report, width) as shown:
+        assert shown.page.locator("th[scope=row]:visible").get_by_text("(bitsandbytes)").count()
+        assert shown.page.evaluate(BROKEN) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @each_width
 @each_page

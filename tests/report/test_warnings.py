@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,56 @@ def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path:
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))
 
 
+def _untrained(
+    r: Record, share: float, load_end: float | None, phase: str = "latency", threads: int = 2, device: str = "cpu"
+) -> Record:
+    """Return the Record of an untrained Cell with `share` seconds of CPU time per second of a phase."""
+    assert r.training is None
+    phases = [
+        p.model_copy(update={"cpu_seconds": (share if p.name == phase else 1.9) * p.seconds, "load_end": load_end})
+        for p in r.phases
+    ]
+    environment = recorded_run.environment(machine={"cores": "2"}, threads=threads)
+    return r.model_copy(update={"phases": phases, "device": device, "environment": environment})
+
+
+@pytest.mark.parametrize(
+    ("share", "load_end", "more", "flagged"),
+    [
+        (1.9, 8.0, {}, False),
+        (1.3, 3.0, {}, True),
+        (1.3, 2.2, {}, False),
+        (0.5, None, {}, True),
+        (0.5, 8.0, {"device": "cuda"}, False),
+        (0.5, 8.0, {"phase": "evaluate"}, False),  # its only times, the latencies, are right
+    ],
+)
+def test_passes_of_an_untrained_cell_that_waited_for_a_cpu_are_flagged(
+    share: float, load_end: float | None, more: dict[str, Any], flagged: bool
+) -> None:
+    record = recorded_run.record("zero-shot", recorded_run.cells()["zero-shot"])
+    assert contention.busy(record) == ""  # a Record from before there was CPU time to compare says nothing
+    assert bool(contention.busy(_untrained(record, share, load_end, **more))) is flagged
+
+
+def test_an_untrained_cell_without_latencies_is_judged_by_its_evaluation() -> None:
+    record = recorded_run.record("zero-shot", recorded_run.cells()["zero-shot"])
+    record = record.model_copy(update={"phases": [p for p in record.phases if p.name != "latency"]})
+    why = contention.busy(_untrained(record, 0.5, 9.0, "evaluate"))
+    assert why == "0.50 s of CPU time per second for 2 threads; load average 9.0 at the end of its phase evaluate"
+
+
+def test_a_busy_untrained_cell_is_flagged_where_its_times_stand(tmp_path: Path) -> None:
+    run = recorded_run.write_run(tmp_path / "r", change=lambda n, r: _untrained(r, 0.5, 9.0) if n == "zero-shot" else r)
+    built = view.build([analyse(run)])["runs"][0]
+    record = run.latest()[recorded_run.cells()["zero-shot"].cell_id]
+    assert row(built["latency"], record)["Base, ms"]["flag"] == "busy"
+    (note,) = built["comparison"]["notes"]
+    assert "load average 9.0 at the end of its phase latency" in note
+    # No time of a training is marked: there was none.
+    assert not any(answer["table"]["busy"] for answer in built["answers"])
+
+
 def shaken(name: str, r: Record) -> Record:
     """Slow half of the merged passes of the fused Cell down to twice their time."""
     if name != "fused" or r.measurements is None:
@@ -96,6 +147,33 @@ def shaken(name: str, r: Record) -> Record:
         for x in r.measurements.latency
     ]
     return r.model_copy(update={"measurements": r.measurements.model_copy(update={"latency": latency})})
+
+
+def _legends(answers: list[dict[str, Any]]) -> list[list[str]]:
+    return [answer["table"]["disturbed"] for answer in answers]
+
+
+def test_the_legend_blames_other_programs_only_where_they_used_the_cpu(tmp_path: Path) -> None:
+    only, blame, spread = ["full", "fused"], "other programs used the CPU", "some passes took much longer than others"
+    steady = recorded_run.write_run(tmp_path / "shaken", only=only, change=shaken)
+    waited = recorded_run.write_run(
+        tmp_path / "busy", only=only, change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r
+    )
+    for run, kind, there, absent in ((steady, "unsteady", spread, blame), (waited, "busy", blame, spread)):
+        assert _legends(view.build([analyse(run)])["runs"][0]["answers"]) == [[kind]]
+        words = Page(html.render([analyse(run)])).text
+        (legend,) = re.findall(r"Beside a latency[^.]*\.", words)
+        assert there in legend
+        assert absent not in legend
+    notes = [
+        note
+        for g in view.build([analyse(steady)])["runs"][0]["groups"]
+        for figure in (g["chart"] or {"figures": []})["figures"]
+        for note in figure["notes"]
+        if "Dashed ring" in note
+    ]
+    assert notes
+    assert all(spread in note for note in notes)
 
 
 def test_latencies_that_are_not_shown_have_no_flag(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Measure the phases of a Cell: wall time, memory peak, load average, energy and the state of the GPU."""
+"""Measure the phases of a Cell: wall and CPU time, memory peak, load average, energy and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class PhaseClock:
         if self.gpu:
             self.gpu.begin()
         self.energy.start()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         try:
             yield
             self.meter.synchronize()
         finally:
-            seconds = time.perf_counter() - started
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
             energy = self.energy.joules()
             self.done.append(
                 Phase(
@@ -57,6 +57,7 @@ class PhaseClock:
                     end_memory_B=self.meter.now(),
                     load_start=load,
                     load_end=_load(),
+                    cpu_seconds=cpu_seconds,
                     energy_J=energy,
                     gpu=self.gpu.end() if self.gpu else None,
                 )

@@ -37,6 +37,7 @@ from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES,
 from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, named_if_raised, prefix_tensor, skipped
 from harness.conformance.comparison.derivatives import by_functorch, second_order
+from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
@@ -102,7 +103,10 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
 
     If an Operation compares no gradients, an output has no graph (`grad_fn`), unless that of the reference has one.
     """
-    found = list(of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
+    if isinstance(subject, OperationSubject):
+        found = [*of_operation(subject, case), *on_distant_weights(subject, case)]
+    else:
+        found = list(_of_layers(subject, case))
     if not found:
         return skipped(subject, case, "calls", "there is no layer to call")
     return judged(subject, case, "calls", worst_of(found, found[0].policy))

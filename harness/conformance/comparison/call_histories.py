@@ -52,11 +52,16 @@ def _image_by_image(call: Call) -> dict[str, Tensor] | None:
 
 
 def _after_other_sizes(call: Call) -> dict[str, Tensor]:
-    """Call the layer on other inputs first: with more rows, with one row and with none. Then call it on its input."""
-    for x in (torch.cat([call.x] * 3), call.x[:1], call.x[:0]):
-        call.layer(leaf_of(x))
-        with torch.no_grad():
-            call.layer(x)
+    """Call the layer on other inputs first: with more rows, with one row and with none. Then call it on its input.
+
+    The first calls are in eval mode and, if `call.training` is True, then in training mode.
+    """
+    for training in dict.fromkeys([False, call.training]):
+        with preserved_state(call.layer, {}, training):
+            for x in (torch.cat([call.x] * 3), call.x[:1], call.x[:0]):
+                call.layer(leaf_of(x))
+                with torch.no_grad():
+                    call.layer(x)
     return call.observe(call.x, call.dy)
 
 

@@ -37,6 +37,7 @@ class OperationForm(StrEnum):
     NO_AUTOCAST = "with autocast switched off again"
     AUTOCAST = "under autocast to {}"
     LEAVES = "with arguments that need a gradient"
+    DISTANT = "on stacked weights far apart in memory"
     OTHER_NUMBERS = "with other numbers"
     CHANGED = "after its arguments changed"
     ONE_CHANGED = "after {} changed"
@@ -89,8 +90,8 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield from _gradients(subject, case)
     if kept := describe_leak(subject.call):
         yield Judgement(False, None, None, "", f"memory grows with every call: {kept}", "exact", 0)
-    if subject.operation.differentiable and (alive := _alive_after_calls(subject, case)):
-        yield Judgement(False, None, None, ", ".join(alive), OperationForm.DROPPED, "exact", 0)
+    if subject.operation.differentiable and (held := _alive_after_calls(subject, case)):
+        yield Judgement(False, None, None, ", ".join(held), OperationForm.DROPPED, "exact", 0)
     yield judge(OperationForm.THREADS, _in_threads(subject, _detached(subject.call())))
     if not case.is_brief:
         yield from _repeated(subject, judge, case)
@@ -322,8 +323,8 @@ def _repeated(subject: OperationSubject, judge: Callable[[str, _Named], Judgemen
     if subject.operation.differentiable and not large:
         yield from _repeated_gradients(subject, case)
     first, given = _detached(subject.call()), cloned(subject.arguments)
-    changed_in_place = not _same(_called(subject, given), first)
-    calls = (subject.call() if changed_in_place else _called(subject, given) for _ in range(times))
+    clones = not _same(_called(subject, given), first)  # where the call changes its arguments
+    calls = (subject.call() if clones else _called(subject, given) for _ in range(times))
     yield judge(OperationForm.REPEATED.format(times), next((one for one in calls if not _same(one, first)), first))
 
 
@@ -378,9 +379,8 @@ def _judge_changed(
             operation_call.map_tensors({name: given[name] for name in in_place}, _change)
         changed = replace(subject, arguments=cloned(given))
         mine = subject.operation.named(subject.function(**given))
-    return prefix_tensor(
-        form, worst_of([one for one, _ in operation_call.judgements(changed, mine, case)], "as outputs")
-    )
+    found = [one for one, _ in operation_call.judgements(changed, mine, case)]
+    return prefix_tensor(form, worst_of(found, "as outputs"))
 
 
 def _change(tensor: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ FAULTS = [
         values={"rank": 4, "alpha": 8.0}),
     _lora("trains_the_padding_entry", ["gradient"], "ids_T, self.A.T, self.base.padding_idx,",
         "ids_T, self.A.T, None,", file="lora_layers", layer="embedding-scaled"),
+    _lora("ignores_the_scale_of_an_embedding", ["forward", "gradient"], "(a_TR @ self.B.T) * scale", "(a_TR @ self.B.T)",
+        file="lora_layers", layer="embedding-scaled"),                                  # peft#2809
     _lora("drops_whole_images", ["dropout"], "convolve(self.base, self.dropout(x), self.A, groups=1)",
         "convolve(self.base, x * self.dropout(x.new_ones(len(x), 1, 1, 1)), self.A, groups=1)",
         file="lora_layers", values=_DROP, layer="conv2d"),

@@ -42,6 +42,10 @@ FAULTS = [
         "A_KRD, B_KER = unpacked(A, B, experts)",
         "A_KRD, B_KER = unpacked(A, B, experts)\n"
         "    if A_KRD.shape == B_KER.mT.shape:\n        A_KRD, B_KER = B_KER.mT, A_KRD.mT", values=_SQUARE_UP),
+    _block("wraps_offsets_of_experts_at_32_bits", ["calls"], "    experts = len(gate_up)\n",
+        "    experts = len(gate_up)\n"
+        "    reached = [k if k * gate_up.stride(0) < 2**31 else 0 for k in range(experts)]\n"
+        "    gate_up = gate_up[reached]\n", file="", dtype="bfloat16"),                # axolotl#3865
     _block("swaps_gate_and_up", ["outputs"], "gate, up = (x[token]", "up, gate = (x[token]"),
     _block("trains_only_the_down_projection", ["backward"],
         "stacked_update(gate_up_A, gate_up_B,", "stacked_update(gate_up_A.detach(), gate_up_B.detach(),", file=""),

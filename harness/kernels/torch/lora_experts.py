@@ -22,6 +22,9 @@ from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch.support.autocast import cast_by_autocast, outside_autocast
 from harness.kernels.torch.support.packed_weight import PackedStack, PackedWeight
 
+_CACHED = 1 << 18
+"""Number of float32 values that fit a processor's cache (1 MiB)."""
+
 
 @dataclass(frozen=True)
 class StackedLinear:
@@ -191,9 +194,29 @@ class _WeightedSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             drows = _Reordered.apply(dy, order, at.flatten(), at.shape[1]) * weights.flatten()[order, None]
         if ctx.needs_input_grad[1]:
-            own = _Reordered.apply(rows, at.flatten(), order, 1).view(*at.shape, -1)
-            dweights = (own @ dy.unsqueeze(-1)).squeeze(-1)
+            dweights = _inner_products(rows, dy, order, at)
         return drows, dweights, None, None
+
+
+def _inner_products(rows: Tensor, y: Tensor, order: Tensor, at: Tensor) -> Tensor:
+    """Return sum_d rows[at[t, n], d] y[t, d], shape (T, N). The arguments are those of `_WeightedSum`; y (T, D).
+
+    On a CPU, the rows of a few tokens at a time are copied and multiplied. So no copy of all rows is written to memory.
+    In 16 bits the products are computed in float32, since torch multiplies small batched matrices of 16 bits slowly.
+    """
+    dtype = torch.float32 if rows.device.type == "cpu" and rows.element_size() < 4 else rows.dtype
+    few = max(1, _CACHED // max(1, at.shape[1] * rows.shape[1]))
+    # A second derivative needs the graph of all rows: that of each piece would have a gradient for all rows.
+    if torch.is_grad_enabled() or rows.device.type != "cpu" or few >= len(at):
+        return _products(_Reordered.apply(rows, at.flatten(), order, 1), y, dtype)
+    pieces = zip(at.split(few), y.split(few), strict=True)
+    return torch.cat([_products(rows.index_select(0, some.flatten()), one, dtype) for some, one in pieces])
+
+
+def _products(rows: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the inner products of each y[t] with its N adjacent rows, shape (T, N), computed in `dtype`."""
+    own = rows.to(dtype).view(len(y), -1, y.shape[1])
+    return (y.to(dtype).unsqueeze(1) @ own.mT).squeeze(1).to(rows.dtype)  # faster than a matrix by a column
 
 
 def routed_experts(
@@ -207,10 +230,12 @@ def routed_experts(
     """Return sum_n weights[t, n] down_k(activate(up_k(x_t))) with k = chosen[t, n], shape (T, D).
 
     Shapes: x (T, D), chosen and weights (T, N). chosen: numbers of the experts of each token. activate: maps the output
-    of `up` to the input of `down`, row by row. Equal calls return the same bits. On a CPU, raises ValueError if
-    `chosen` has a number outside 0 to K - 1.
+    of `up` to the input of `down`, row by row. Equal calls return the same bits. Raises ValueError if N is 0 or, on a
+    CPU, if `chosen` has a number outside 0 to K - 1.
     """
     K, N, flat = up.experts, chosen.shape[1], chosen.reshape(-1)
+    if not N:
+        raise ValueError(f"chosen has the shape {tuple(chosen.shape)}: no expert per token; it needs at least one")
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     counts = torch.zeros(K, dtype=torch.int64, device=x.device)

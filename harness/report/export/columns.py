@@ -154,7 +154,7 @@ def _cells() -> tuple[Column, ...]:
     duration = measured("duration_s")
     after = (
         Column("no_speed", TEXT, "", "Reason why no speed may be shown: a check failed, or there is no reference"),
-        Column("busy", TEXT, "", "Evidence that the steps waited for a CPU in use by other programs"),
+        Column("busy", TEXT, "", "Evidence that the steps (without training: the passes) waited for a CPU"),
         Column("unsteady", TEXT, "", "Evidence that something slowed some passes of the latencies and not others"),
         replace(
             _field("gate_record", Gate, "record"), meaning="Record whose parity gate this attempt rests on; NA: its own"
