@@ -306,6 +306,10 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
+_OPTIONS = ("lr", "weight_decay", "rank", "update_gap", "scale", "side", "niter", "bits", "beta1", "beta2", "eps")
+"""Options of a parameter group, which are keywords of `galore_step`."""
+
+
 class GaLore(torch.optim.Optimizer):
     """An optimizer: Adam in a subspace for parameter groups with a `rank` above 0, and plain Adam for other groups.
 
@@ -341,7 +345,7 @@ class GaLore(torch.optim.Optimizer):
 
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter with its gradient G."""
-        options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+        options = {name: group[name] for name in _OPTIONS}  # programs and schedulers add other keys to a group
         galore_step(p, G, self.state[p], **options)
 
     def step(self, closure: Any = None) -> Any:

@@ -197,7 +197,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
     The term is gamma R(P, Q). As the config states, R is the mean of the norms ||P^T P - I|| and ||Q Q^T - I|| of all
     layers, or the sum of their squares (eq. 4). It is the same in training and in eval mode. If gamma is 0, there
-    is no term, or all its numbers are 0.
+    is no term, or all its numbers are 0. A deep copy of the adapter has the term of its own tensors.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
     was_training = subject.model.training
@@ -212,6 +212,8 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
         zeros = {name: torch.zeros_like(t) for name, t in mine.items()}
         return judged(subject, case, "regularizer", exact(mine, zeros))
     verdict = noise_floor(mine, truth, _regularizers_in_dtype(subject), subject.dtype, case.factor("regularizer"))
+    if verdict.passed and not (of_copy := exact(_regularizer(copy.deepcopy(subject.adapted)), mine)).passed:
+        return judged(subject, case, "regularizer", of_copy, "of a deep copy")
     return judged(subject, case, "regularizer", verdict)
 
 

@@ -125,7 +125,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
 
-@check(only_wide=True)
+@check(only_wide=True, also_in_typical_case=True)
 def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     """A NaN in an argument reaches every output that it reaches in the reference.
 

@@ -28,7 +28,8 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
 
     `step` returns what the closure returned, and runs the hooks that were registered on the optimizer, each once. If a
     closure raises, gradients are switched on as before. A parameter that `add_param_group` adds later trains, too. Each
-    group has its own learning rate and weight decay.
+    group has its own learning rate and weight decay. If an optimizer refuses a gradient that is not finite, the step
+    changes nothing, so that the next step is that of an optimizer which has not seen this gradient.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
@@ -55,6 +56,7 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         odd.append("after a closure that raises, gradients are switched off")
     for shape in ((4,), fresh.own[0].shape):
         odd += _of_added_groups(optimizer, torch.ones(shape, device=fresh.own[0].device))
+    odd += _after_a_refused_step(fresh, case)
     return from_problems(subject, case, "closure", odd)
 
 
@@ -80,6 +82,36 @@ def _of_added_groups(optimizer: torch.optim.Optimizer, values: Tensor) -> Iterat
                 yield problem
 
 
+def _after_a_refused_step(fresh: Subject, case: Case) -> Iterator[str]:
+    """Take a step that the optimizer refuses, and then one with good gradients. Yield a message if either is wrong.
+
+    The gradient of the first tensor holds an infinity in the refused step. Yield nothing if the optimizer accepts it.
+    """
+    tensors = fresh.adapted.tensors()
+    start = {name: t.detach().clone() for name, t in tensors.items()}
+    generator = case.generator()
+    gradients = {name: torch.randn(t.shape, generator=generator) for name, t in start.items()}
+    first = next(iter(tensors))
+    ends = []
+    for refused in (True, False):
+        optimizer = new_optimizer(fresh)
+        _put(tensors, start)
+        if refused:
+            try:
+                _step(optimizer, {first: tensors[first]}, {first: gradients[first] * torch.inf})
+            except (ValueError, RuntimeError):  # torch's SVD raises a RuntimeError
+                if not unchanged({first: tensors[first].detach()}, {first: start[first]}).passed:
+                    yield f"a step that raises changes {first}"
+            else:
+                break
+        _put(tensors, start)
+        _step(optimizer, tensors, gradients)
+        ends.append({name: t.detach().clone() for name, t in tensors.items()})
+    _put(tensors, start)
+    if len(ends) > 1 and not (verdict := unchanged(*ends)).passed:
+        yield f"after a step that raised, the next step moves {verdict.tensor} as if the first had counted"
+
+
 class _StoppedError(Exception):
     """Raised by a closure."""
 
@@ -93,7 +125,8 @@ def check_resume(subject: Subject, case: Case) -> CheckResult:
     """An optimizer that loads another one's state_dict has the same state and dtypes, and takes the same next step.
 
     This holds with moments in 32 bits and, if the optimizer has the option `bits`, in 8 bits. A scheduler of torch may set
-    the learning rate. An optimizer that loads the state of a new one begins anew, like the first optimizer on a fresh model.
+    the learning rate, and a program may add keys of its own to `param_groups`. An optimizer that loads the state of a new
+    one begins anew, like the first optimizer on a fresh model.
     """
     fresh = case.attach_again(update_gap=1000)
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
@@ -106,6 +139,8 @@ def check_resume(subject: Subject, case: Case) -> CheckResult:
         _put(tensors, start)
         optimizer = new_optimizer(fresh, bits)
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # adds `initial_lr` to the groups
+        for group in optimizer.param_groups:
+            group |= {"max_lr": _LR, "name": "weights"}  # as OneCycleLR and programs do
         empty = copy.deepcopy(optimizer.state_dict())
         for number in range(_STEPS_BEFORE):
             _step(optimizer, tensors, gradients[number])

@@ -6,18 +6,19 @@ Levels are the values that codes stand for. A tie is a value halfway between two
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact
-from harness.conformance.drawing.factors import Block, Shape
+from harness.conformance.drawing.factors import Block, Factor, Shape
 from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
+Decoded = Annotated[bool, Factor((False, True))]
 """Kinds of values to quantise. After quantising and decoding, every dtype can hold them: none is infinite or NaN."""
 UNCOMPARED = -1.0
 """Value that replaces an absmax which is not compared, both in the result and in the reference. A real absmax is never
@@ -133,11 +134,23 @@ class FourBit:
         return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
 
     def packed_arguments(
-        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
+        self,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        *,
+        shape: Shape,
+        block: Block,
+        kind: FiniteKind = "normal",
+        decoded: Decoded = False,
     ) -> Arguments:
-        """Return random arguments for decoding a packed weight. If the weight has enough elements, every code occurs."""
+        """Return random arguments for decoding a packed weight. If the weight has enough elements, every code occurs.
+
+        decoded: whether every seventh absmax is small and negative, as double quantisation may decode a small absmax.
+        """
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)
+        if decoded:
+            absmax[::7] *= -0.1
         return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}
 
     def dequantize(

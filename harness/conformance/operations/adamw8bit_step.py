@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.drawing.factors import Beta, Eps, FirstStep, LearningRate, Shape, WeightDecay
+from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, LearningRate, Shape, WeightDecay
 from harness.conformance.operation import Arguments, Operation, cloned, draw, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
+
+GradientDtype = Annotated[str, Factor(("as the parameter", "float32"), optional=True)]
 
 _CODES = ("m", "v")
 
@@ -33,9 +35,11 @@ def arguments(
     eps: Eps = 1e-8,
     gradient: Literal["dense", "sparse"] = "dense",
     lr: LearningRate = 0.1,
+    gradient_dtype: GradientDtype = "as the parameter",
 ) -> Arguments:
     """Draw a parameter, its gradient and its moments. For step 1, the moments are zero.
 
+    gradient_dtype: float32 is that of gradients which a program accumulates in float32 beside parameters in 16 bits.
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
     blocks. By default, lr is so large that the step is as large as the parameter.
     """
@@ -45,6 +49,7 @@ def arguments(
         number = torch.arange(g.numel())
         seen = (number % 2 == 0) & (number // adamw8bit.BLOCK % 2 == 0)
         g, m, v = g * seen.view(g.shape), m * seen, v * seen
+    g = g.float() + draw(generator, torch.float32, *shape, spread=1e-3) if gradient_dtype == "float32" else g
     state = adamw8bit.init_state(p, min_8bit_size=0)
     if step > 1:
         state["m"], state["m_absmax"] = quantize_blockwise(m, dynamic_map(signed=True))

@@ -18,7 +18,7 @@ from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Sca
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import dora
 
-Kind = Literal["normal", "zero-rows", "cancelled", "large-rows"]
+Kind = Literal["normal", "zero-rows", "cancelled", "large-rows", "start"]
 _LEFT = 1 / 16
 """In the kind `cancelled`, W cancels the update except for this share, so that V = W + scaling B A is small.
 
@@ -47,7 +47,8 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. The magnitudes m are noise of either sign; DoRA itself starts with norms.
+    256 times as large. The magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W,
+    as when training starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -58,6 +59,8 @@ def arguments(
     elif kind == "cancelled":
         W[fourth] = (_LEFT - 1) * scaling * (B @ A)[fourth]
     m = draw(generator, dtype, shape[0])
+    if kind == "start":
+        B, m = torch.zeros_like(B), torch.linalg.vector_norm(W.to(dtype).double(), dim=1).to(dtype)
     if kind == "large-rows":
         W[fourth], B[fourth], m[fourth] = _LARGE * W[fourth], _LARGE * B[fourth], _LARGE_M * m[fourth]
     return {

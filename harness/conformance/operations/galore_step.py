@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.drawing.factors import Beta, Eps, Factor, Matrix, Rank, Step, WeightDecay
+from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, Matrix, Rank, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import galore
 
@@ -25,7 +25,7 @@ def arguments(
     shape: Matrix,
     rank: Rank,
     side: Side = "std",
-    step: Step = 7,
+    step: FirstStep = 7,
     weight_decay: WeightDecay = 0.0,
     eps: Eps = 1e-6,
     scale: Scale = 0.25,
@@ -36,7 +36,7 @@ def arguments(
     """Draw a weight (m, n), its gradient, its moments, and orthonormal projection matrices: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step, at least 2. By default, lr is so large that the step is as large as the weight.
+    step; for step 1, the moments are zero. By default, lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)
@@ -52,8 +52,8 @@ def arguments(
         "G": draw(generator, dtype, m, n),
         "P": basis(m) if left else None,
         "Q": basis(n) if right else None,
-        "M": draw(generator, dtype, *low),
-        "V": draw(generator, dtype, *low).square(),
+        "M": draw(generator, dtype, *low) * (step > 1),
+        "V": draw(generator, dtype, *low).square() * (step > 1),
         "side": side,
         "step": step,
         "lr": lr,
@@ -81,7 +81,8 @@ def reference(
     state: Arguments = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
     W = W.clone()
     rank = min(t.shape[1] for t in bases.values())
-    galore.galore_step(W, G, state, rank=rank, update_gap=NEVER, beta1=betas[0], beta2=betas[1], **options)
+    how: Arguments = {"rank": rank, "update_gap": NEVER, "beta1": betas[0], "beta2": betas[1]}
+    galore.galore_step(W, G, state, given=galore.Projector(P, Q), **how, **options)
     return W, state["M"], state["V"]
 
 

@@ -26,6 +26,7 @@ Kind = Annotated[str, Factor(("dense", "zero"))]
 Unused = Annotated[str, Factor(("neither", "second"), optional=True)]
 Experts = Annotated[int, Factor((1, 3, 8), optional=True)]
 Start = Annotated[str, Factor(("trained", "zero"))]
+Rows = Annotated[str, Factor(("independent", "dependent"))]
 
 
 def arguments(
@@ -41,6 +42,7 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
     eps: Eps = 1e-6,
+    A: Rows = "independent",
     B: Start = "trained",
     gradient: Kind = "dense",
     unused: Unused = "neither",
@@ -54,6 +56,7 @@ def arguments(
 
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
     each layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
+    A: `dependent` makes the last row of each A with several rows a copy of its first row, so that A A^T has no inverse.
     B: `zero` makes B zero, as at the start of LoRA. gradient: `zero` makes all gradients zero. unused: `second` gives
     the B of the second layer no gradient, as if the layer had not run. other: the other trainable tensor of the model:
     the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
@@ -67,10 +70,12 @@ def arguments(
     for (outputs, inputs), rank, s in zip((shape, shape[::-1]), ranks, scalings, strict=True):
         A_KRD = torch.stack([low_rank_factor(generator, min(rank, inputs), inputs) for _ in range(experts)])
         G_KED = draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
-        A, g = packed(A_KRD, s * G_KED @ A_KRD.mT)
+        if A == "dependent" and A_KRD.shape[1] > 1:
+            A_KRD[:, -1] = A_KRD[:, 0]
+        packed_A, g = packed(A_KRD, s * G_KED @ A_KRD.mT)
         m, v = moments(generator, dtype, g.shape, step)
         start = draw(generator, dtype, *g.shape, spread=0.5) * (B == "trained")
-        for name, tensor in zip(given, (A.to(dtype), start, g.to(dtype), m, v), strict=True):
+        for name, tensor in zip(given, (packed_A.to(dtype), start, g.to(dtype), m, v), strict=True):
             given[name].append(tensor)
     if unused == "second":
         given["gs"][1] = None

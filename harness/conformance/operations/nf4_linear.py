@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.comparison.quantised_codes import Decoded, FourBit
 from harness.conformance.drawing.factors import Block, Matrix, Rows
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import nf4
@@ -25,9 +25,13 @@ def arguments(
     block: Block = 64,
     bias: bool = True,
     training: bool = True,
+    decoded: Decoded = False,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x."""
-    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
+    """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x.
+
+    decoded: whether some absmax are negative, as double quantisation may decode a small absmax.
+    """
+    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block, decoded=decoded)
     E, D = shape
     return {
         "x": draw(generator, dtype, *rows, D, spread=D**-0.5),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
-from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.comparison.quantised_codes import Decoded, FourBit
 from harness.conformance.drawing.factors import Block, Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation
 from reference import lora
@@ -28,9 +28,13 @@ def arguments(
     scaling: Scaling = 1.75,
     bias: bool = True,
     dropout: Dropout = 0.0,
+    decoded: Decoded = False,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask."""
-    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
+
+    decoded: whether some absmax are negative, as double quantisation may decode a small absmax.
+    """
+    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block, decoded=decoded)
     return {
         **{name: packed[name] for name in ("packed", "block", "shape")},
         "absmax": packed["absmax"] * shape[1] ** -0.5,  # so that x W^T is no larger than the update

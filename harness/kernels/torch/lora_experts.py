@@ -204,6 +204,8 @@ def _inner_products(rows: Tensor, y: Tensor, order: Tensor, at: Tensor) -> Tenso
     On a CPU, the rows of a few tokens at a time are copied and multiplied. So no copy of all rows is written to memory.
     In 16 bits the products are computed in float32, since torch multiplies small batched matrices of 16 bits slowly.
     """
+    if not len(at):
+        return rows.new_zeros(at.shape)
     dtype = torch.float32 if rows.device.type == "cpu" and rows.element_size() < 4 else rows.dtype
     few = max(1, _CACHED // max(1, at.shape[1] * rows.shape[1]))
     # A second derivative needs the graph of all rows: that of each piece would have a gradient for all rows.

@@ -71,6 +71,7 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
     """
     from galore_torch import GaLoreAdamW
 
+    _refuse_first_step(step)
     p, optimizer, state = _optimizer(GaLoreAdamW, no_deprecation_warning=True, **arguments)
     state |= {"step": step - 1, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
     optimizer.step()
@@ -89,6 +90,7 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
     import torch
     from galore_torch import GaLoreAdamW8bit
 
+    _refuse_first_step(step)
     if M.numel() >= 4096:
         raise Unsupported("GaLoreAdamW8bit has float32 moments below 4096 elements only")
     p, optimizer, state = _optimizer(GaLoreAdamW8bit, **arguments)
@@ -101,6 +103,12 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
     with _without_cuda():
         optimizer.step()
     return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
+
+
+def _refuse_first_step(step: int) -> None:
+    """Raise Unsupported for step 1, in which galore-torch computes a projector of its own."""
+    if step == 1:
+        raise Unsupported("galore-torch takes no given projector in step 1")
 
 
 _patching = threading.Lock()

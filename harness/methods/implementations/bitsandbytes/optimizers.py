@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
 from harness.methods.registry import implements
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def _step8bit(
     """
     import torch
 
+    if g.dtype != p.dtype:
+        raise Unsupported("torch gives a parameter no gradient of another dtype")
     state_before = {name: options.pop(name) for name in names.values()}
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()

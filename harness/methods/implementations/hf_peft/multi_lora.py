@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
 from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ def multi_lora_linear(
     """Run one of peft's LoRA layers with several adapters on a batch, and return the output.
 
     ids: index of one adapter per sequence, or -1 for none. Adapters in 16 bits are cast to float32, as peft casts them
-    on loading.
+    on loading. Raises Unsupported without any adapter, because peft then has no model.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
+    if not As:
+        raise Unsupported("peft has no model without an adapter")
     E, D = W.shape
     base = nn.Sequential(nn.Linear(D, E, bias=False, device=W.device, dtype=W.dtype))
     model: Any = None
