@@ -306,10 +306,6 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
-_OPTIONS = ("lr", "weight_decay", "rank", "update_gap", "scale", "side", "niter", "bits", "beta1", "beta2", "eps")
-"""Options of a parameter group, which are keywords of `galore_step`."""
-
-
 class GaLore(torch.optim.Optimizer):
     """An optimizer: Adam in a subspace for parameter groups with a `rank` above 0, and plain Adam for other groups.
 
@@ -318,11 +314,12 @@ class GaLore(torch.optim.Optimizer):
     8-bit codes. Smaller moments are float32, or float64 for float64 gradients.
     """
 
+    options = ("lr", "weight_decay", "rank", "update_gap", "scale", "side", "niter", "bits", "beta1", "beta2", "eps")
+
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
         low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "niter": 0, "bits": 32}
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, **low, "beta1": 0.9, "beta2": 0.999, "eps": eps}
-        )
+        adam = {"lr": lr, "weight_decay": weight_decay, "beta1": 0.9, "beta2": 0.999, "eps": eps}
+        super().__init__(params, low | adam)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. A parameter that is in another group moves to the new one.
@@ -345,7 +342,7 @@ class GaLore(torch.optim.Optimizer):
 
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter with its gradient G."""
-        options = {name: group[name] for name in _OPTIONS}  # programs and schedulers add other keys to a group
+        options = {name: group[name] for name in self.options}  # programs and schedulers add other keys to a group
         galore_step(p, G, self.state[p], **options)
 
     def step(self, closure: Any = None) -> Any:
@@ -382,8 +379,7 @@ class GaLoreModel(AdaptedModel):
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
         projected = list({id(layer.weight): layer.weight for layer in self.layers.values()}.values())
-        taken = {id(p) for p in projected}
-        rest = [p for p in self.parameters() if id(p) not in taken]
+        rest = [p for p in self.parameters() if not any(p is one for one in projected)]
         groups = [{"params": projected, **low, **betas}] + ([{"params": rest, **betas}] if rest else [])
         return GaLore(groups, lr, weight_decay, c.eps)
 
