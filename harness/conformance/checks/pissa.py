@@ -32,6 +32,7 @@ from harness.conformance.tolerance_constants import (
     RANDOM_SHARE,
     RANDOMISED_SIGMAS,
 )
+from harness.errors import Unsupported
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 from reference.pissa import exact_svd, fast_svd
@@ -43,6 +44,12 @@ _REFERENCE_STARTS = 32
 _LARGE, _TAIL, _FALL = (1030, 1040), 60, 0.95
 """The large weight of `check_svd`: its sizes, the number of singular values beyond the rank, and the ratio of each to the
 one before. A randomised SVD of a few iterations is visibly inexact for such values."""
+_STEEP, _PER_DECADE, _NITER = (96, 80), 16, 8
+"""A weight with a steep spectrum: its sizes, and the number of singular values after which they are a tenth, which is also
+the rank. `_NITER`: number of subspace iterations of the randomised SVD."""
+_LEFT = 2.0
+"""Largest ratio of what an implementation leaves of the steep weight to what the reference leaves. The reference leaves
+nearly the optimum with every seed; an SVD that collapses to the largest singular values leaves over ten times as much."""
 _LEAST_RESIDUAL = 0.125
 """Smallest ||W_res|| / ||W|| for which the rounding of W_res to 16 bits is judged. Above this ratio, the float32 errors
 of W - s B A are far below the 16-bit rounding errors of W_res."""
@@ -112,10 +119,11 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
 def check_svd(subject: Subject, case: Case) -> CheckResult:
-    """PiSSA's start is right for a large weight, and for a weight of zeros.
+    """PiSSA's start is right for a large weight, for a weight of zeros, and for singular values that fall quickly.
 
     Without `niter`, the SVD is exact whatever the size of the weight, so s B A is its best approximation of rank r. If
-    the weight is zero, A, B and W_res are zero.
+    the weight is zero, A, B and W_res are zero. The singular values of trained weights span many orders of magnitude. A
+    randomised SVD (`niter`) whose products are not made orthonormal in between then finds only the largest ones.
     """
     if subject.config.niter or case.attach_fresh is None:
         return skipped(subject, case, "svd", "the SVD is randomised, or the case cannot attach again")
@@ -129,7 +137,25 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     error = float((product - best.to(product.device)).norm() / best.norm())
     if not error <= RANDOM_SHARE:
         problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
+    problems += _of_a_steep_weight(subject, case)
     return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, and zeros")
+
+
+def _of_a_steep_weight(subject: Subject, case: Case) -> Iterator[str]:
+    """Yield a message if a randomised SVD leaves more of a weight with a steep spectrum than the reference's SVD leaves."""
+    generator = case.generator(salt=81)
+    U, V = (torch.linalg.qr(torch.randn(n, _STEEP[1], generator=generator, dtype=torch.float64)).Q for n in _STEEP)
+    W = (U * 10 ** (-torch.arange(_STEEP[1]) / _PER_DECADE)) @ V.T
+    model = nn.ModuleDict({"steep": _linear(W, subject.own[0])})
+    try:
+        fresh = case.attach_again(model=model, targets=("steep",), rank=_PER_DECADE, alpha=_PER_DECADE, niter=_NITER)
+    except Unsupported:
+        return
+    assert fresh is not None  # noqa: S101  # it can attach again
+    programs = fresh.adapted, fresh.fresh_reference(fresh.dtype)
+    mine, own = (float((W - _principal(fresh, one, "steep")["s B A"].cpu()).norm()) for one in programs)
+    if not mine <= _LEFT * own:
+        yield f"with niter={_NITER}, W - s B A has the norm {mine:.2g} for a {_STEEP} weight, should be about {own:.2g}"
 
 
 def _linear(W: Tensor, like: Tensor) -> nn.Linear:

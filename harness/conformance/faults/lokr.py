@@ -21,6 +21,8 @@ _lokr = partial(line_fault, "lokr", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _lokr("rounds_half_of_an_odd_side_down", ["parameters"],
+        "max(V_E, V_D) / 2", "max(V_E, V_D) // 2", values={"rank": 3, "alpha": 8.0}, inputs=49, outputs=35),
     _lokr("forgets_the_scaling", ["forward", "gradient", "merge"], _UPDATE, "torch.kron(C, block)"),
     # LyCORIS does not scale if both blocks are full.
     _lokr("does_not_scale_full_blocks", ["forward", "gradient", "merge"], _UPDATE,

@@ -13,6 +13,14 @@ _pissa = partial(line_fault, "pissa", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _pissa("iterates_without_orthonormal_products", ["svd"],
+        "        Q = torch.linalg.qr(W_ED.T @ Q).Q\n        Q = torch.linalg.qr(W_ED @ Q).Q",
+        "        Q = W_ED @ (W_ED.T @ Q)\n    Q = torch.linalg.qr(Q).Q", file="randomised_svd"),
+    _pissa("merges_the_residual_of_its_own_start", ["merge"],
+        'self.register_buffer("residual", residual)',
+        'self.register_buffer("residual", residual)\n        self.start = residual.clone()',
+        'as_stored(dense, self.get_buffer("residual") + self.delta())', "as_stored(dense, self.start + self.delta())",
+        values={**_USUAL, "niter": 1}),
     _pissa("does_not_subtract_the_principal_part", ["residual"],
         "residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))", "residual = W"),
     _pissa("subtracts_the_factors_before_they_are_rounded", ["residual"],
