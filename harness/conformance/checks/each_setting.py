@@ -35,7 +35,9 @@ def check_each_setting(subject: Subject, case: Case) -> CheckResult:
     their values: other checks vary them. If the case's own settings fail, the others are not tried.
     """
     if not case.other_settings or case.attach_fresh is None:
-        return skipped(subject, case, "each_setting", "the config has no setting with another value that the case accepts")
+        return skipped(
+            subject, case, "each_setting", "the config has no setting with another value that the case accepts"
+        )
     try:
         fails = _failure(case, {}) is not None
     except Exception:  # noqa: BLE001  # the implementation may raise anything
