@@ -44,6 +44,8 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     near zero that is wrong by a few units in the last place. In float64 the check is skipped.
     """
     names = subject.operation.rounded_once
+    if subject.dtype in ("bfloat16", "float16"):
+        names += subject.operation.rounded_once_in_16_bits
     if not names or subject.dtype == "float64":
         return skipped(subject, case, "rounded_once", "the rule is for results of one rounding to 16 or 32 bits")
     seen = subject.call()

@@ -1,4 +1,4 @@
-"""Planted faults that show only with special values: zeros, shared tensors, one row, and steps that are refused."""
+"""Planted faults that show only with special values or in 16 bits: zeros, shared tensors, one row, and steps that are refused."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ FAULTS = [
     _adamw("rounds_the_gradient_to_the_dtype_of_the_parameter", ["outputs"],
         "p.to(dtype, copy=True), g.to(dtype)", "p.to(dtype, copy=True), g.to(p.dtype).to(dtype)",
         values={**_STEP, "gradient_dtype": "float32"}, dtype="bfloat16"),
+    _adamw("decays_in_the_dtype_of_the_parameter", ["rounded_once"],
+        "    wide, g = p.to(dtype, copy=True), g.to(dtype)",
+        "    wide, weight_decay, g = (p * (1 - lr * weight_decay)).to(dtype), 0.0, g.to(dtype)",
+        values={**_STEP, "weight_decay": 0.1}, dtype="bfloat16"),
     _galore_step("skips_a_gradient_of_zeros", ["calls"],
         "    N = adam(project(G, basis), state, ", "    if not G.any():\n        return\n"
         "    N = adam(project(G, basis), state, "),

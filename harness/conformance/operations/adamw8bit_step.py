@@ -159,4 +159,5 @@ OPERATION = Operation(
     reference=reference,
     judge=judge,
     codes=judge_both,
+    rounded_once_in_16_bits=("p",),
 )

@@ -34,4 +34,5 @@ OPERATION = Operation(
     reference=reference,
     judge=judge,
     codes=adamw8bit_step.judge_both,
+    rounded_once_in_16_bits=("p",),
 )

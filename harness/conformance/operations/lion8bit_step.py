@@ -95,4 +95,5 @@ OPERATION = Operation(
     reference=reference,
     judge=judge,
     codes=judge_codes_of_moment,
+    rounded_once_in_16_bits=("p",),
 )
