@@ -1,4 +1,4 @@
-"""Planted faults that show only with special values or in 16 bits: zeros, shared tensors, one row, and steps that are refused."""
+"""Planted faults that show only with zeros, shared tensors, a single row, refused steps, or in 16 bits."""
 
 from __future__ import annotations
 
