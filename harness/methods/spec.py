@@ -82,7 +82,7 @@ class Adapted(Protocol):
         """Undo `merge`. If nothing is merged, do nothing."""
 
     def detach(self) -> None:
-        """Restore the model as it was before `attach`."""
+        """Restore the layers of the model as they were before `attach`. What `attach` has frozen stays frozen."""
 
 
 @dataclass(frozen=True)

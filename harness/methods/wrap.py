@@ -33,7 +33,7 @@ def wrap(
     model.requires_grad_(False)
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():
-        replace(model, path, layer.train(bases[path].training))
+        replace(model, path, layer)
     return WrappedLayers(model, bases, layers, names, update)
 
 

@@ -141,8 +141,9 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` in the place of the module of `model` at `path`."""
+    """Put `module` in the place of the module of `model` at `path`, in the same mode, training or eval."""
     parent, _, name = path.rpartition(".")
+    module.train(model.get_submodule(path).training)
     setattr(model.get_submodule(parent), name, module)
 
 

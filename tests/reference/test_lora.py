@@ -318,3 +318,18 @@ def test_mixed_dtypes_are_an_error() -> None:
     base = nn.Linear(12, 10, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="dtype"):
         lora_linear_over(base, draw(5, 12, dtype=torch.float32), draw(3, 12), draw(10, 3), 1.0)
+
+
+@implementations
+def test_a_layer_takes_the_mode_of_the_layer_that_it_replaces(attach: Callable[..., Any]) -> None:
+    model = Two(DTYPES["float32"]).eval()
+    adapted = attach(model, configure("lora", {"rank": 3, "alpha": 8, "dropout": 0.5}), generator(5))
+    assert not any(module.training for module in model.modules())
+    model.train()
+    adapted.merge()
+    model.eval()
+    adapted.unmerge()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    adapted.detach()
+    assert all(module.training for module in model.modules())

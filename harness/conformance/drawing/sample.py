@@ -218,11 +218,11 @@ def other_settings(plan: MethodSuite, case: MethodCase) -> list[dict[str, Any]]:
     """Return settings that differ from those of `case`, as few dicts in which every setting has another value.
 
     A word or a switch has every other value, and a number one other value: the largest level that the reference accepts.
-    Each dict has settings that the reference accepts together. Ranks, which give tensors other shapes, shares of dropout
-    and keys are left out.
+    Each dict has settings that the reference accepts together, and either numbers or words, because a word may switch a
+    number off. Ranks, which give tensors other shapes, shares of dropout and keys are left out.
     """
     there = factors(plan, [case.dtype])
-    left: dict[str, list[Any]] = {}
+    numbers, words = dict[str, list[Any]](), dict[str, list[Any]]()
     for name, field in _fields(plan.method).items():
         if name not in there or name.endswith(("rank", "dropout", "key")):
             continue
@@ -230,13 +230,14 @@ def other_settings(plan: MethodSuite, case: MethodCase) -> list[dict[str, Any]]:
         others = [level for level in there[name].levels if level != now and _accepts(plan, case, {name: level})]
         is_number = isinstance(now, int | float) and not isinstance(now, bool)
         if others:
-            left[name] = [max(others)] if is_number else others
+            (numbers if is_number else words)[name] = [max(others)] if is_number else others
     found = list[dict[str, Any]]()
-    while any(left.values()):
-        found.append({})
-        for name, others in left.items():
-            if others and _accepts(plan, case, found[-1] | {name: others[0]}):
-                found[-1][name] = others.pop(0)
+    for left in (numbers, words):
+        while any(left.values()):
+            found.append({})
+            for name, others in left.items():
+                if others and _accepts(plan, case, found[-1] | {name: others[0]}):
+                    found[-1][name] = others.pop(0)
     return found
 
 

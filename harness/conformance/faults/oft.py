@@ -16,6 +16,8 @@ _oft = partial(line_fault, "oft", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _oft("computes_three_terms_as_four", ["each_setting"],
+        "for _ in range(terms - 2):", "for _ in range(terms - 2 + (terms == 3)):"),
     # peft with use_cayley_neumann=False.
     _oft("inverts_the_exact_rotation", ["forward", "gradient", "merge"],
         "torch.linalg.solve(identity - Q, identity + Q)", "torch.linalg.solve(identity + Q, identity - Q)", values=_EXACT),

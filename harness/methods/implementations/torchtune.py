@@ -67,7 +67,7 @@ def _attach(model: nn.Module, config: Any, generator: Generator, kind: type[Any]
     for path, layer in layers.items():
         if init != "kaiming":  # kaiming is torchtune's own start; it has no other
             write_initial_factors(init, layer.lora_a.weight, layer.lora_b.weight, generator)
-        replace(model, path, layer.train(bases[path].training))
+        replace(model, path, layer)
     return TorchtuneLayers(model, bases, layers, config)
 
 
