@@ -45,6 +45,9 @@ class Operation:
     """Names of the outputs that are computed in float32 and rounded once; the check `rounded_once` judges them."""
     rounded_once_in_16_bits: tuple[str, ...] = ()
     """Names of further outputs that `rounded_once` judges in 16 bits only. In float32, each operation of theirs rounds."""
+    never_zero: tuple[str, ...] = ()
+    """Names of the arguments that are never zero beside the other arguments of a case, e.g. a basis of orthonormal columns.
+    The check `calls` makes any other argument zero."""
     judge: Judge | None = None
     """Function that judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
 

@@ -80,5 +80,6 @@ _NOT_OF_THIS_CASE = (
     "before other gradients", "with a graph that nothing needs",  # only of a failure
     "still in memory after the program dropped it",  # likewise
     "on stacked weights far apart in memory",  # of experts, in 16 bits
+    "with a tensor that is several items of {}",  # of an operation with lists
     "by a copy in {}", "by a pickled copy", "by torch.func",  # where the layer allows it
 )  # fmt: skip

@@ -282,7 +282,7 @@ def test_each_source_of_a_check_is_parsed_once(monkeypatch: pytest.MonkeyPatch) 
         return parse(source, *arguments, **options)
 
     monkeypatch.setattr(ast, "parse", counted)
-    for once in (defects.known, checks.docstrings, checks._declared_in):
+    for once in (defects.known, checks._docstrings_in, checks._declared_in):
         once.cache_clear()
     assert sum(len(one.checks) for one in defects.known()) > len(list(Path(*checks.__path__).glob("*.py")))
     assert parsed

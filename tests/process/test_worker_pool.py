@@ -115,6 +115,15 @@ with event_writer(int(sys.argv[1]), int(sys.argv[2])) as emit:
         sys.exit(3)
     if task["do"] == "crash":
         os.kill(os.getpid(), 11)
+    if task["do"] == "write":
+        sys.modules["a file that stays open"] = open(task["end"] + " text", "w")
+        sys.modules["a file that stays open"].write("a last word")
+    if task["do"] == "close":
+        sys.stdout.close()
+    if task["do"] == "abort":  # in a destructor of a C++ library, for example
+        import ctypes
+        libc = ctypes.CDLL(None)
+        libc.__cxa_atexit(libc.abort, None, None)
     if task["do"] == "leave" and not os.fork():  # a daemon: in a session of its own, without exec
         os.setsid()
         time.sleep(600)
@@ -156,6 +165,14 @@ def test_the_end_of_a_fork_is_described_like_that_of_a_process(
     assert capfd.readouterr().err == "| a last word\n"
     assert run_forked(forking, tmp_path, "crash")[1] == "the process died of SIGSEGV"
     assert run_forked(forking, tmp_path)[1] == ""  # the server lives on
+
+
+@linux
+def test_a_fork_ends_as_a_program_does(forking: WorkerPool, tmp_path: Path) -> None:
+    assert run_forked(forking, tmp_path, "write")[1] == ""
+    assert (tmp_path / "end write text").read_text() == "a last word"
+    assert run_forked(forking, tmp_path, "close")[1] == ""
+    assert run_forked(forking, tmp_path, "abort")[1] == "the process died of SIGABRT"
 
 
 GUARDED = """

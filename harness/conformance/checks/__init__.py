@@ -167,27 +167,34 @@ def without_reference() -> list[str]:
     return [name for name, one in every().items() if one.reference is not Reference.REQUIRED]
 
 
-@cache  # each pattern of a known defect asks for all names
 def docstrings() -> Mapping[str, str]:
     """Return the docstring of every check, by the check's name.
 
     The docstrings are read from the source, without importing torch.
     """
-    return {name: ast.get_docstring(function) or "" for name, function in _declared().items()}
+    return _docstrings_in(_files())
+
+
+@cache  # each pattern of a known defect asks for all names
+def _docstrings_in(files: tuple[Path, ...]) -> Mapping[str, str]:
+    return {name: ast.get_docstring(function) or "" for name, function in _declared(files).items()}
 
 
 def names_of_wide() -> set[str]:
     """Return the names of the checks that declare `only_wide`, without importing torch."""
     return {
         name
-        for name, function in _declared().items()
+        for name, function in _declared(_files()).items()
         for decorator in function.decorator_list
         if _is_declaration(decorator) and any(one.arg == "only_wide" for one in decorator.keywords)
     }
 
 
-def _declared() -> dict[str, ast.FunctionDef]:
-    files = (file for folder in __path__ for file in sorted(Path(folder).glob("*.py")))
+def _files() -> tuple[Path, ...]:
+    return tuple(file for folder in __path__ for file in sorted(Path(folder).glob("*.py")))
+
+
+def _declared(files: Iterable[Path]) -> dict[str, ast.FunctionDef]:
     return {name: function for file in files for name, function in _declared_in(file).items()}
 
 

@@ -13,6 +13,7 @@ from harness.conformance.case import Case
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.tolerance_policies import Judgement, worst_of
 from harness.conformance.operation import OperationSubject, mapped
+from harness.errors import Unsupported
 
 _WIDER = 2.0
 """Factor on the allowed error of gradients. The rounding of a tensor of zeros shows in no plausible result, so that these
@@ -30,8 +31,9 @@ def with_zeros(subject: OperationSubject, case: Case) -> Iterator[tuple[str, Jud
         return
     for name, value in subject.arguments.items():
         tensors = operation_call.flatten({name: value}).values()
-        if any(t.is_floating_point() and t.numel() for t in tensors):
-            yield name, _judged(subject, case, {name: mapped(value, _zero)})
+        possible = name not in subject.operation.never_zero
+        if possible and any(t.is_floating_point() and t.numel() for t in tensors):
+            yield from _judged(subject, case, name, mapped(value, _zero))
 
 
 def with_shared_tensors(subject: OperationSubject, case: Case) -> Iterator[tuple[str, Judgement]]:
@@ -44,16 +46,22 @@ def with_shared_tensors(subject: OperationSubject, case: Case) -> Iterator[tuple
         shared = dict[torch.Size, Tensor]()
         of_shape = [shared.setdefault(one.shape, one) for one in items]
         if len(shared) < len(items):
-            yield name, _judged(subject, case, {name: of_shape})
+            yield from _judged(subject, case, name, of_shape)
 
 
-def _judged(subject: OperationSubject, case: Case, changed: dict[str, Any]) -> Judgement:
-    """Judge the outputs and the gradients of a call with other values of some arguments."""
-    other = replace(subject, arguments={**subject.arguments, **changed})
-    found = [one for one, _ in operation_call.judgements(other, other.call(), case)]
-    if subject.operation.differentiable:
-        found.append(operation_call.judge_gradients(other, case, _WIDER * case.factor("calls")))
-    return worst_of(found, found[0].policy)
+def _judged(subject: OperationSubject, case: Case, name: str, value: Any) -> Iterator[tuple[str, Judgement]]:
+    """Yield `name` and a judgement of a call with another value of this argument: of its outputs and its gradients.
+
+    Yield nothing if the implementation does not support this value.
+    """
+    other = replace(subject, arguments={**subject.arguments, name: value})
+    try:
+        found = [one for one, _ in operation_call.judgements(other, other.call(), case)]
+        if subject.operation.differentiable:
+            found.append(operation_call.judge_gradients(other, case, _WIDER * case.factor("calls")))
+    except Unsupported:
+        return
+    yield name, worst_of(found, found[0].policy)
 
 
 def _zero(value: object) -> object:

@@ -32,6 +32,7 @@ def on_distant_weights(subject: OperationSubject, case: Case) -> Iterator[Judgem
         name: one
         for name, one in subject.arguments.items()
         if isinstance(one, Tensor) and one.dim() == 3 and len(one) > 2 and one.element_size() == 2
+        if name not in subject.operation.inputs and name != "mask"  # a batch is never so far apart
     }
     distant = {name: _distant(one) for name, one in stacks.items()}
     if not distant or None in distant.values():

@@ -18,8 +18,8 @@ from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
-Decoded = Annotated[bool, Factor((False, True))]
 """Kinds of values to quantise. After quantising and decoding, every dtype can hold them: none is infinite or NaN."""
+Decoded = Annotated[bool, Factor((False, True))]
 UNCOMPARED = -1.0
 """Value that replaces an absmax which is not compared, both in the result and in the reference. A real absmax is never
 negative."""

@@ -135,4 +135,5 @@ OPERATION = Operation(
     reference=reference,
     judge=judge,
     codes=judge_codes_of_moments,
+    never_zero=("P", "Q"),
 )

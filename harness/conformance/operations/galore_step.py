@@ -86,4 +86,4 @@ def reference(
     return W, state["M"], state["V"]
 
 
-OPERATION = Operation("galore_step", ("W", "M", "V"), arguments, reference)
+OPERATION = Operation("galore_step", ("W", "M", "V"), arguments, reference, never_zero=("P", "Q"))

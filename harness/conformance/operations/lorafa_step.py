@@ -155,4 +155,5 @@ OPERATION = Operation(
     outputs=("A0", "B0", "m0", "v0", "A1", "B1", "m1", "v1", "other", "other_m", "other_v"),
     arguments=arguments,
     reference=reference,
+    never_zero=("As",),
 )

@@ -138,4 +138,5 @@ OPERATION = Operation(
     ),
     arguments=arguments,
     reference=reference,
+    never_zero=("As", "Bs"),
 )
