@@ -93,7 +93,10 @@ class LoraInt8Linear(LowRankLayer):
         self.packed = Int8Weight(dense_weight(base).detach(), config.threshold)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return x W^T + bias + scaling (x A^T B^T + c), shape (..., E), in the dtype of x. In eval mode x W^T is int8's."""
+        """Return x W^T + bias + scaling (x A^T B^T + c), shape (..., E), in the dtype of x.
+
+        In eval mode, the product x W^T is that of 8-bit codes (`operations/int8.py`).
+        """
         h_TR = self.dropout(x_TD) @ self.A.T
         y_TE = add_bias(self.packed.product(x_TD, self.training), self.base.bias)
         return self.with_bias(y_TE + self.scaling * (h_TR @ self.B.T))

@@ -164,7 +164,7 @@ def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tup
 def _judge_with(
     pool: WorkerPool, request: CheckRequest, environment: MadeEnvironment | None
 ) -> tuple[CheckReport, Collection[Target]]:
-    """Do what `_judge_in` does, with the workers of `pool`."""
+    """Run the checks in the workers of `pool`. The parameters and the result are those of `_judge_in`."""
     python, label = (environment.python, environment.label) if environment is not None else (None, "")
     registry = worker_processes.discover(request.patience, python)
     described = registry.environment or describe()

@@ -100,6 +100,9 @@ def product(X: Tensor, codes: Tensor, absmax: Tensor, threshold: float = 0.0) ->
 
     Both factors are quantised, except in outlier columns. The sum of the products of codes is exact. Its scaling is in
     float32, or in float64 for an X in float64. The part of the outlier columns is in the dtype of X. No gradient.
+
+    A code of X changes the result visibly. So X is quantised by the operations of `quantize` in their order: another order
+    gives other codes in the middle between two.
     """
     X = X.detach()
     outlier = X.to(torch.float16).abs() >= threshold if threshold else torch.zeros_like(X, dtype=torch.bool)

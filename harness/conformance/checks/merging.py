@@ -104,7 +104,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     for when, ys in outputs.items():
         found = []
         for path, y in ys.items():
-            truth, draws = expected[path][when in (_MERGED, _AGAIN)][when in (_CHANGED, _AGAIN)]
+            is_merged, is_halved = when in (_MERGED, _AGAIN), when in (_CHANGED, _AGAIN)
+            truth, draws = expected[path][is_merged, is_halved]
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
     failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
@@ -211,12 +212,12 @@ _Runs = tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]
 """The output of the float64 reference, and plausible outputs, i.e. outputs that a correct program may give."""
 
 
-def _expected(subject: Subject, path: str, x: Tensor) -> list[list[_Runs]]:
-    """Return the expected outputs of a layer: of the layer with its adapter, and of the merged layer.
+def _expected(subject: Subject, path: str, x: Tensor) -> dict[tuple[bool, bool], _Runs]:
+    """Return the expected outputs of a layer, by the pair (whether it is merged, whether its tensors are halved).
 
-    Each item lists two: with the adapter's tensors as they are, and with these tensors multiplied by HALF. In a small
-    model, the plausible outputs are computed when needed. In a large model, they are computed at once, because the
-    reference layers of all paths do not fit into memory together.
+    If merging does not quantise, a merged layer has the outputs of the layer with its adapter. In a small model, the
+    plausible outputs are computed when needed. In a large model, they are computed at once, because the reference layers of
+    all paths do not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -230,11 +231,12 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[list[_Runs]]:
         made = PlausibleResults(chain(first, islice(draws, DRAWS_AT_ONCE)))
         return truth, made if subject.reference_cache is not None else list(made)
 
-    if method_info(subject.method).spec.merge_quantises:
-        merged = [runs(*copy.deepcopy(pair), _merged_output) for pair in (whole, half)]
-        return [[runs(*pair, _output) for pair in (whole, half)], merged]
-    found = [runs(*pair, _output, _merged(pair[1], x)) for pair in (whole, half)]
-    return [found, found]
+    quantises, found = method_info(subject.method).spec.merge_quantises, dict[tuple[bool, bool], _Runs]()
+    for is_halved, pair in ((False, whole), (True, half)):
+        merged = runs(*copy.deepcopy(pair), _merged_output) if quantises else None
+        found[False, is_halved] = runs(*pair, _output, *([] if quantises else [_merged(pair[1], x)]))
+        found[True, is_halved] = merged or found[False, is_halved]
+    return found
 
 
 @check(States.INIT, depends_on_sizes=False)

@@ -65,9 +65,9 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """While the context is open, set `is_loaded_in_4bit` on a model with 4-bit layers, as transformers does. 8 bits alike.
+    """Set the attribute `is_loaded_in_4bit` or `is_loaded_in_8bit` of a model with such layers inside the context.
 
-    Otherwise peft would treat a Linear4bit as an nn.Linear.
+    transformers sets it, too. Otherwise peft would treat a Linear4bit as an nn.Linear.
     """
     kinds = {type(module).__name__ for module in model.modules()}
     marks = [name for kind, name in _MARKS.items() if kind in kinds and not hasattr(model, name)]
