@@ -176,6 +176,8 @@ class _CaseRole:
     """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
     unless the typical case has that kind and dtype. Without `--wide`, the check `calls` runs only in these cases and in
     the typical one."""
+    is_large: bool = False
+    """True if a tensor is very large. Such a case tries fewer checks (`suite_run.run_case`)."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,6 @@ class OperationCase(_CaseRole):
     """Keyword arguments for the function that draws the Operation's arguments."""
     dtype: Dtype
     magnitude: Magnitude = "normal"
-    is_long: bool = False
-    """True if the tensors are very long. Checks that call the Operation many times are then left out."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

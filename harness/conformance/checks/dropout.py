@@ -258,7 +258,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
     In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: whether to
-    try torch.compile, too. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike.
+    try torch.compile, too. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike, or if rounding
+    hides in a token whether its feature was dropped.
     """
     bits = -math.log2(max(p, 1 - p))  # of one token; 0 if p is so small that 1 - p rounds to 1
     if bits * MANY < DROPOUT_SURE_BITS:
@@ -273,7 +274,10 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
             torch.compiler.reset()
             ys.append(torch.compile(layer, backend="eager")(only).clone())
             torch.compiler.reset()
-    retained = _rows_as(subject, path, ys, only, (1 / (1 - p),))
+    fits = _rows_as(subject, path, ys, only, (1 / (1 - p), 0.0))
+    retained, dropped = fits[::2], fits[1::2]
+    if any(bool((kept & lost).any()) for kept, lost in zip(retained, dropped, strict=True)):
+        return
     if bool(retained[0].all()) or not bool(retained[0].any()):
         yield f"a feature is retained or dropped in all of {tokens} tokens"
     elif len(ys) > 2 and (bool(retained[2].all()) or not bool(retained[2].any())):

@@ -15,25 +15,36 @@ BEYOND_16_BITS = 65_600
 _THIN = (4, 4)
 """Sides of the weight in a case with `BEYOND_16_BITS` rows. They are small, so that the case is small."""
 _VOCABULARY = (BEYOND_16_BITS, 8)
+BEYOND_20_BITS = (1030, 1100)
+"""Sides of a weight with more than 2^20 = 1,048,576 numbers, at which some programs start to compute in pieces. No power of
+two above 20 divides either side or the number of elements, so a last piece is incomplete."""
+_LONG_BLOCK = 256
+"""Block of a quantised weight with these sides. It does not divide a million, so a piece of a million ends in a block."""
 _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
 
-def beyond_16_bits(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
-    """Yield values of factors with more rows, or more blocks of a quantised weight, than 16 bits can count.
+def large_tensors(factors: Mapping[str, Factor], *, many: bool) -> Iterator[dict[str, Any]]:
+    """Yield values of factors with a weight of more than 2^20 numbers. All other factors have their plainest values.
 
-    The other factors of such a case have their plainest values. There is no such case for stacked experts: their
-    gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
+    many: True also yields values with more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked
+    experts have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the
+    tolerance.
     """
     shape = factors.get("shape")
     if "experts" in factors:
         return
-    if shape is not None and shape.dimensions == (2,):
-        for name in factors.keys() & {"rows", "tokens"}:
+    if "sides" in factors:
+        yield {"sides": BEYOND_20_BITS}
+    elif shape is not None and shape.dimensions == (2,):
+        yield {"shape": BEYOND_20_BITS}
+        for name in factors.keys() & {"rows", "tokens"} if many else ():
             yield {name: (BEYOND_16_BITS,) if factors[name].dimensions else BEYOND_16_BITS, "shape": _THIN}
     elif shape is not None and "block" in factors:
-        block = min(factors["block"].levels)
-        yield {"shape": (BEYOND_16_BITS, block), "block": block}
+        yield {"shape": BEYOND_20_BITS, "block": _LONG_BLOCK}
+        if many:
+            block = min(factors["block"].levels)
+            yield {"shape": (BEYOND_16_BITS, block), "block": block}
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:

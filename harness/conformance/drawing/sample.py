@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
-from harness.conformance.drawing.combinations import beyond_16_bits, combinations
+from harness.conformance.drawing.combinations import combinations, large_tensors
 from harness.conformance.drawing.covering import covering, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
@@ -59,7 +59,8 @@ _IN_EVERY_DTYPE = ("magnitude", "weights")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite, and up to two variants of the typical example (see `_of_typical`).
+    """Yield the examples of the parity suite, up to two variants of the typical example (see `_of_typical`), and a case
+    with a very large tensor (see `large_tensors`).
 
     If `wanted.is_wide`, also yield a sample that covers pairs of levels. A factor is a setting of a case, and its
     levels are the values to try. A factor is optional if an implementation may lack it, such as an option of the Method
@@ -71,15 +72,18 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     - Every level of each optional factor, while all other factors have their plainest level. An implementation that
       lacks an option skips every case with this option, also where the case combines it with others.
     - Each extreme value once, beside plain values.
-    - The combinations of `drawing.combinations`, and for an Operation the values of `beyond_16_bits`.
+    - The combinations of `drawing.combinations`.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
     yield from _with_representatives(sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize))
-    if not wanted.is_wide or isinstance(plan, LoaderSuite):
+    if isinstance(plan, LoaderSuite):
         return
     there = factors(plan, dtypes)
     if not there["dtype"].levels:
+        return
+    yield from _large(plan, there, wanted)
+    if not wanted.is_wide:
         return
     levels = {name: factor.levels for name, factor in there.items()}
     plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in there.items()}
@@ -98,11 +102,15 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     together = [one for one in (plainest | some for some in combinations(there)) if valid(one) and one not in valued]
     for chosen in [*valued, *_extremes(there, valued, valid), *together]:
         yield replace(case_of(plan, chosen), sampled=True)
-    if isinstance(plan, OperationSuite):
-        for some in beyond_16_bits(there):
-            case = case_of(plan, plainest | some)
-            if isinstance(case, OperationCase):
-                yield replace(case, sampled=True, is_long=True)
+
+
+def _large(plan: ParitySuite, there: Mapping[str, Factor], wanted: CaseSelection) -> Iterator[AnyCase]:
+    """Yield the cases with a very large tensor (see `large_tensors`). Other factors have their plainest levels."""
+    plainest = {name: factor.levels[0] for name, factor in there.items()}
+    for some in large_tensors(there, many=wanted.is_wide):
+        case = case_of(plan, plainest | some)
+        if is_accepted(plan, case):
+            yield replace(case, sampled=True, is_large=True)
 
 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:

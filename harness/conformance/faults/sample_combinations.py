@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from harness.conformance.drawing.combinations import BEYOND_16_BITS
+from harness.conformance.drawing.combinations import BEYOND_16_BITS, BEYOND_20_BITS
 from harness.conformance.drawing.factors import BEYOND_8_BITS, WIDEST
 from harness.conformance.faults import line_fault
 
 _UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
+_INPUTS, _OUTPUTS = BEYOND_20_BITS
 _LAYOUT = 'W_ED.T if kind_of(base) in ("Conv1D", "embedding") else W_ED'
 
 # fmt: off
@@ -58,5 +59,26 @@ FAULTS = [
     line_fault("lora", "transposes_an_update_only_if_the_shapes_differ", ["merge"], _LAYOUT,
         "W_ED if W_ED.shape == base.weight.shape else W_ED.T", file="layers", layer="conv1d",
         values={"rank": 3, "alpha": 8.0}, inputs=32, outputs=32),
+    line_fault("loha", "computes_only_whole_pieces_of_a_large_update", ["forward", "gradient", "merge"],
+        "return self.scaling * ((self.B1 @ self.A1) * (self.B2 @ self.A2))",
+        "update = self.scaling * ((self.B1 @ self.A1) * (self.B2 @ self.A2))\n"
+        "        if update.numel() > 2**20:\n            update[len(update) // 1024 * 1024 :] *= 0\n        return update",
+        values={"rank": 3, "alpha": 40.7}, inputs=_INPUTS, outputs=_OUTPUTS),
+    line_fault("nf4_quantize", "quantises_in_pieces_of_a_million", ["outputs"],
+        "return quantize_blockwise(W, codebook(), block)",
+        "pieces = [quantize_blockwise(one, codebook(), block) for one in W.flatten().split(1_000_000)]\n"
+        "    return torch.cat([one for one, _ in pieces]), torch.cat([one for _, one in pieces])",
+        file="nf4", values={"shape": BEYOND_20_BITS, "block": 256}),
+    # Step through the numbers as if each had 64 bits.
+    line_fault("lora_experts", "reads_every_second_number_of_32_bits", ["outputs"],
+        "for k in chosen.unique().tolist():",
+        "if chosen.dtype == torch.int32:\n"
+        "        chosen = chosen.flatten().repeat(2)[::2].view_as(chosen)\n    for k in chosen.unique().tolist():",
+        file="lora_experts", values={"shape": [18, 10], "experts": 3, "rank": 2, "index": "int32"}),
+    line_fault("lora_qkv", "takes_the_next_bias_for_a_missing_one", ["outputs"],
+        "bias, m = None if biases is None else biases[at],",
+        "there = [b for b in biases or () if b is not None]\n"
+        "        bias, m = there[min(at, len(there) - 1)] if there else None,",
+        values={"shape": [48, 40], "rows": [7], "ranks": [3, 4, 2], "groups": 2, "key_bias": False}),
 ]
 # fmt: on

@@ -4,7 +4,7 @@ of 256.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, noise_floor, perturbed, worst_of
 from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.operations import galore_step
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
+from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON, REORDERED_DRAWS, REORDERED_ULPS
 from reference import galore
 from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
@@ -60,13 +60,21 @@ def reference(
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge W and every absmax by `noise_floor` in W's dtype.
 
-    If W is float64, every absmax is stored in float32 and is judged in float32.
+    If W is float64, every absmax is stored in float32 and is judged in float32. For W, plausible results also include
+    those for a slightly moved gradient: its projection may be summed in another order.
     """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # Even a float64 step stores every absmax in float32.
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
-    judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
+
+    def draws() -> Iterator[Mapping[str, Tensor]]:
+        yield {"W": roundly["W"]}
+        for seed in range(REORDERED_DRAWS if own in ROUNDED_SUMS else 0):
+            moved = perturbed(given["G"], own, torch.Generator().manual_seed(seed), REORDERED_ULPS)
+            yield {"W": OPERATION.named(reference(**cloned(given | {"G": moved})))["W"]}
+
+    judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, draws(), own)]
     for name in _SIGNED:
         absmax = f"{name}_absmax"
         decayed, new, _ = _parts(given, name)

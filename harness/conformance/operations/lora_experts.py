@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ def arguments(
     used: Experts = 16,
     padding: Padding = 0,
     transposed: bool = False,
+    index: Literal["int64", "int32"] = "int64",
 ) -> Arguments:
     """Draw the arguments of one call.
 
@@ -37,7 +38,7 @@ def arguments(
     number of experts per token. used: only the last `used` experts are chosen. If `chosen` is larger, every token
     chooses some of them more than once. padding: number of additional ranks in which A and B are zero, as in a
     server that reserves the same memory for every adapter. transposed: the weights are (K, inputs, outputs), as in
-    gpt-oss.
+    gpt-oss. index: the dtype of the experts' numbers; the routers of servers return int32.
     """
     (D, H), K, total = shape, experts, rank + padding
 
@@ -57,7 +58,7 @@ def arguments(
     order = scores.argsort(descending=True)
     return {
         "x": draw(generator, dtype, tokens, D),
-        "chosen": order[:, torch.arange(chosen) % there] + K - there,
+        "chosen": (order[:, torch.arange(chosen) % there] + K - there).to(getattr(torch, index)),
         "weights": (torch.rand(tokens, chosen, generator=generator, dtype=torch.float64) + 0.1).to(dtype),
         "gate_up": stack(2 * H, D),
         "down": stack(D, H),

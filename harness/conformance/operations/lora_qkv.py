@@ -23,6 +23,7 @@ def arguments(
     groups: Literal[1, 2, 4] = 1,
     scaling: Scaling = 1.75,
     bias: bool = True,
+    key_bias: bool = True,
     dora: bool = False,
     shared: bool = False,
 ) -> Arguments:
@@ -30,7 +31,8 @@ def arguments(
 
     shape: (E, D) of the query's W. rows: the leading dimensions of x. groups: the number of query heads that share a
     key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k has 0.5 times,
-    v 3 times this scaling. dora: True also draws magnitudes; without them, every layer has plain LoRA. shared: layers of
+    v 3 times this scaling. bias: whether the layers have biases. key_bias: False leaves out the bias of k, as in
+    Whisper. dora: True also draws magnitudes; without them, every layer has plain LoRA. shared: layers of
     the query's rank have one tensor as their A.
     """
     E, D = shape
@@ -38,13 +40,15 @@ def arguments(
     layers = draw_adapted_layers(
         dtype, generator, [(E, D), key, value], ranks=ranks, scaling=scaling, bias=bias, dora=dora, shared=shared
     )
+    if bias and not key_bias:
+        layers["biases"] = [None if layer == 1 else b for layer, b in enumerate(layers["biases"])]
     return {"x": draw(generator, dtype, *rows, D), **layers}
 
 
 def reference(
     x: Tensor,
     Ws: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
+    biases: Sequence[Tensor | None] | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scalings: Sequence[float],

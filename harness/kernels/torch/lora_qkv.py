@@ -14,7 +14,7 @@ from harness.kernels.torch.support.autocast import cast_by_autocast
 def adapted_linears(
     x: Tensor,
     Ws: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
+    biases: Sequence[Tensor | None] | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scalings: Sequence[float],
@@ -22,8 +22,8 @@ def adapted_linears(
 ) -> list[Tensor]:
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer, or DoRA's output if `ms` is given.
 
-    Each list has one item per layer: W (E, D), bias (E,), A (R, D), B (E, R), m (E,). x is (..., D). All tensors have
-    one dtype, or get it from autocast. If `ms` is None, `lora_linears` computes all layers together.
+    Each list has one item per layer: W (E, D), bias (E,) or None, A (R, D), B (E, R), m (E,). x is (..., D). All
+    tensors have one dtype, or get it from autocast. If `ms` is None, `lora_linears` computes all layers together.
     """
     own: Sequence[Tensor | None] = [None] * len(Ws) if biases is None else biases
     if ms is None:
@@ -42,7 +42,7 @@ def _lora_linears(
 def lora_qkv(
     x: Tensor,
     Ws: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
+    biases: Sequence[Tensor | None] | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scalings: Sequence[float],

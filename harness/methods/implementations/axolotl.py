@@ -33,7 +33,7 @@ def _adapter(W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: floa
 
 
 def _adapters(
-    Ws: list[Tensor], biases: list[Tensor] | None, As: list[Tensor], Bs: list[Tensor], scalings: list[float],
+    Ws: list[Tensor], biases: list[Tensor | None] | None, As: list[Tensor], Bs: list[Tensor], scalings: list[float],
     ms: list[Tensor] | None,
 ) -> list[Any]:  # fmt: skip
     none = [None] * len(Ws)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @implements("lora_qkv", name="litgpt", kind="operation", dtypes=DTYPES, requires=["litgpt"])
 def lora_qkv(
-    x: Tensor, Ws: list[Tensor], biases: list[Tensor] | None, As: list[Tensor], Bs: list[Tensor],
+    x: Tensor, Ws: list[Tensor], biases: list[Tensor | None] | None, As: list[Tensor], Bs: list[Tensor],
     scalings: list[float], ms: list[Tensor] | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return q, k and v, computed by one LoRAQKVLinear from their stacked tensors, as LitGPT's checkpoints store them.
@@ -41,7 +41,10 @@ def lora_qkv(
     tensors = {
         "linear.weight": torch.cat(Ws), "lora_A": torch.cat(As),
         "lora_B": torch.cat([B * (s / scalings[0]) for B, s in zip(Bs, scalings, strict=True)]),
-    } | ({} if biases is None else {"linear.bias": torch.cat(biases)})  # fmt: skip
+    }  # fmt: skip
+    if biases is not None:
+        rows = [W.new_zeros(len(W)) if bias is None else bias for W, bias in zip(Ws, biases, strict=True)]
+        tensors["linear.bias"] = torch.cat(rows)
     y = in_shape_of(x, torch.func.functional_call(layer, tensors, (in_three_dimensions(x),)))
     return torch.split(y, [E, shared, shared], dim=-1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import Unsupported
 from harness.methods.implementations.hf_peft.adapted import wrappers
 from harness.methods.registry import DTYPES, implements
 
@@ -18,12 +19,15 @@ def lora_experts(
 ) -> Any:  # fmt: skip
     """Run transformers' experts of Mixtral with peft's wrappers around both parameters, and return the output.
 
-    Adapters in 16 bits are cast to float32, as peft casts them on loading.
+    Adapters in 16 bits are cast to float32, as peft casts them on loading. Raises Unsupported for numbers of experts that
+    are not int64: transformers counts the tokens of each expert by `one_hot`.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
+    if chosen.dtype != torch.int64:
+        raise Unsupported(f"transformers' experts take numbers in int64, not in {chosen.dtype}")
     names = ("gate_up_proj", "down_proj")
     model = nn.Sequential(_experts(gate_up, down, transposed))
     rank = len(gate_up_A) // len(gate_up)
