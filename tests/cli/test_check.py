@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -464,8 +465,8 @@ def implementations(model, config, generator):
 """
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
-def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, asked: signal.Signals) -> None:
+def _slow_plugin(sandbox: Sandbox, code: str) -> Path:
+    """Offer a plug-in with this code to the sandbox's command. Return the file that the plug-in creates when it starts."""
     site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
     info = site / "slow-1.0.dist-info"
     info.mkdir()
@@ -474,7 +475,13 @@ def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, ask
         "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
     )
     started = sandbox.folder / "started"
-    (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
+    (site / "slow_plugin.py").write_text(code.format(started=str(started)), encoding="utf-8")
+    return started
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
+def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, asked: signal.Signals) -> None:
+    started = _slow_plugin(sandbox, _HANGS)
     process = sandbox.start("check", "reference", "hangs", "--method", "frozen", "--json", "--jobs", "1")
     eventually(started.exists, "the plug-in hangs")
     children = psutil.Process(process.pid).children(recursive=True)
@@ -488,6 +495,42 @@ def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, ask
     assert not [row for row in document["checks"] if row["standing"] == "fail"]
     assert document["skipped"] == {"hangs frozen": "interrupted"}
     eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
+
+
+_HANGS_ON_IMPORT = """
+import time
+open({started!r}, "w").close()
+time.sleep(600)
+"""
+
+
+def test_ctrl_c_while_plug_ins_are_imported_ends_all_processes(sandbox: Sandbox) -> None:
+    started = _slow_plugin(sandbox, _HANGS_ON_IMPORT)
+    process = sandbox.start("check", "reference", "--method", "frozen")
+    eventually(started.exists, "the plug-in hangs")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGINT)
+    done = sandbox.finish(process)
+    assert done.code == Exit.INFRASTRUCTURE, done.err
+    assert "Traceback" not in done.err
+    eventually(lambda: not any(child.is_running() for child in children), "the processes are gone")
+
+
+def test_a_wrong_name_leaves_no_process(sandbox: Sandbox) -> None:
+    process = sandbox.start("check", "nobody", "--method", "frozen")
+    command = psutil.Process(process.pid)
+    children = set[psutil.Process]()
+
+    def has_ended() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children.update(command.children(recursive=True))
+        return process.poll() is not None
+
+    eventually(has_ended, "the command ends")
+    assert process.returncode == Exit.USAGE, sandbox.finish(process).err
+    assert children
+    eventually(lambda: not any(child.is_running() for child in children), "the processes are gone")
 
 
 STALE = """
@@ -521,15 +564,7 @@ def test_a_defect_is_missed_only_where_all_its_cases_were_tried(
 
 
 def test_a_killed_check_takes_its_workers_along(sandbox: Sandbox) -> None:
-    site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
-    info = site / "slow-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(
-        "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
-    )
-    started = sandbox.folder / "started"
-    (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
+    started = _slow_plugin(sandbox, _HANGS)
     process = sandbox.start("check", "hangs", "--method", "frozen", "--jobs", "1")
     eventually(started.exists, "the plug-in hangs")
     children = psutil.Process(process.pid).children(recursive=True)
