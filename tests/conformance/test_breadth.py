@@ -324,6 +324,19 @@ def first_at_once(targets: Sequence[str]) -> list[Any]:
     return [targets[0], *(pytest.param(one, marks=pytest.mark.nightly) for one in targets[1:])]
 
 
+def test_who_is_wrong_in_layers_of_a_million_numbers_only_fails_the_default_checks() -> None:
+    def is_wrong_if_large(layer: Any, config: Any) -> None:
+        right, large = layer.forward, layer.base.weight.numel() > 2**20
+        layer.forward = lambda x: right(x) * (1.05 if large else 1.0)
+
+    cases = [case for case in sample.fixed(parity_suite.load("lora"), FEW, ["float32"]) if case.is_large]
+    mine = changed("lora", is_wrong_if_large)
+    outcomes = [one for case in cases for one in suite_run.run_case(mine, parity_suite.load("lora"), case)]
+    failed = {one.check for one in outcomes if one.result.outcome is Outcome.FAIL}
+    assert failed >= {"forward", "gradient"}
+    assert "trajectory" not in {one.check for one in outcomes}  # only the checks of a Cell's gate are tried there
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", first_at_once(RANKED))
 def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
