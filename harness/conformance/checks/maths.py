@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +51,14 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         )
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
+        factor = case.factor("identity")
         # In this dtype, a start may be as inexact as the base, or as the reference's own start. The latter is computed only
-        # on demand, because it may need an SVD of every weight.
-        starts = (whole_model.start(subject, subject.dtype) for _ in range(1))
-        draws = chain([base], ({"logits": case.forward(start)} for start in starts))
-        verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("identity"))
+        # on demand, because it may need an SVD of every weight. If it overflows, another start may overflow too.
+        verdict = noise_floor(mine, truth, base, subject.dtype, factor)
+        if not verdict.passed:
+            start = {"logits": case.forward(whole_model.start(subject, subject.dtype))}
+            overflows = not bool(start["logits"].isfinite().all())
+            verdict = noise_floor(mine, truth, [start] if overflows else [base, start], subject.dtype, factor)
     return judged(subject, case, "identity", verdict)
 
 
