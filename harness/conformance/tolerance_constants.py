@@ -66,6 +66,10 @@ LARGEST_FACTOR = 2.0
 # changes a quarter or more of all elements.
 DOUBLE_ROUNDED_SHARE = 2.0**-6
 
+# Distance from the middle between two 16-bit numbers at which both count as correctly rounded, in units of the last place of
+# float32. In the first step of Adam, an update is +-1 except for eps, so a sum may be that near a middle in many elements.
+MIDDLE_ULPS = 4.0
+
 # Largest projection of an error on the correct result, in standard deviations of what rounding gives. Rounding goes up as
 # often as down, so this projection shrinks with the root of the number of independent roundings. The projection of a wrong
 # factor does not shrink. In a low-rank product, only sqrt(n) of n roundings may be independent.

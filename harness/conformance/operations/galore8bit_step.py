@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -53,34 +53,40 @@ def reference(
     W = W.clone()
     rank = min(t.shape[1] for t in bases.values())
     state = {"step": step - 1, **codes, **bases}
-    galore.galore_step(W, G, state, rank=rank, update_gap=galore_step.NEVER, beta1=betas[0], beta2=betas[1], **given)
+    how: Arguments = {"rank": rank, "update_gap": galore_step.NEVER, "beta1": betas[0], "beta2": betas[1]}
+    galore.galore_step(W, G, state, given=galore.Projector(P, Q), **how, **given)
     return W, *codes.values()
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge W and every absmax by `noise_floor` in W's dtype.
 
-    If W is float64, every absmax is stored in float32 and is judged in float32. For W, plausible results also include
-    those for a slightly moved gradient: its projection may be summed in another order.
+    If W is float64, every absmax is stored in float32 and is judged in float32. Plausible results also include those for a
+    slightly moved gradient, because its projection may be summed in another order.
     """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
+
+    @cache
+    def step(seed: int | None) -> dict[str, Tensor]:
+        """Take the step in W's dtype, with the gradient moved at random, or as it is if seed is None."""
+        generator = torch.Generator().manual_seed(seed or 0)
+        G = given["G"] if seed is None else perturbed(given["G"], own, generator, REORDERED_ULPS)
+        return OPERATION.named(reference(**cloned(given | {"G": G})))
+
+    def plausible(name: str) -> Iterator[Mapping[str, Tensor]]:
+        seeds = [None, *range(REORDERED_DRAWS if own in ROUNDED_SUMS else 0)]
+        yield from ({name: step(seed)[name]} for seed in seeds)
+
     # Even a float64 step stores every absmax in float32.
-    exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
-
-    def draws() -> Iterator[Mapping[str, Tensor]]:
-        yield {"W": roundly["W"]}
-        for seed in range(REORDERED_DRAWS if own in ROUNDED_SUMS else 0):
-            moved = perturbed(given["G"], own, torch.Generator().manual_seed(seed), REORDERED_ULPS)
-            yield {"W": OPERATION.named(reference(**cloned(given | {"G": moved})))["W"]}
-
-    judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, draws(), own)]
+    exactly = OPERATION.named(reference(**cloned(given, {dtype: torch.float64})))
+    judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, plausible("W"), own)]
     for name in _SIGNED:
         absmax = f"{name}_absmax"
         decayed, new, _ = _parts(given, name)
         truth = {absmax: largest_of_blocks(decayed + new, adamw8bit.BLOCK)}
         narrow = "float32" if own == "float64" else own
-        judged.append(noise_floor({absmax: outputs[absmax]}, truth, {absmax: roundly[absmax]}, narrow))
+        judged.append(noise_floor({absmax: outputs[absmax]}, truth, plausible(absmax), narrow))
     return worst_of(judged, "noise-floor"), ""
 
 
