@@ -47,14 +47,14 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
     For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
-    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's stacked
-    experts and their inputs must not be too large. Every other case can be tried.
+    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's input and its
+    stacked experts must not be too large. Every other case can be tried.
     """
-    if isinstance(case, OperationCase) and "experts" in case.values and "shape" in case.values:
-        shape, rank = case.values["shape"], case.values.get("rank", 1)
-        stack = case.values["experts"] * max(math.prod(shape), rank * sum(shape))
-        rows = case.values.get("tokens", 1) * case.values.get("chosen", 1) * sum(shape)
-        return bool(stack <= _LARGEST_STACK and rows <= _LARGEST_INPUT)
+    if isinstance(case, OperationCase) and "shape" in case.values:
+        shape, rank, experts = case.values["shape"], case.values.get("rank", 1), case.values.get("experts", 0)
+        rows = math.prod(case.values.get("rows", (case.values.get("tokens", 1), case.values.get("chosen", 1))))
+        stack = experts * max(math.prod(shape), rank * sum(shape))
+        return bool(stack <= _LARGEST_STACK and rows * sum(shape) <= _LARGEST_INPUT)
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):
