@@ -123,7 +123,8 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
 
     Without `niter`, the SVD is exact whatever the size of the weight, so s B A is its best approximation of rank r. If
     the weight is zero, A, B and W_res are zero. The singular values of trained weights span many orders of magnitude. A
-    randomised SVD (`niter`) whose products are not made orthonormal in between then finds only the largest ones.
+    randomised SVD (`niter`) whose products are not made orthonormal in between then finds only the largest ones. A weight
+    has as many singular values as its smaller side, so a larger rank must be refused.
     """
     if subject.config.niter or case.attach_fresh is None:
         return skipped(subject, case, "svd", "the SVD is randomised, or the case cannot attach again")
@@ -137,7 +138,7 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     error = float((product - best.to(product.device)).norm() / best.norm())
     if not error <= RANDOM_SHARE:
         problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
-    problems += _of_a_steep_weight(subject, case)
+    problems += [*_of_a_steep_weight(subject, case), *_of_a_narrow_weight(subject, case)]
     return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, and zeros")
 
 
@@ -156,6 +157,18 @@ def _of_a_steep_weight(subject: Subject, case: Case) -> Iterator[str]:
     mine, own = (float((W - _principal(fresh, one, "steep")["s B A"].cpu()).norm()) for one in programs)
     if not mine <= _LEFT * own:
         yield f"with niter={_NITER}, W - s B A has the norm {mine:.2g} for a {_STEEP} weight, should be about {own:.2g}"
+
+
+def _of_a_narrow_weight(subject: Subject, case: Case) -> Iterator[str]:
+    """Yield a message if an adapter has a rank above the smaller side of its weight."""
+    rank = subject.config.rank + 1
+    W = torch.randn(rank - 1, 2 * rank, generator=case.generator(salt=82))
+    model = nn.ModuleDict({"narrow": _linear(W, subject.own[0])})
+    try:
+        case.attach_again(model=model, targets=("narrow",), rank=rank)
+    except (Unsupported, ValueError, RuntimeError, AssertionError):
+        return
+    yield f"rank {rank} is accepted for a weight with {rank - 1} singular values"
 
 
 def _linear(W: Tensor, like: Tensor) -> nn.Linear:

@@ -24,12 +24,12 @@ _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
 
-def large_tensors(factors: Mapping[str, Factor], *, many: bool) -> Iterator[dict[str, Any]]:
-    """Yield values of factors with a weight of more than 2^20 numbers. All other factors have their plainest values.
+def large_tensors(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
+    """Yield values of factors with a weight of more than 2^20 numbers, and for an Operation also values with more rows, or
+    more blocks of a quantised weight, than 16 bits can count. All other factors have their plainest values.
 
-    many: True also yields values with more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked
-    experts have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the
-    tolerance.
+    Stacked experts have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed
+    the tolerance.
     """
     shape = factors.get("shape")
     if "experts" in factors:
@@ -38,13 +38,12 @@ def large_tensors(factors: Mapping[str, Factor], *, many: bool) -> Iterator[dict
         yield {"sides": BEYOND_20_BITS}
     elif shape is not None and shape.dimensions == (2,):
         yield {"shape": BEYOND_20_BITS}
-        for name in factors.keys() & {"rows", "tokens"} if many else ():
+        for name in factors.keys() & {"rows", "tokens"}:
             yield {name: (BEYOND_16_BITS,) if factors[name].dimensions else BEYOND_16_BITS, "shape": _THIN}
     elif shape is not None and "block" in factors:
         yield {"shape": BEYOND_20_BITS, "block": _LONG_BLOCK}
-        if many:
-            block = min(factors["block"].levels)
-            yield {"shape": (BEYOND_16_BITS, block), "block": block}
+        block = min(factors["block"].levels)
+        yield {"shape": (BEYOND_16_BITS, block), "block": block}
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:

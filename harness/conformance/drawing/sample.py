@@ -82,7 +82,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     there = factors(plan, dtypes)
     if not there["dtype"].levels:
         return
-    yield from _large(plan, there, wanted)
+    yield from _large(plan, there)
     if not wanted.is_wide:
         return
     levels = {name: factor.levels for name, factor in there.items()}
@@ -104,10 +104,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
         yield replace(case_of(plan, chosen), sampled=True)
 
 
-def _large(plan: ParitySuite, there: Mapping[str, Factor], wanted: CaseSelection) -> Iterator[AnyCase]:
+def _large(plan: ParitySuite, there: Mapping[str, Factor]) -> Iterator[AnyCase]:
     """Yield the cases with a very large tensor (see `large_tensors`). Other factors have their plainest levels."""
     plainest = {name: factor.levels[0] for name, factor in there.items()}
-    for some in large_tensors(there, many=wanted.is_wide):
+    for some in large_tensors(there):
         case = case_of(plan, plainest | some)
         if is_accepted(plan, case):
             yield replace(case, sampled=True, is_large=True)

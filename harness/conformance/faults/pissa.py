@@ -16,6 +16,7 @@ FAULTS = [
     _pissa("iterates_without_orthonormal_products", ["svd"],
         "        Q = torch.linalg.qr(W_ED.T @ Q).Q\n        Q = torch.linalg.qr(W_ED @ Q).Q",
         "        Q = W_ED @ (W_ED.T @ Q)\n    Q = torch.linalg.qr(Q).Q", file="randomised_svd"),
+    _pissa("accepts_a_rank_above_the_smaller_side", ["svd"], "if config.rank > min(D, E):", "if False:"),
     _pissa("merges_the_residual_of_its_own_start", ["merge"],
         'self.register_buffer("residual", residual)',
         'self.register_buffer("residual", residual)\n        self.start = residual.clone()',

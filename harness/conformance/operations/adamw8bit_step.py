@@ -18,6 +18,9 @@ from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
+Gradient = Literal["dense", "sparse", "small"]
+SMALL = 1e-5
+"""Factor of small gradients and of their first moments. The second moments are SMALL^2 times as large, 1e-10."""
 GradientDtype = Annotated[str, Factor(("as the parameter", "float32"), optional=True)]
 
 _CODES = ("m", "v")
@@ -33,7 +36,7 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
     eps: Eps = 1e-8,
-    gradient: Literal["dense", "sparse"] = "dense",
+    gradient: Gradient = "dense",
     lr: LearningRate = 0.1,
     gradient_dtype: GradientDtype = "as the parameter",
 ) -> Arguments:
@@ -41,10 +44,13 @@ def arguments(
 
     gradient_dtype: float32 is that of gradients which a program accumulates in float32 beside parameters in 16 bits.
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. By default, lr is so large that the step is as large as the parameter.
+    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. By default, lr is so large that
+    the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
+    if gradient == "small":
+        g, m, v = SMALL * g, SMALL * m, SMALL * v
     if gradient == "sparse":
         number = torch.arange(g.numel())
         seen = (number % 2 == 0) & (number // adamw8bit.BLOCK % 2 == 0)

@@ -26,11 +26,17 @@ def arguments(
     bias: bool = True,
     training: bool = False,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x."""
+    """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x.
+
+    One number of x is the threshold itself, unless float16 or the dtype of x rounds it.
+    """
     E, D = shape
     codes, absmax = int8.quantize(draw(generator, dtype, E, D, spread=D**-0.5))
+    x = draw(generator, dtype, *rows, D)
+    if threshold and all(float(torch.tensor(threshold, dtype=one)) == threshold for one in (dtype, torch.float16)):
+        x.view(-1)[:1] = threshold
     return {
-        "x": draw(generator, dtype, *rows, D),
+        "x": x,
         "codes": codes,
         "absmax": absmax,
         "bias": draw(generator, dtype, E) if bias else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -30,14 +30,14 @@ def arguments(
     weight_decay: WeightDecay = 0.0,
     beta1: Beta = 0.9,
     beta2: Beta = 0.99,
-    gradient: Literal["dense", "sparse"] = "dense",
+    gradient: adamw8bit_step.Gradient = "dense",
     lr: LearningRate = 0.1,
 ) -> Arguments:
     """Draw a parameter, its gradient, and the codes and the absmax of its moment.
 
     state: `zero` is the state before the first step. gradient: `sparse` makes gradient and moment zero in every second
-    block, and at every second element of the other blocks. By default, lr is so large that a step is nearly as large as
-    the parameter.
+    block, and at every second element of the other blocks. `small` makes them 1e-5 times as large. By default, lr is so
+    large that a step is nearly as large as the parameter.
     """
     step = 2 if state == "trained" else 1
     given = adamw8bit_step.arguments(dtype, generator, shape=shape, step=step, gradient=gradient)
