@@ -156,9 +156,10 @@ def _lacking_weights(subject: Subject) -> list[str]:
 
 
 def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[str]) -> dict[str, Tensor]:
-    """Merge in training mode while gradients are recorded, and return the outputs of the merged layers. Then unmerge.
+    """Merge in training mode while gradients are recorded, and return the outputs of the merged layers in eval mode.
 
-    switched: set to which a message is added for each module whose mode merging changes.
+    Then unmerge. switched: set to which a message is added for each module whose mode merging changes, or that unmerging
+    brings back in training mode.
     """
     was_training = subject.model.training
     subject.model.train()
@@ -166,9 +167,11 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[s
     with torch.enable_grad():
         subject.adapted.merge()
     switched |= _switched(modes)
-    subject.model.train(was_training)
+    subject.model.eval()
     outputs = _merged_outputs(subject, xs)
     subject.adapted.unmerge()
+    switched |= _switched(dict.fromkeys(subject.model.modules(), False))
+    subject.model.train(was_training)
     return outputs
 
 
