@@ -39,10 +39,19 @@ def adalora_importance_(
     grads = zip(weights, [*grad_A, *grad_E, *grad_B], strict=True)
     change = torch._foreach_mul(weights, [torch.zeros_like(w) if g is None else g.to(w.dtype) for w, g in grads])
     torch._foreach_abs_(change)
-    torch._foreach_lerp_(I, change, 1 - beta1)
+    _average(I, change, beta1)
     torch._foreach_sub_(change, I)
     torch._foreach_abs_(change)
-    torch._foreach_lerp_(U, change, 1 - beta2)
+    _average(U, change, beta2)
+
+
+def _average(averages: Tensors, values: Tensors, beta: float) -> None:
+    """Replace each average by beta times itself plus (1 - beta) times its value.
+
+    `lerp` with the weight 1 - beta would round a small beta, so that the average of a layer without gradients vanishes.
+    """
+    torch._foreach_mul_(averages, beta)
+    torch._foreach_add_(averages, values, alpha=1 - beta)
 
 
 def adalora_importance(
