@@ -37,6 +37,10 @@ FAULTS = [
     _adalora("squares_the_sensitivity", ["importance"], "return (w * grad).abs()", "return (w * grad).square()"),
     _adalora("swaps_the_betas", ["importance"],
         "observe(self.config.beta1, self.config.beta2)", "observe(self.config.beta2, self.config.beta1)"),
+    # fused until November 2026
+    _adalora("rounds_a_small_beta", ["unused"],
+        "return beta1 * I_bar + (1 - beta1) * I", "return torch.lerp(I_bar, I, 1 - beta1)",
+        values={**_USUAL, "beta1": 1e-5}),
     _adalora("measures_uncertainty_by_the_previous_average", ["importance"],
         "            I_bar.copy_(smoothed(I_bar, I, beta1))\n            U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))",
         "            U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))\n            I_bar.copy_(smoothed(I_bar, I, beta1))"),
