@@ -34,8 +34,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
-    that are no parameters of the model (hooks hold them) are copied separately. Models with packed weights are left out
-    here.
+    that are no parameters of the model (hooks hold them) are copied separately. A model with packed weights loads only the
+    tensors of the adapter, with `assign=True`.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -73,7 +73,8 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """
     saved = subject.model.state_dict()
     if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
-        return  # libraries load packed weights in ways of their own
+        yield from _after_assigning(fresh, saved)  # libraries load packed weights in ways of their own
+        return
     model = copied(subject.original.model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,14 +100,22 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
         loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
         seen = observe(layer, subject.tensors_of(path), x, dy)
         yield prefix_tensor(f"after load_state_dict, {path}", exact(loaded, seen))
-    if owns(subject.model, tensors):
-        other.model.load_state_dict(saved, assign=True)
-        held = {id(p) for p in other.model.parameters()}
-        listed = [*other.adapted.tensors().values(), *other.adapted.parameters()]
-        stale = len({id(t) for t in listed} - held)
+    yield from _after_assigning(other, saved)
+
+
+def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:
+    """Let the model load the adapter's tensors of `saved` as new Parameters, and yield a failure if some are not listed."""
+    tensors = subject.adapted.tensors()
+    if not owns(subject.model, tensors):
+        return
+    own = {id(t) for t in tensors.values()}
+    trained = {n: saved[n] for n, p in subject.model.named_parameters(remove_duplicate=False) if id(p) in own}
+    subject.model.load_state_dict(trained, strict=False, assign=True)
+    held = {id(p) for p in subject.model.parameters()}
+    stale = {id(t) for t in [*subject.adapted.tensors().values(), *subject.adapted.parameters()]} - held
+    if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
-        if stale:
-            yield Judgement(False, None, None, form, f"{stale} are not the model's any more", "exact", 0)
+        yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
 
 
 def _trainable(subject: Subject) -> set[str]:
