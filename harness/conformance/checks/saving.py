@@ -35,7 +35,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
     that are no parameters of the model (hooks hold them) are copied separately. A model with packed weights loads only the
-    tensors of the adapter, with `assign=True`.
+    tensors of the adapter, with `assign=True`; its state_dict must have every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -73,7 +73,12 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """
     saved = subject.model.state_dict()
     if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
-        yield from _after_assigning(fresh, saved)  # libraries load packed weights in ways of their own
+        # Libraries load packed weights in ways of their own, and store a single number among the settings.
+        values = [t.detach().flatten() for t in saved.values() if isinstance(t, Tensor)]
+        for name, t in subject.state().items():
+            if t.dim() and not any(torch.equal(t.detach().flatten(), value) for value in values):
+                yield Judgement(False, None, None, name, "not in the model's state_dict", "exact", 0)
+        yield from _after_assigning(fresh, saved)
         return
     model = copied(subject.original.model)
     with torch.no_grad():

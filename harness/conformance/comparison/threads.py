@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
 
+_SWITCH_S = 1e-6
+"""Seconds after which Python may switch to another thread. With the usual 5 ms, small layers would run one after another."""
 _Given = TypeVar("_Given")
 _Found = TypeVar("_Found")
 
@@ -20,11 +23,15 @@ def at_once(call: Callable[[_Given], _Found], given: Sequence[_Given]) -> list[_
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [call(one) for one in given]
-    gate = Barrier(len(given))
+    gate, interval = Barrier(len(given)), sys.getswitchinterval()
 
     def begin(one: _Given) -> _Found:
         gate.wait()
         return call(one)
 
-    with ThreadPoolExecutor(len(given)) as threads:
-        return list(threads.map(begin, given))
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        with ThreadPoolExecutor(len(given)) as threads:
+            return list(threads.map(begin, given))
+    finally:
+        sys.setswitchinterval(interval)

@@ -12,7 +12,7 @@ from harness.conformance.drawing.factors import Factor, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import paged
 
-Sizes = Annotated[Sequence[int], Factor(((1000, 100_000), (99_999, 100_001)))]
+Sizes = Annotated[Sequence[int], Factor(((1000, 100_000), (99_999, 100_001), (100_000, 100_000)))]
 Steps = Annotated[int, Factor((3, 1, 5), least=1, most=6)]
 
 

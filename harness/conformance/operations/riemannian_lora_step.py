@@ -24,7 +24,9 @@ from reference.operations.riemannian import optimizer_step, riemannian_step
 
 Delta = Annotated[float, Factor((1e-2, 1e-6, 1.0), (1e-4,), least=1e-6, most=1.0)]
 Optimizer = Annotated[str, Factor(("adamw", "gd"))]
-Start = Annotated[str, Factor(("trained", "zero", "one-direction"))]
+Start = Annotated[str, Factor(("trained", "zero", "one-direction", "nearly-one-direction"))]
+_ASIDE = 0.05
+"""Share of a column of B that is not common to all columns, if they have nearly one direction."""
 _TENSORS = ("As", "Bs", "gAs", "gBs", "mAs", "vAs", "mBs", "vBs")
 
 
@@ -53,7 +55,8 @@ def arguments(
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
     each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. delta: added to
     the diagonals of B^T B and A A^T before they are inverted. B: `zero` makes B zero, as at the start of LoRA; with
-    `one-direction`, all columns of B are equal, so that B^T B is singular. gradient: `zero` makes all gradients zero.
+    `one-direction`, all columns of B are equal, so that B^T B is singular; after a short training they are nearly
+    equal, as with `nearly-one-direction`. gradient: `zero` makes all gradients zero.
     unused: `second` gives the second layer no gradients, as if it had not run. other: the other trainable tensor of the
     model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
     number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
@@ -64,7 +67,11 @@ def arguments(
         r = min(rank, inputs, outputs)
         A = torch.stack([low_rank_factor(generator, r, inputs) for _ in range(experts)])
         trained = torch.stack([low_rank_factor(generator, r, outputs).T for _ in range(experts)])
-        start = {"trained": trained, "zero": 0 * trained, "one-direction": trained[..., :1].expand(-1, -1, r)}[B]
+        common = trained[..., :1].expand(-1, -1, r)
+        start = {
+            "trained": trained, "zero": 0 * trained, "one-direction": common,
+            "nearly-one-direction": common + _ASIDE * trained,
+        }[B]  # fmt: skip
         G = 2 * draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
         drawn = [*packed(A, start), *packed(start.mT @ G, G @ A.mT)]
         for tensor in drawn[:2]:
