@@ -70,7 +70,8 @@ def _judge(
             yield with_error_of_float64(_reference(subject, cloned(subject.arguments, _NARROW)), truth)
         yield from (_reference(subject, near.arguments) for near, _ in perturbed_subjects(subject, case))
 
-    return noise_floor(mine, truth, draws(), subject.dtype, case.factor("outputs")), ""
+    verdict = noise_floor(mine, truth, draws(), subject.dtype, case.factor("outputs"))
+    return _unless_sums_overflow(verdict, subject, case, lambda one: _reference(one, one.arguments)), ""
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
@@ -228,19 +229,25 @@ def reference_gradients(subject: OperationSubject, dtype: torch.dtype, case: Cas
 
 
 def judge_gradients(
-    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, **how: Any
+    subject: OperationSubject,
+    case: Case,
+    factor: float,
+    of: Collection[str] | None = None,
+    *,
+    mine: dict[str, Tensor] | None = None,
+    **how: Any,
 ) -> Judgement:
     """Judge the gradients of the arguments in `of`: their values, shapes and dtypes.
 
-    factor: allowed error, as a multiple of the reference's. of: by default all differentiable arguments. how: options
-    of `gradients`.
+    factor: allowed error, as a multiple of the reference's. of: by default all differentiable arguments. mine: the
+    gradients to judge; by default, those of a call. how: options of `gradients`.
     """
 
     def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
         return gradients(one, function, dtype, case, of, **how)
 
     reference, own = subject.operation.reference, DTYPES[subject.dtype]
-    mine = computed(subject, subject.function, own)
+    mine = computed(subject, subject.function, own) if mine is None else mine
     if of is None and not how:
         truth, rounded = (reference_gradients(subject, dtype, case) for dtype in (torch.float64, own))
     else:
@@ -252,7 +259,36 @@ def judge_gradients(
             yield with_error_of_float64(computed(subject, reference, torch.float32), truth)
         yield from (computed(one, reference, dtype) for one, dtype in perturbed_subjects(subject, case))
 
-    return ill_formed(mine, rounded) or noise_floor(mine, truth, draws(), subject.dtype, factor)
+    if (odd := ill_formed(mine, rounded)) is not None:
+        return odd
+    verdict = noise_floor(mine, truth, draws(), subject.dtype, factor)
+    return _unless_sums_overflow(verdict, subject, case, lambda one: _gradients_of_absolutes(one, case))
+
+
+def _unless_sums_overflow(
+    verdict: Judgement, subject: OperationSubject, case: Case, run: Callable[[OperationSubject], dict[str, Tensor]]
+) -> Judgement:
+    """Return `verdict`, unless it reports infinities or NaN where a correct program may give these, too.
+
+    Then the judgement is undecided. A program may scale after a sum and the reference before it, or the other way round. So
+    for inputs of an unusual magnitude, an intermediate result may overflow only in one of them. It cannot if `run` gives
+    finite results for the absolute values of all arguments, with a scaling of at least 1.
+    """
+    if verdict.passed or not verdict.nonfinite or case.magnitude == "normal":
+        return verdict
+    absolute = map_floats(subject.arguments, torch.abs)
+    for name in absolute.keys() & {"scaling", "scalings"}:
+        absolute[name] = mapped(absolute[name], lambda one: max(1.0, abs(one)) if isinstance(one, float) else one)
+    if all(bool(t.isfinite().all()) for t in run(replace(subject, arguments=absolute)).values()):
+        return verdict
+    why = f"an intermediate result may overflow in {subject.dtype}"
+    return Judgement(False, None, None, "", why, verdict.policy, 0, decided=False)
+
+
+def _gradients_of_absolutes(subject: OperationSubject, case: Case) -> dict[str, Tensor]:
+    outputs, leaves = forward(subject, subject.operation.reference, DTYPES[subject.dtype])
+    incoming = {name: dy.abs() for name, dy in incoming_gradients(outputs, case).items()}
+    return {**outputs, **backward(outputs, leaves, case, incoming=incoming)}
 
 
 def needless_gradients(subject: OperationSubject, case: Case) -> list[str]:

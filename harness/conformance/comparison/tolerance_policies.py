@@ -88,7 +88,8 @@ def noise_floor(
     of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
 
     A missing or surplus tensor fails. A tensor is not judged if `factor` times the reference's error, plus the floor,
-    exceeds the share CEILING of the tensor's norm.
+    exceeds the share CEILING of the tensor's norm, or if its root mean square is no normal number of `dtype`: subnormal
+    numbers have fewer digits.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -135,6 +136,8 @@ def _within_noise(
         own = _largest(errors)
         # Decide this by the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # true also where the reference overflows
+        size = float(expected.double().norm()) / max(1, expected.numel()) ** 0.5
+        undecided |= 0 < size < torch.finfo(getattr(torch, dtype)).tiny
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue

@@ -104,7 +104,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
         yield replace(case_of(plan, chosen), sampled=True)
 
 
-def _large(plan: ParitySuite, there: Mapping[str, Factor]) -> Iterator[AnyCase]:
+def _large(plan: MethodSuite | OperationSuite, there: Mapping[str, Factor]) -> Iterator[AnyCase]:
     """Yield the cases with a very large tensor (see `large_tensors`). Other factors have their plainest levels."""
     plainest = {name: factor.levels[0] for name, factor in there.items()}
     for some in large_tensors(there):

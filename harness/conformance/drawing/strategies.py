@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from harness.conformance.drawing.factors import ELEMENTS, Factor
 
 LARGEST_SIDE = 4096
+LEAST_NUMBER = 2.0**-126
+"""Smallest positive number of float32 with all its digits."""
 
 
 def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
@@ -31,8 +33,13 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
     elif isinstance(factor.levels[0], int):
         drawn = st.one_of(_whole(int(factor.least), int(factor.most)), st.integers(int(factor.least), int(factor.most)))
     else:
-        drawn = st.floats(factor.least, factor.most, allow_nan=False).map(lambda v: float(f"{v:.3g}"))
+        drawn = st.floats(factor.least, factor.most, allow_nan=False).map(_rounded)
     return st.one_of(levels, drawn)
+
+
+def _rounded(number: float) -> float:
+    """Round to three digits. A number that float32 cannot hold, because it is too small, becomes 0."""
+    return float(f"{number:.3g}") if abs(number) >= LEAST_NUMBER else 0.0
 
 
 def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]:
