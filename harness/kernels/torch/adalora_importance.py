@@ -45,7 +45,7 @@ def adalora_importance_(
     _average(U, change, beta2)
 
 
-def _average(averages: Tensors, values: Tensors, beta: float) -> None:
+def _average(averages: list[Tensor], values: tuple[Tensor, ...] | list[Tensor], beta: float) -> None:
     """Replace each average by beta times itself plus (1 - beta) times its value.
 
     `lerp` with the weight 1 - beta would round a small beta, so that the average of a layer without gradients vanishes.

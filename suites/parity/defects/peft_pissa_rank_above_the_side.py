@@ -1,7 +1,7 @@
 """PiSSA of rank 7 on a weight of 5 rows has factors of rank 5, and the scaling alpha / 7. peft 0.21.2.
 
-A matrix of 5 rows has 5 singular values. peft cuts the SVD off at 7 of them, so it gets 5, says nothing, and keeps r = 7 in the
-config and in the scaling.
+A matrix of 5 rows has 5 singular values. peft cuts the SVD off at 7 of them, so it gets 5. It says nothing, and keeps r = 7
+in the config and in the scaling.
 """
 
 import torch
