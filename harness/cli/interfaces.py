@@ -21,7 +21,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.operation import Arguments, Operation
 from harness.conformance.parity_suite import MethodSuite, OperationSuite
 from harness.conformance.subject import DTYPES
-from harness.methods.registry import discover
+from harness.methods.registry import discover, optional_features
 from harness.methods.spec import Adapted, method_info
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import LINEAR, kind_of
@@ -35,6 +35,9 @@ def of_operation(name: str) -> Iterator[str]:
     yield from _wrapped_doc(operation.arguments, "what a case draws")
     yield f"an implementation is called with keywords, for example in {case.dtype} and the case {case}:"
     yield from (f"  {key}: {_form(value)}" for key, value in arguments.items())
+    drawn = [operation.arguments(DTYPES[case.dtype], torch.Generator(), **values) for values in plan.values]
+    if absent := dict.fromkeys(key for one in drawn for key, value in one.items() if value is None):
+        yield f"  in other cases None: {', '.join(absent)}"
     yield from _returned(operation, arguments)
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
@@ -57,6 +60,7 @@ def of_method(name: str) -> Iterator[str]:
     yield f"after `attach` with {parity_suite.in_words(config) or 'the defaults'}, a layer `first` with {sides} has:"
     adapted = subject.adapted
     constants = method_info(plan.method).spec.start_from_config
+    yield from _wrapped_doc(importlib.import_module(f"reference.{name}").attach, "  attach")
     named = [(key, value, "trained") for key, value in adapted.tensors().items()]
     for key, value in adapted.state().items():
         kept = "" if key.rpartition(".")[2] in constants else " and in the model's state_dict"
@@ -88,6 +92,8 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
 def _layers(plan: MethodSuite) -> Iterator[str]:
     """Yield the kinds of layers in the Cases, and rules for implementations about copy.deepcopy and about caches."""
     yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
+    if opt_in := [*optional_features(plan.method)]:
+        yield f"tried only if the implementation names them in `offers`: {', '.join(opt_in)}"
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
@@ -175,6 +181,8 @@ def _form(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {_shown(tuple(value.shape))}"
     if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor | list | tuple):
         return f"a list of {len(value)}: {'; '.join(map(_form, value))}"
+    if isinstance(value, dict):
+        return f"a dict of {len(value)}: {'; '.join(f'{key!r}: {_form(one)}' for key, one in value.items())}"
     return str(value)
 
 
