@@ -104,7 +104,12 @@ FAULTS = [
         "torch.zeros_like(blocks), blocks / absmax[:, None])",
         "torch.zeros_like(blocks), blocks / absmax.clamp(min=1e-8)[:, None])",
         file="dynamic_map", values={"shape": [600], "gradient": "small"}),
-    # Merging.
+    # Merging and saving.
+    line_fault("qlora", "puts_a_layer_back_in_its_old_mode", ["merge"],
+        "    module.train(model.get_submodule(path).training)\n", "", file="layers", values=_LORA),
+    line_fault("lora_int8", "leaves_the_absmax_out_of_the_state_dict", ["save"],
+        'self.register_buffer("absmax", absmax)', 'self.register_buffer("absmax", absmax, persistent=False)',
+        file="int8_weight", values=_LORA),
     line_fault("lora", "merges_into_the_table_of_an_embedding", ["merge"],
         "        dense: Any = self.dense_base()\n        with torch.no_grad():\n",
         "        dense: Any = self.dense_base()\n        with torch.no_grad():\n"

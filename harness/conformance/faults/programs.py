@@ -343,7 +343,9 @@ def leaves_a_hook_on_the_model(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: adapted.model.register_forward_pre_hook(lambda *_: None))
 
 
-@planted_in_methods("save", only=["lora", "dora", "vera", "adalora", "pissa", "loha", "lokr", "oft"])
+@planted_in_methods(
+    "save", only=["lora", "dora", "vera", "adalora", "pissa", "loha", "lokr", "oft", "qlora", "lora_int8"]
+)
 def lists_the_parameters_that_it_began_with(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         first = adapted.parameters()
