@@ -57,6 +57,9 @@ NOISE_FLOOR_EPS = {"float64": 64.0, "float32": 8.0, "float16": 0.5, "bfloat16": 
 # thousand normal numbers is about four times the root mean square, and its rounding error is larger by the same factor.
 LARGEST_EPS = 4.0
 
+# Further error of an element, in steps between subnormal numbers. A sum of a few products rounds to such a step each time.
+SUBNORMAL_STEPS = 4.0
+
 # Factor on the whole allowance of the largest element: the largest elements of two samples differ more than their norms do.
 LARGEST_FACTOR = 2.0
 

@@ -31,6 +31,7 @@ from harness.conformance.tolerance_constants import (
     PERTURBED_DRAWS,
     PROPORTIONAL,
     ROUNDED_ULPS,
+    SUBNORMAL_STEPS,
 )
 
 _COMPARABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -88,8 +89,8 @@ def noise_floor(
     of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
 
     A missing or surplus tensor fails. A tensor is not judged if `factor` times the reference's error, plus the floor,
-    exceeds the share CEILING of the tensor's norm, or if its root mean square is no normal number of `dtype`: subnormal
-    numbers have fewer digits.
+    exceeds the share CEILING of the tensor's norm. Subnormal numbers have fewer digits, so an error of a few times the
+    smallest one is allowed in addition.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -136,19 +137,21 @@ def _within_noise(
         own = _largest(errors)
         # Decide this by the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # true also where the reference overflows
-        size = float(expected.double().norm()) / max(1, expected.numel()) ** 0.5
-        undecided |= 0 < size < torch.finfo(getattr(torch, dtype)).tiny
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
         if undecided:
             lost.append(name)
             continue
-        have, wide = distances.of_subject(name), _factor(factor, expected)
+        have, wide, step = distances.of_subject(name), _factor(factor, expected), _subnormal(subject[name], expected)
         bias = wide * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
-            (have.norm, min(wide * own.norm + floor * eps, CEILING), ""),
-            (have.largest, LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
+            (have.norm, min(wide * own.norm + floor * eps + step, CEILING), ""),
+            (
+                have.largest,
+                LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps + step),
+                ", largest element",
+            ),
             (have.share, bias + (floor * eps if dtype in ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
@@ -157,6 +160,14 @@ def _within_noise(
         if lost and not judged
         else _with_worst_element(worst_of(judged, policy), subject, truth)
     )
+
+
+def _subnormal(tensor: Tensor, expected: Tensor) -> float:
+    """Return SUBNORMAL_STEPS times the smallest positive number of the dtype, relative to the root mean square."""
+    if not tensor.is_floating_point() or not expected.numel():
+        return 0.0
+    limits, size = torch.finfo(tensor.dtype), float(expected.double().norm()) / expected.numel() ** 0.5
+    return SUBNORMAL_STEPS * limits.smallest_normal * limits.eps / size if size else 0.0
 
 
 def carried_noise(
