@@ -36,8 +36,15 @@ def of_operation(name: str) -> Iterator[str]:
     yield f"an implementation is called with keywords, for example in {case.dtype} and the case {case}:"
     yield from (f"  {key}: {_form(value)}" for key, value in arguments.items())
     drawn = [operation.arguments(DTYPES[case.dtype], torch.Generator(), **values) for values in plan.values]
-    if absent := dict.fromkeys(key for one in drawn for key, value in one.items() if value is None):
-        yield f"  in other cases None: {', '.join(absent)}"
+    absent = [key for one in drawn for key, value in one.items() if value is None]
+    absent += [
+        f"an item of {k}"
+        for one in drawn
+        for k, v in one.items()
+        if isinstance(v, list) and any(item is None for item in v)
+    ]
+    if absent:
+        yield f"  may be None: {', '.join(dict.fromkeys(absent))}"
     yield from _returned(operation, arguments)
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
@@ -60,7 +67,9 @@ def of_method(name: str) -> Iterator[str]:
     yield f"after `attach` with {parity_suite.in_words(config) or 'the defaults'}, a layer `first` with {sides} has:"
     adapted = subject.adapted
     constants = method_info(plan.method).spec.start_from_config
-    yield from _wrapped_doc(importlib.import_module(f"reference.{name}").attach, "  attach")
+    doc = " ".join((inspect.getdoc(importlib.import_module(f"reference.{name}").attach) or "").split())
+    if "Raises ValueError" in doc:
+        yield f"  attach raises ValueError{doc.partition('Raises ValueError')[2]}"
     named = [(key, value, "trained") for key, value in adapted.tensors().items()]
     for key, value in adapted.state().items():
         kept = "" if key.rpartition(".")[2] in constants else " and in the model's state_dict"

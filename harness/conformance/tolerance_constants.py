@@ -57,8 +57,15 @@ NOISE_FLOOR_EPS = {"float64": 64.0, "float32": 8.0, "float16": 0.5, "bfloat16": 
 # thousand normal numbers is about four times the root mean square, and its rounding error is larger by the same factor.
 LARGEST_EPS = 4.0
 
-# Further error of an element, in steps between subnormal numbers. A sum of a few products rounds to such a step each time.
+# Further error of an element, in steps between subnormal numbers. Each of a few roundings may be wrong by one step.
 SUBNORMAL_STEPS = 4.0
+
+# Further factor on the error of a gradient in a case with 65,600 rows. The error of a sum one by one grows with the root of
+# the number of terms, and that of a sum in blocks hardly does; the reference may sum in either way.
+LONG_SUM_FACTOR = 8.0
+
+# Share of a tensor's elements, below which infinities are excused where a sum in another order may overflow.
+LARGEST_OVERFLOW = 0.5
 
 # Factor on the whole allowance of the largest element: the largest elements of two samples differ more than their norms do.
 LARGEST_FACTOR = 2.0
@@ -102,6 +109,8 @@ RANDOM_SHARE = 2.0**-6
 
 # Minus log2 of the probability that a correct mask treats all tokens alike that the check `dropout` observes.
 DROPOUT_SURE_BITS = 30.0
+# Least share of these bits in the tokens that are left if rounding hides the mask in some. The probability is then 1e-6.
+DROPOUT_SURE_SHARE = 2 / 3
 
 # A tensor is not judged if the reference in the subject's dtype may itself be off by more than this share of the value.
 CEILING = 0.5

@@ -24,7 +24,7 @@ from harness.conformance.comparison.layer_comparison import observe_with_referen
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject, initial_shapes, warm
-from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS, DROPOUT_SURE_SHARE
 from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
@@ -258,8 +258,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
 
     Also yield a message if two calls use different masks although torch has the same seed, with or without gradients.
     In the input, every token has one nonzero feature, and its position is the same in all tokens. compiles: whether to
-    try torch.compile, too. Yield none if p is so near 0 or 1 that `MANY` tokens may all be treated alike, or if rounding
-    hides in a token whether its feature was dropped.
+    try torch.compile, too. Tokens in which rounding hides whether the feature was dropped are left out. Yield none if p is
+    so near 0 or 1 that `MANY` tokens may all be treated alike, or if too few tokens are left.
     """
     bits = -math.log2(max(p, 1 - p))  # of one token; 0 if p is so small that 1 - p rounds to 1
     if bits * MANY < DROPOUT_SURE_BITS:
@@ -275,8 +275,9 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
             ys.append(torch.compile(layer, backend="eager")(only).clone())
             torch.compiler.reset()
     fits = _rows_as(subject, path, ys, only, (1 / (1 - p), 0.0))
-    retained, dropped = fits[::2], fits[1::2]
-    if any(bool((kept & lost).any()) for kept, lost in zip(retained, dropped, strict=True)):
+    sure = ~torch.stack([kept & lost for kept, lost in zip(fits[::2], fits[1::2], strict=True)]).any(0)
+    retained = [kept[sure] for kept in fits[::2]]
+    if int(sure.sum()) * bits < DROPOUT_SURE_SHARE * DROPOUT_SURE_BITS:
         return
     if bool(retained[0].all()) or not bool(retained[0].any()):
         yield f"a feature is retained or dropped in all of {tokens} tokens"
@@ -294,7 +295,7 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float, compiles: 
             with torch.no_grad():
                 without = observe(layer, {}, only, dy, training=True)["y"]
         again = _rows_as(subject, path, [seeded[0]["y"], without], only, (1 / (1 - p),))
-        if not torch.equal(*again):
+        if not torch.equal(*(kept[sure] for kept in again)):
             yield "with the same seed of torch, a call under no_grad drops other features"
         if not exact(*seeded).passed:
             yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"

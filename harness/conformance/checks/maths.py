@@ -57,8 +57,8 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         verdict = noise_floor(mine, truth, base, subject.dtype, factor)
         if not verdict.passed:
             start = {"logits": case.forward(whole_model.start(subject, subject.dtype))}
-            overflows = not bool(start["logits"].isfinite().all())
-            verdict = noise_floor(mine, truth, [start] if overflows else [base, start], subject.dtype, factor)
+            both_overflow = not any(bool(one["logits"].isfinite().all()) for one in (mine, start))
+            verdict = noise_floor(mine, truth, [start] if both_overflow else [base, start], subject.dtype, factor)
     return judged(subject, case, "identity", verdict)
 
 

@@ -48,8 +48,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     includes every lambda that is not zero, whatever AdaLoRA's mask says.
     Unmerging a layer that is not merged changes nothing. Merging makes no frozen parameter of the model trainable, and does
     not change the table of an embedding: an output layer that is tied to it must compute what it did. Merging and
-    unmerging leave every module of the model in training or eval mode, as it was. The merged model's state_dict holds its
-    weights.
+    unmerging leave every module of the model in training or eval mode, as it was; if a merged model is put into eval mode,
+    its layers are in eval mode after unmerging. The merged model's state_dict holds its weights.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this adapter cannot be merged")
@@ -158,8 +158,8 @@ def _lacking_weights(subject: Subject) -> list[str]:
 def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[str]) -> dict[str, Tensor]:
     """Merge in training mode while gradients are recorded, and return the outputs of the merged layers in eval mode.
 
-    Then unmerge. switched: set to which a message is added for each module whose mode merging changes, or that unmerging
-    brings back in training mode.
+    Then unmerge. switched: set to which a message is added for each module whose mode merging changes, and for each one that
+    is in training mode after the model was put into eval mode and unmerged.
     """
     was_training = subject.model.training
     subject.model.train()
@@ -169,8 +169,9 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[s
     switched |= _switched(modes)
     subject.model.eval()
     outputs = _merged_outputs(subject, xs)
+    stubborn = {module for module in subject.model.modules() if module.training}  # whose `train()` does nothing
     subject.adapted.unmerge()
-    switched |= _switched(dict.fromkeys(subject.model.modules(), False))
+    switched |= _switched(dict.fromkeys({*subject.model.modules()} - stubborn, False))
     subject.model.train(was_training)
     return outputs
 

@@ -166,9 +166,9 @@ def _of_a_narrow_weight(subject: Subject, case: Case) -> Iterator[str]:
     model = nn.ModuleDict({"narrow": _linear(W, subject.own[0])})
     try:
         case.attach_again(model=model, targets=("narrow",), rank=rank)
-    except (Unsupported, ValueError, RuntimeError, AssertionError):
+    except (Unsupported, ValueError, TypeError, LookupError, RuntimeError, AssertionError):
         return
-    yield f"rank {rank} is accepted for a weight with {rank - 1} singular values"
+    yield f"rank {rank} is accepted for a weight with {rank - 1} singular values; attach must raise ValueError"
 
 
 def _linear(W: Tensor, like: Tensor) -> nn.Linear:

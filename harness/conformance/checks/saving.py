@@ -69,14 +69,17 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model has packed weights, i.e. integers of 8 bits.
+    `subject`. Nothing is judged if the model was too large to be copied. Libraries load packed weights, i.e. integers of 8
+    bits, in ways of their own. With such weights, the names in the state_dict and the listed Parameters are judged.
     """
     saved = subject.model.state_dict()
-    if subject.original.model is None or any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
-        # Libraries load packed weights in ways of their own, and store a single number among the settings.
-        values = [t.detach().flatten() for t in saved.values() if isinstance(t, Tensor)]
+    if subject.original.model is None:
+        return
+    if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
+        values = [t for t in saved.values() if isinstance(t, Tensor)]
         for name, t in subject.state().items():
-            if t.dim() and not any(torch.equal(t.detach().flatten(), value) for value in values):
+            # A library may save a 0-d tensor as a number among its settings.
+            if t.dim() and not any(_is_same(t, value) for value in values):
                 yield Judgement(False, None, None, name, "not in the model's state_dict", "exact", 0)
         yield from _after_assigning(fresh, saved)
         return
@@ -113,14 +116,23 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     tensors = subject.adapted.tensors()
     if not owns(subject.model, tensors):
         return
-    own = {id(t) for t in tensors.values()}
-    trained = {n: saved[n] for n, p in subject.model.named_parameters(remove_duplicate=False) if id(p) in own}
+    own = {id(t) for t in [*tensors.values(), *subject.adapted.parameters()]}
+    named = subject.model.named_parameters(remove_duplicate=False)
+    trained = {name: saved[name] for name, p in named if id(p) in own and name in saved}
     subject.model.load_state_dict(trained, strict=False, assign=True)
     held = {id(p) for p in subject.model.parameters()}
     stale = {id(t) for t in [*subject.adapted.tensors().values(), *subject.adapted.parameters()]} - held
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors share memory, or have equal values in one order."""
+    if one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+        return True
+    alike = one.device == other.device and one.numel() == other.numel()
+    return alike and torch.equal(one.detach().flatten(), other.detach().flatten())
 
 
 def _trainable(subject: Subject) -> set[str]:

@@ -49,6 +49,11 @@ class _Scaled:
         units = want / unit
         return cls(want, unit, units, float(torch.linalg.vector_norm(units)) or 1.0)
 
+    @property
+    def size(self) -> float:
+        """Root mean square of `truth`, or 0 if it has no elements."""
+        return self.unit * (self.scale / self.truth.numel() ** 0.5) if self.truth.numel() else 0.0
+
     def distance_of(self, value: Tensor) -> Distance:
         if not self.truth.numel():
             return Distance(0.0, 0.0, 0.0)
@@ -72,9 +77,16 @@ class Distances:
 
     def of(self, name: str, value: Tensor) -> Distance:
         """Return the distance of `value` from the reference's tensor `name`."""
+        return self._of_truth(name).distance_of(value)
+
+    def size(self, name: str) -> float:
+        """Return the root mean square of the reference's tensor `name`."""
+        return self._of_truth(name).size
+
+    def _of_truth(self, name: str) -> _Scaled:
         if name not in self._scaled:
             self._scaled[name] = _Scaled.of(self.truth[name])
-        return self._scaled[name].distance_of(value)
+        return self._scaled[name]
 
     def of_subject(self, name: str) -> Distance:
         """Return the distance of the subject's tensor `name` from the reference's. Later calls return the same object."""

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import TypeVar
 
 _SWITCH_S = 1e-6
 """Seconds after which Python may switch to another thread. With the usual 5 ms, small layers would run one after another."""
+_ONE_AT_A_TIME = Lock()  # the interval is one for the whole process
 _Given = TypeVar("_Given")
 _Found = TypeVar("_Found")
 
@@ -23,15 +24,17 @@ def at_once(call: Callable[[_Given], _Found], given: Sequence[_Given]) -> list[_
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [call(one) for one in given]
-    gate, interval = Barrier(len(given)), sys.getswitchinterval()
+    gate = Barrier(len(given))
 
     def begin(one: _Given) -> _Found:
         gate.wait()
         return call(one)
 
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        with ThreadPoolExecutor(len(given)) as threads:
-            return list(threads.map(begin, given))
-    finally:
-        sys.setswitchinterval(interval)
+    with _ONE_AT_A_TIME:
+        interval = sys.getswitchinterval()
+        try:
+            sys.setswitchinterval(_SWITCH_S)
+            with ThreadPoolExecutor(len(given)) as threads:
+                return list(threads.map(begin, given))
+        finally:
+            sys.setswitchinterval(interval)

@@ -143,7 +143,8 @@ def _within_noise(
         if undecided:
             lost.append(name)
             continue
-        have, wide, step = distances.of_subject(name), _factor(factor, expected), _subnormal(subject[name], expected)
+        have, wide = distances.of_subject(name), _factor(factor, expected)
+        step = _subnormal(subject[name], distances.size(name))
         bias = wide * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
             (have.norm, min(wide * own.norm + floor * eps + step, CEILING), ""),
@@ -162,12 +163,12 @@ def _within_noise(
     )
 
 
-def _subnormal(tensor: Tensor, expected: Tensor) -> float:
-    """Return SUBNORMAL_STEPS times the smallest positive number of the dtype, relative to the root mean square."""
-    if not tensor.is_floating_point() or not expected.numel():
+def _subnormal(tensor: Tensor, size: float) -> float:
+    """Return SUBNORMAL_STEPS times the smallest positive number of the tensor's dtype, as a share of `size`."""
+    if not tensor.is_floating_point() or not size:
         return 0.0
-    limits, size = torch.finfo(tensor.dtype), float(expected.double().norm()) / expected.numel() ** 0.5
-    return SUBNORMAL_STEPS * limits.smallest_normal * limits.eps / size if size else 0.0
+    limits = torch.finfo(tensor.dtype)
+    return SUBNORMAL_STEPS * limits.smallest_normal * limits.eps / size
 
 
 def carried_noise(
@@ -260,11 +261,12 @@ def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
     """Judge tensors by the share of elements that differ from the correctly rounded float64 truth.
 
     The error is this share. It reveals a second or a wrong rounding, which hardly changes the Frobenius norm. In 16 bits,
-    an element so near the middle of two numbers that arithmetic in float32 may miss it can be either of the two.
+    arithmetic in float32 may miss on which side of the middle between two numbers an element is. If it is that near the
+    middle, both numbers are right.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
-        near = 0.0 if value.dtype == torch.float32 else MIDDLE_ULPS * EPSILON["float32"]
+        near = MIDDLE_ULPS * EPSILON["float32"] if value.dtype in (torch.bfloat16, torch.float16) else 0.0
         ends = [(truth[name] * (1 + sign * near)).to(value.dtype) for sign in (-1, 1)]
         right = (value >= torch.minimum(*ends)) & (value <= torch.maximum(*ends))
         off = float((~right).double().mean()) if value.numel() else 0.0

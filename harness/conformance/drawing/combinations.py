@@ -5,7 +5,8 @@ The module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from harness.conformance.drawing.factors import Factor
@@ -16,34 +17,35 @@ _THIN = (4, 4)
 """Sides of the weight in a case with `BEYOND_16_BITS` rows. They are small, so that the case is small."""
 _VOCABULARY = (BEYOND_16_BITS, 8)
 BEYOND_20_BITS = (1030, 1100)
-"""Sides of a weight with more than 2^20 = 1,048,576 numbers, at which some programs start to compute in pieces. No power of
-two above 20 divides either side or the number of elements, so a last piece is incomplete."""
-_LONG_BLOCK = 256
-"""Block of a quantised weight with these sides. It does not divide a million, so a piece of a million ends in a block."""
+"""Sides of a weight with more than 2^20 = 1,048,576 numbers, at which some programs start to compute in pieces. The largest
+power of two that divides their product is 8, so the last piece is incomplete."""
+_LEAST_BLOCK, _LONG_BLOCK = 32, 256
+"""Blocks of quantised weights: the smallest, and one for a weight with these sides. The latter does not divide a million, so
+a piece of a million numbers ends inside a block."""
 _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
 
-def large_tensors(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
-    """Yield values of factors with a weight of more than 2^20 numbers, and for an Operation also values with more rows, or
-    more blocks of a quantised weight, than 16 bits can count. All other factors have their plainest values.
+def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield values of some factors that make a tensor very large. names: the names of all factors.
 
-    Stacked experts have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed
-    the tolerance.
+    A weight, a parameter of an optimizer or a quantised tensor has more than 2^20 numbers. A further case of an Operation
+    has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts have no such case: their
+    gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
     """
-    shape = factors.get("shape")
-    if "experts" in factors:
+    if "chosen" in names:
         return
-    if "sides" in factors:
+    if "sides" in names:
         yield {"sides": BEYOND_20_BITS}
-    elif shape is not None and shape.dimensions == (2,):
-        yield {"shape": BEYOND_20_BITS}
-        for name in factors.keys() & {"rows", "tokens"}:
-            yield {name: (BEYOND_16_BITS,) if factors[name].dimensions else BEYOND_16_BITS, "shape": _THIN}
-    elif shape is not None and "block" in factors:
+    elif "shape" in names and "block" in names and "rows" not in names:
         yield {"shape": BEYOND_20_BITS, "block": _LONG_BLOCK}
-        block = min(factors["block"].levels)
-        yield {"shape": (BEYOND_16_BITS, block), "block": block}
+        yield {"shape": (BEYOND_16_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
+    elif "shape" in names:
+        yield {"shape": BEYOND_20_BITS}
+        for name in {"rows", "tokens"} & {*names}:
+            yield {name: (BEYOND_16_BITS,) if name == "rows" else BEYOND_16_BITS, "shape": _THIN}
+    elif "numel" in names:
+        yield {"numel": math.prod(BEYOND_20_BITS)}
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:

@@ -59,8 +59,8 @@ _IN_EVERY_DTYPE = ("magnitude", "weights")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite, up to two variants of the typical example (see `_of_typical`), and a case
-    with a very large tensor (see `large_tensors`).
+    """Yield the examples of the parity suite, and variants of the typical example: up to two by `_of_typical`, and up to two
+    with very large tensors.
 
     If `wanted.is_wide`, also yield a sample that covers pairs of levels. A factor is a setting of a case, and its
     levels are the values to try. A factor is optional if an implementation may lack it, such as an option of the Method
@@ -82,7 +82,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     there = factors(plan, dtypes)
     if not there["dtype"].levels:
         return
-    yield from _large(plan, there)
+    yield from _large(plan, examples, there)
     if not wanted.is_wide:
         return
     levels = {name: factor.levels for name, factor in there.items()}
@@ -104,11 +104,22 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
         yield replace(case_of(plan, chosen), sampled=True)
 
 
-def _large(plan: MethodSuite | OperationSuite, there: Mapping[str, Factor]) -> Iterator[AnyCase]:
-    """Yield the cases with a very large tensor (see `large_tensors`). Other factors have their plainest levels."""
-    plainest = {name: factor.levels[0] for name, factor in there.items()}
-    for some in large_tensors(there):
-        case = case_of(plan, plainest | some)
+def _large(
+    plan: MethodSuite | OperationSuite, examples: Sequence[AnyCase], names: Collection[str]
+) -> Iterator[AnyCase]:
+    """Yield variants of the typical example with very large tensors (see `large_tensors`). names: those of all factors."""
+    typical = next((case for case in examples if case.typical), None)
+    for some in large_tensors(names):
+        if isinstance(typical, OperationCase):
+            changed = {name: [*one] if isinstance(one, tuple) else one for name, one in some.items()}
+            case: AnyCase = replace(typical, values={**typical.values, **changed}, typical=False)
+        elif isinstance(typical, MethodCase):
+            shape = CaseShape.model_validate(
+                {"tokens": _TOKENS.levels[0], **dict(zip(("in", "out"), some["sides"], strict=True))}
+            )
+            case = replace(typical, shape=shape, typical=False)
+        else:
+            return
         if is_accepted(plan, case):
             yield replace(case, sampled=True, is_large=True)
 

@@ -11,7 +11,7 @@ from harness.conformance.drawing.factors import ELEMENTS, Factor
 
 LARGEST_SIDE = 4096
 LEAST_NUMBER = 2.0**-126
-"""Smallest positive number of float32 with all its digits."""
+"""Smallest normal number of float32."""
 
 
 def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
@@ -38,7 +38,7 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
 
 
 def _rounded(number: float) -> float:
-    """Round to three digits. A number that float32 cannot hold, because it is too small, becomes 0."""
+    """Round to three digits. A number below the normal numbers of float32 becomes 0."""
     return float(f"{number:.3g}") if abs(number) >= LEAST_NUMBER else 0.0
 
 

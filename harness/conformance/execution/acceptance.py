@@ -48,14 +48,16 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
 
     For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
     the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's input and its
-    stacked experts must not be too large. Every other case can be tried.
+    stacked experts must not be too large. If DoRA's weight and update cancel, the input must have the magnitude `normal`,
+    because the gain m / norm is large. Every other case can be tried.
     """
     if isinstance(case, OperationCase) and "shape" in case.values:
         shape, rank, experts = case.values["shape"], case.values.get("rank", 1), case.values.get("experts", 0)
         rows = math.prod(case.values.get("rows", (case.values.get("tokens", 1), case.values.get("chosen", 1))))
         stack = experts * max(math.prod(shape), rank * sum(shape))
-        odd = case.magnitude != "normal" and case.values.get("kind") == "cancelled"  # overflows in the gain m / norm
-        return bool(stack <= _LARGEST_STACK and rows * sum(shape) <= _LARGEST_INPUT and not odd)
+        if case.magnitude != "normal" and case.values.get("kind") == "cancelled":
+            return False
+        return bool(stack <= _LARGEST_STACK and rows * sum(shape) <= _LARGEST_INPUT)
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):

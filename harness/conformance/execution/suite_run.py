@@ -44,6 +44,7 @@ from harness.conformance.subject import (
     configure,
     warm,
 )
+from harness.conformance.tolerance_constants import LONG_SUM_FACTOR, NOISE_FACTOR
 from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.methods.registry import Implementation
@@ -261,10 +262,10 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    walks = 0 if of.sampled else WALKS
-    return subject, Case(
-        "call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=plan.factors()
-    )
+    walks, factors = 0 if of.sampled else WALKS, dict(plan.factors())
+    if of.is_large:
+        factors["backward"] = LONG_SUM_FACTOR * factors.get("backward", NOISE_FACTOR)
+    return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=factors)
 
 
 def attach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from harness.conformance.comparison.functional_layer import dense_linear
 from harness.conformance.comparison.operation_call import map_floats
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.drawing.factors import Beta, Matrix, Rank
+from harness.conformance.drawing.factors import Factor, Matrix, Rank
 from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
 
+# A small beta shows how the average of a factor without gradients decays: by beta itself, not by 1 - (1 - beta).
+Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), (0.95, 0.99, 0.9999, 1e-5), least=0.0, most=0.999)]
 _AVERAGED = ("A", "E", "B")
 _AVERAGES = ("I_A", "U_A", "I_E", "U_E", "I_B", "U_B")
 _SEED = 70

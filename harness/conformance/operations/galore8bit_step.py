@@ -42,19 +42,19 @@ def reference(
     *,
     step: int,
     betas: tuple[float, float],
-    **given: Any,
+    **further: Any,
 ) -> tuple[Tensor, ...]:
     """Return W, M, M_absmax, V and V_absmax after step number `step`.
 
-    given: M, M_absmax, V and V_absmax before the step, and side, lr, scale, eps and weight_decay.
+    further: M, M_absmax, V and V_absmax before the step, and side, lr, scale, eps and weight_decay.
     """
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
-    codes = {name: given.pop(name).clone() for name in OPERATION.outputs[1:]}
+    codes = {name: further.pop(name).clone() for name in OPERATION.outputs[1:]}
     W = W.clone()
     rank = min(t.shape[1] for t in bases.values())
     state = {"step": step - 1, **codes, **bases}
     how: Arguments = {"rank": rank, "update_gap": galore_step.NEVER, "beta1": betas[0], "beta2": betas[1]}
-    galore.galore_step(W, G, state, given=galore.Projector(P, Q), **how, **given)
+    galore.galore_step(W, G, state, given=galore.Projector(P, Q), **how, **further)
     return W, *codes.values()
 
 

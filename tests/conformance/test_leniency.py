@@ -1,0 +1,113 @@
+"""Results that correct programs may give in extreme cases are excused, and wrong results in the same cases are not."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance import operations, parity_suite
+from harness.conformance.case_selection import FEW
+from harness.conformance.comparison.threads import at_once
+from harness.conformance.comparison.tolerance_policies import noise_floor, rounded_once
+from harness.conformance.drawing import sample
+from harness.conformance.drawing.factors import Factor
+from harness.conformance.drawing.strategies import of_factor
+from harness.conformance.execution import suite_run
+from harness.conformance.execution.acceptance import is_accepted
+from harness.methods.registry import Implementation
+from harness.records.record import Outcome
+
+
+def failures(target: str, change: Any, case: parity_suite.AnyCase) -> set[str]:
+    """Return the checks that fail if `change` is applied to each output of the Operation's reference."""
+    reference = operations.every()[target].reference
+
+    def program(**arguments: Any) -> Any:
+        found = reference(**arguments)
+        return tuple(map(change, found)) if isinstance(found, tuple) else change(found)
+
+    plan = parity_suite.load_operation(target)
+    mine = Implementation("mine", "operation", target, program, dtypes=("float16", "float32"))
+    return {one.check for one in suite_run.run_case(mine, plan, case) if one.result.outcome is Outcome.FAIL}
+
+
+@pytest.mark.parametrize("target", ["lora_linear", "lora_qkv", "lora_mlp"])
+def test_nan_everywhere_fails_for_large_inputs_too(target: str) -> None:
+    cases = sample.fixed(parity_suite.load_operation(target), FEW, ["float16"])
+    large = next(case for case in cases if isinstance(case, parity_suite.OperationCase) and case.magnitude == "large")
+    assert failures(target, lambda y: y * torch.nan, large) & {"outputs", "backward"}
+
+
+def test_an_overflow_of_a_scaled_product_is_excused_for_huge_inputs_and_infinities_for_usual_ones_are_not() -> None:
+    values = {"shape": [1, 3008], "rows": [16], "rank": 257, "scaling": -18.0}
+    case = parity_suite.OperationCase(values, "float16", magnitude="huge", drawn=True)
+
+    def program(
+        x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        h = scaling * (x @ A.T)  # overflows
+        return torch.nn.functional.linear(x, W, bias) + h @ B.T
+
+    plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["outputs"]})
+    mine = Implementation("mine", "operation", "lora_linear", program, dtypes=("float16",))
+    subject, _ = suite_run.call(mine, plan, case)
+    y = subject.call()["y"]
+    assert not y.isfinite().all()  # otherwise the test shows nothing
+    assert {one.result.outcome for one in suite_run.run_case(mine, plan, case)} == {Outcome.PASS}
+    usual = replace(case, magnitude="normal")
+    assert failures("lora_linear", lambda y: y.masked_fill(y == y.min(), torch.inf), usual) >= {"outputs"}
+
+
+def test_either_number_is_right_near_the_middle_of_two_16_bit_numbers_only() -> None:
+    middle = torch.tensor([5.109375 - 1e-7, 5.109375 + 1e-7] * 50, dtype=torch.float64)
+    up, down = (torch.full((100,), value, dtype=torch.bfloat16) for value in (5.125, 5.09375))
+    assert rounded_once({"p": up}, {"p": middle}).passed
+    assert rounded_once({"p": down}, {"p": middle}).passed
+    assert not rounded_once({"p": down}, {"p": middle + 1e-3}).passed
+
+
+def test_subnormal_numbers_may_be_off_by_a_few_steps_and_not_by_half() -> None:
+    truth = torch.full((64,), 1.2e-42, dtype=torch.float64)
+    exact = truth.float()
+    step = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    near, far = (exact.clone() for _ in range(2))
+    near[0] += 2 * step
+    far[0] *= 0.5
+    assert noise_floor({"y": near}, {"y": truth}, {"y": exact}, "float32").passed
+    assert not noise_floor({"y": far}, {"y": truth}, {"y": exact}, "float32").passed
+
+
+def test_threads_leave_the_switch_interval_as_it_was() -> None:
+    before = sys.getswitchinterval()
+    assert at_once(lambda number: (number, sys.getswitchinterval() < before), [1, 2]) == [(1, True), (2, True)]
+    with pytest.raises(ZeroDivisionError):
+        at_once(lambda number: 1 / number, [0, 1])
+    assert sys.getswitchinterval() == before
+
+
+def test_a_drawn_number_is_zero_or_a_normal_number_of_float32() -> None:
+    from hypothesis import given, settings
+
+    factor = Factor((0.5,), least=-1.0, most=1.0)
+    drawn: list[float] = []
+
+    @settings(max_examples=200, database=None, derandomize=True)
+    @given(of_factor(factor))
+    def draw(number: float) -> None:
+        drawn.append(number)
+
+    draw()
+    assert all(number == 0 or abs(number) >= 2.0**-126 for number in drawn)
+    assert len(set(drawn)) > 20
+
+
+def test_a_case_whose_input_would_take_minutes_is_not_drawn() -> None:
+    plan = parity_suite.load_operation("lora_linear")
+    small, large = ({"shape": [3, 4096], "rows": [rows], "rank": 3} for rows in (17, 2060))
+    assert is_accepted(plan, parity_suite.OperationCase(small, "float16"))
+    assert not is_accepted(plan, parity_suite.OperationCase(large, "float16"))
