@@ -70,7 +70,8 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
     `subject`. Nothing is judged if the model was too large to be copied. Libraries load packed weights, i.e. integers of 8
-    bits, in ways of their own. With such weights, the names in the state_dict and the listed Parameters are judged.
+    bits, in ways of their own. With such weights, two things are judged: the state_dict has the tensors of `state()`, and
+    the adapter lists new Parameters.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:

@@ -79,7 +79,7 @@ def _judge(
     verdict = noise_floor(mine, truth, draws(), subject.dtype, case.factor("outputs"))
     if verdict.passed or not verdict.nonfinite or case.magnitude == "normal":
         return verdict, ""
-    bounds = _reference(_absolute(subject), _absolute(subject).arguments)
+    bounds = _reference(subject, _absolute(subject).arguments)
     return noise_floor(
         _without_overflows(mine, truth, bounds), truth, draws(), subject.dtype, case.factor("outputs")
     ), ""
@@ -286,7 +286,7 @@ def _without_overflows(
 
     A program may scale after a sum and the reference before it, or the other way round. So an intermediate result may
     overflow only in one of them. bounds: results for the absolute values of all arguments, with a scaling of at least 1. An
-    element may overflow only where its bound does, and only in a smaller part of a tensor.
+    element is replaced only where its bound overflows, and only if such elements are less than half of the tensor.
     """
 
     def excused(name: str, value: Tensor) -> Tensor:

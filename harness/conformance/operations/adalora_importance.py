@@ -16,7 +16,7 @@ from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
 
-# A small beta shows how the average of a factor without gradients decays: by beta itself, not by 1 - (1 - beta).
+# A small beta shows a program that computes beta as 1 - (1 - beta), which rounds it.
 Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), (0.95, 0.99, 0.9999, 1e-5), least=0.0, most=0.999)]
 _AVERAGED = ("A", "E", "B")
 _AVERAGES = ("I_A", "U_A", "I_E", "U_E", "I_B", "U_B")
