@@ -176,8 +176,10 @@ class _CaseRole:
     """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
     unless the typical case has that kind and dtype. Without `--wide`, the check `calls` runs only in these cases and in
     the typical one."""
+    is_brief: bool = False
+    """True if the case tries fewer checks (`suite_run.run_case`)."""
     is_large: bool = False
-    """True if a tensor is very large. Such a case tries fewer checks (`suite_run.run_case`)."""
+    """True if a tensor is very large."""
 
 
 @dataclass(frozen=True)

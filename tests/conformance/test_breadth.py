@@ -18,7 +18,7 @@ from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.drawing import sample
-from harness.conformance.drawing.covering import covering, every_pair, values
+from harness.conformance.drawing.covering import covering, each_value, every_pair, values
 from harness.conformance.drawing.factors import of_config, of_signature
 from harness.conformance.drawing.search import search
 from harness.conformance.execution import suite_run
@@ -108,22 +108,43 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     assert drawn[-1].case == "rank=141 9x24x40"  # shrunk to the smallest
 
 
-@pytest.mark.nightly
-def test_an_operation_that_is_wrong_between_130_and_1400_tokens_fails_in_the_wide_sample() -> None:
+def test_every_wanted_value_that_is_valid_occurs_in_a_case() -> None:
+    plain, wanted = {"a": 1, "b": "x", "c": True}, {"a": [2, 3, 4], "b": ["y", "z"], "c": [False]}
+
+    def valid(case: dict[str, Any]) -> bool:
+        return case["a"] != 4 and not (case["a"] == 2 and case["b"] == "y")
+
+    cases = list(each_value(plain, wanted, valid))
+    assert all(map(valid, cases))
+    for name, values_of_factor in wanted.items():
+        assert {case[name] for case in cases} >= {*values_of_factor} - {4}
+    assert len(cases) < sum(map(len, wanted.values()))
+
+
+@pytest.mark.parametrize("target", ["lora", "galore", "multi_lora_linear", "riemannian_lora_step", "nf4_quantize"])
+def test_the_default_cases_have_every_value_of_every_setting(target: str) -> None:
+    plan = parity_suite.load_plan(target)
+    assert not isinstance(plan, parity_suite.LoaderSuite)
+    factors = sample.factors(plan, DTYPES)
+    plain = {name: factor.levels[0] for name, factor in factors.items()}
+    cases = list(sample.fixed(plan, FEW, DTYPES))
+    left_out = {"dtype", *(("dropout", "sides", "model", "magnitude", "weights") if "sides" in factors else ())}
+    for name, factor in ((name, factor) for name, factor in factors.items() if name not in left_out):
+        tried = [sample.value_of(plan, case, name) for case in cases] + [plain[name]]
+        for value in (*factor.levels, *factor.extremes):
+            if is_accepted(plan, sample.case_of(plan, plain | {name: value})):
+                assert value in tried, (name, value)
+
+
+def test_an_operation_that_is_wrong_for_some_lengths_fails_in_the_default_cases() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1) if y.shape[1] < 1400 else y
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
     plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
-
-    def failures(breadth: CaseSelection) -> list[CheckOutcome]:
-        cases = sample.fixed(plan, breadth, mine.dtypes)
-        tried = [one for case in cases for one in suite_run.run_case(mine, plan, case, wide=breadth.is_wide)]
-        return [one for one in tried if one.status.value == "fail"]
-
-    failed = failures(WIDE)
-    assert not failures(FEW)
+    tried = [one for case in sample.fixed(plan, FEW, mine.dtypes) for one in suite_run.run_case(mine, plan, case)]
+    failed = [one for one in tried if one.status.value == "fail"]
     assert {one.check for one in failed} >= {"outputs", "backward"}
     tokens = {word for one in failed for word in one.case.split() if word.startswith("tokens=")}
     assert tokens == {"tokens=515", "tokens=1030"}

@@ -195,4 +195,4 @@ def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parit
     broken = implements("lora", name="broken", dtypes=["float32"], offers=["nn.Conv1d", "Conv3d"])(attach)
     findings = [t.result for t in suite_run.run(broken) if t.result.check == "lora/attach/float32/init"]
     assert len(findings) == len(list(sample.fixed(small, FEW, ["float32"])))
-    assert all("ZeroDivisionError" in f.detail for f in findings)
+    assert all("ZeroDivisionError" in f.detail for f in findings if f.outcome is not Outcome.SKIPPED)

@@ -99,18 +99,25 @@ class Check(Generic[_Subject]):
     also_in_representative_cases: bool
     """True if a check with `only_wide` is also tried in the typical case and in each representative one
     (`_CaseRole.representative`)."""
+    in_brief_cases: bool
+    """True if the check is tried in a brief case (`_CaseRole.is_brief`) when the selection is not wide."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
         return self.function(subject, case)
 
-    def is_tried(self, *, wide: bool, sampled: bool, typical: bool, representative: bool = False) -> bool:
+    def is_tried(
+        self, *, wide: bool, sampled: bool, typical: bool, representative: bool = False, brief: bool = False
+    ) -> bool:
         """Return whether the check is tried in a case.
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
         selection adds to the suite's examples. typical: whether the case is the suite's typical case. representative:
-        whether it is a representative case (`_CaseRole.representative`).
+        whether it is a representative case (`_CaseRole.representative`). brief: whether it is a brief case
+        (`_CaseRole.is_brief`).
         """
+        if brief and not wide:
+            return self.in_brief_cases
         also = self.also_in_typical_case and typical
         also |= self.also_in_representative_cases and (typical or representative)
         selected = wide or not self.only_wide or also
@@ -126,6 +133,7 @@ def check(
     only_wide: bool = False,
     also_in_typical_case: bool = False,
     also_in_representative_cases: bool = False,
+    in_brief_cases: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
     """Return a decorator that turns the function `check_NAME` into the Check NAME.
 
@@ -137,7 +145,7 @@ def check(
         if not function.__name__.startswith(_PREFIX):
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
         name = function.__name__.removeprefix(_PREFIX)
-        also = also_in_typical_case, also_in_representative_cases
+        also = also_in_typical_case, also_in_representative_cases, in_brief_cases
         return Check(name, function, states, tuple(in_cell), reference, depends_on_sizes, only_wide, *also)
 
     return declare

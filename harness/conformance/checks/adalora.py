@@ -51,7 +51,7 @@ _LARGEST = 20_000
 """`check_budget`, which takes 24 steps, skips adapters with more elements."""
 
 
-@check()
+@check(in_brief_cases=True)
 def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
@@ -103,7 +103,7 @@ def check_unused(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "unused", _judge_averages(subject, case, "unused", *worlds))
 
 
-@check()
+@check(in_brief_cases=True)
 def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
@@ -191,7 +191,7 @@ def check_pruned(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "pruned", worst_of(found, found[0].policy))
 
 
-@check()
+@check(in_brief_cases=True)
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 

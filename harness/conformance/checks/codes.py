@@ -18,7 +18,7 @@ from harness.records.record import CheckResult
 from reference.shared.int8_weight import Int8Weight
 
 
-@check(in_cell=[CellStage.START])
+@check(in_cell=[CellStage.START], in_brief_cases=True)
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 

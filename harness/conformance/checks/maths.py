@@ -62,7 +62,7 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "identity", verdict)
 
 
-@check(in_cell=[CellStage.WARM])
+@check(in_cell=[CellStage.WARM], in_brief_cases=True)
 def check_forward(subject: Subject, case: Case) -> CheckResult:
     """For a random input, the output of every adapted layer equals the reference's output.
 
@@ -71,7 +71,7 @@ def check_forward(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "forward", case.once(_judge_layers, subject).outputs)
 
 
-@check(in_cell=[CellStage.WARM])
+@check(in_cell=[CellStage.WARM], in_brief_cases=True)
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
     """The gradients of every adapted layer equal the reference's.
 

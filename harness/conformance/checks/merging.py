@@ -38,7 +38,7 @@ _CHANGED = "unmerged twice, with another adapter"
 _AGAIN = "after merging again, in training mode"
 
 
-@check(States.WARM, in_cell=[CellStage.TRAINED])
+@check(States.WARM, in_cell=[CellStage.TRAINED], in_brief_cases=True)
 def check_merge(subject: Subject, case: Case) -> CheckResult:
     """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,11 @@ from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
 
+UNIT_ROWS = 64
+"""Largest number of rows of the identity matrix in the check `decoded`."""
 
-@check()
+
+@check(in_brief_cases=True)
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the reference's dtype, shape, device and values.
 
@@ -27,7 +32,7 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
-@check()
+@check(in_brief_cases=True)
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     """Every code that the Operation returns stands for the nearest level. Halfway between two levels, both are right."""
     if subject.operation.codes is None:
@@ -36,7 +41,7 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "output_codes", *found)
 
 
-@check()
+@check(in_brief_cases=True)
 def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     """A result that needs one rounding equals the correctly rounded float64 result in nearly every element.
 
@@ -56,7 +61,27 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "rounded_once", rounded_once(mine, truth))
 
 
-@check()
+@check(depends_on_sizes=False)
+def check_decoded(subject: OperationSubject, case: Case) -> CheckResult:
+    """A packed weight is decoded in float32, and rounded once to the dtype of x.
+
+    In 16 bits, the check multiplies the weight by rows of the identity matrix, without bias, mask and update. So every
+    output is one number of the decoded weight, and nearly all equal the correctly rounded float64 number.
+    """
+    given = cloned(subject.arguments)
+    if subject.dtype not in ("bfloat16", "float16") or 0 in given["shape"]:
+        return skipped(subject, case, "decoded", "the rule is for weights with elements, in 16 bits")
+    x = given["x"]
+    given |= {"x": torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[:UNIT_ROWS]}
+    given |= {name: None for name in ("bias", "mask") if name in given}
+    given |= {name: torch.zeros_like(given[name]) for name in ("A", "B") if name in given}
+    unit = replace(subject, arguments=given)
+    return judged(
+        subject, case, "decoded", rounded_once(unit.call(), operation_call.reference_outputs(unit, torch.float64))
+    )
+
+
+@check(in_brief_cases=True)
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """The gradients of the Operation's differentiable arguments equal the reference's, including the dtype.
 

@@ -384,8 +384,8 @@ def _judge_changed(
 
 
 def _change(tensor: Tensor) -> Tensor:
-    """Change a tensor in place: halve floating-point numbers, and shift codes or indices by one place."""
-    return tensor.mul_(HALF) if tensor.is_floating_point() else tensor.copy_(tensor.roll(1, 0))
+    """Halve a floating-point tensor in place, or shift codes by one place, without a change of `_version`."""
+    return tensor.data.mul_(HALF) if tensor.is_floating_point() else tensor.data.copy_(tensor.roll(1, 0))
 
 
 def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:

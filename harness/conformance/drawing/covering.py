@@ -33,6 +33,27 @@ def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> 
         yield from (dict.fromkeys(levels, 0) | {name: level} for level in range(1, len(levels[name])))
 
 
+def each_value(
+    plain: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]], valid: Callable[[dict[str, Any]], bool]
+) -> Iterator[dict[str, Any]]:
+    """Yield few cases, as values of all factors, in which every wanted value occurs. An invalid value is left out.
+
+    plain: factor -> its plainest value. Every case begins with these values. Then every factor gets its next wanted value
+    that leaves the case valid.
+    """
+    missing = {name: list(values) for name, values in wanted.items()}
+    while any(missing.values()):
+        chosen = dict(plain)
+        for name, values in missing.items():
+            fitting = next((value for value in values if valid(chosen | {name: value})), None)
+            if fitting is not None:
+                chosen[name] = fitting
+                values.remove(fitting)
+        if chosen == plain:
+            return
+        yield chosen
+
+
 def covering(
     levels: Mapping[str, Sequence[Any]],
     wanted: Iterable[Pair],

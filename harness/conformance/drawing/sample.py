@@ -14,7 +14,7 @@ from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
 from harness.conformance.drawing.combinations import combinations, large_tensors
-from harness.conformance.drawing.covering import covering, every_pair, one_at_a_time, values
+from harness.conformance.drawing.covering import covering, each_value, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
@@ -52,6 +52,10 @@ _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
 _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
+_LENGTHS = ("sides", "tokens", "shape", "rows", "numel")
+"""Names of the factors that set the sizes of inputs and weights."""
+_WIDEST_OUTPUT = 1030
+"""Largest number of output features of a Method's layer in a case of `_of_missing_values`."""
 _TRIES = 12
 """`_extremes` looks in this many rows of the sample for the other values of a case with an extreme value."""
 _IN_EVERY_DTYPE = ("magnitude", "weights")
@@ -62,9 +66,9 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     """Yield the examples of the parity suite, and variants of the typical example: up to two by `_of_typical`, and up to two
     with very large tensors.
 
-    If `wanted.is_wide`, also yield a sample that covers pairs of levels. A factor is a setting of a case, and its
-    levels are the values to try. A factor is optional if an implementation may lack it, such as an option of the Method
-    or another kind of layer. The sample has five parts:
+    A factor is a setting of a case, and its levels are the values to try. Without `wanted.is_wide`, also yield the cases of
+    `_of_missing_values`. With it, yield a sample that covers pairs of levels. A factor is optional if an implementation
+    may lack it, such as an option of the Method or another kind of layer. The sample has five parts:
 
     - Every pair of levels of two factors that are not optional. Optional factors have their plainest level.
     - Every pair of levels of two settings, optional or not. The kind of layer and the dtype count as settings, a size does
@@ -83,14 +87,15 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     if not there["dtype"].levels:
         return
     yield from _large(plan, examples, there)
-    if not wanted.is_wide:
-        return
-    levels = {name: factor.levels for name, factor in there.items()}
-    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in there.items()}
 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
 
+    if not wanted.is_wide:
+        yield from _of_missing_values(plan, there, examples, valid)
+        return
+    levels = {name: factor.levels for name, factor in there.items()}
+    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in there.items()}
     first = covering(plain, every_pair(plain), valid)
     further = every_pair({name: levels[name] for name in levels if wanted.full or name not in _SIZES})
     optional = [name for name, factor in there.items() if factor.optional]
@@ -121,7 +126,58 @@ def _large(
         else:
             return
         if is_accepted(plan, case):
-            yield replace(case, sampled=True, is_large=True)
+            yield replace(case, sampled=True, is_brief=True, is_large=True)
+
+
+def _of_missing_values(
+    plan: MethodSuite | OperationSuite,
+    there: Mapping[str, Factor],
+    examples: Sequence[AnyCase],
+    valid: Callable[[dict[str, Any]], bool],
+) -> Iterator[AnyCase]:
+    """Yield cases with the values that no example has, each once. For an Operation, also yield `combinations`.
+
+    A case has such a value for several sizes, or for several other numbers, at once. A word, a zero and the value of an
+    optional factor each have a case of their own: a word or a zero may hide the other values, and an implementation may lack
+    an option. Some values of a Method are left out: other magnitudes, forms of the model and shares of dropout, because many
+    checks would have to try them, and very wide outputs, because the ParityModel has a square weight of this side.
+    """
+    plain = {name: factor.levels[0] for name, factor in there.items()}
+    sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
+    left_out = ("dtype", *(("model", "magnitude", "weights", "dropout") if isinstance(plan, MethodSuite) else ()))
+    for name in [name for name in there if name not in left_out]:
+        factor, tried = there[name], {plain[name], *(value_of(plan, case, name) for case in examples)}
+        for value in [one for one in (*factor.levels, *factor.extremes) if one not in tried]:
+            if name == "sides" and value[1] > _WIDEST_OUTPUT:
+                continue
+            if factor.optional or isinstance(value, str) or not _is_positive(value):
+                alone.append(plain | {name: value})
+            else:
+                (sizes if name in _LENGTHS else numbers).setdefault(name, []).append(value)
+    together = [chosen for some in (sizes, numbers) for chosen in each_value(plain, some, valid)]
+    others = combinations(there) if isinstance(plan, OperationSuite) else ()
+    for chosen in [*together, *filter(valid, [*alone, *(plain | some for some in others)])]:
+        yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
+
+
+def _is_positive(value: Any) -> bool:
+    """Return whether a number, or every item of a list of numbers, is above 0. A switch counts as positive."""
+    return isinstance(value, bool) or (all(one > 0 for one in value) if isinstance(value, tuple) else value > 0)
+
+
+def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> Any:
+    """Return the value of a factor in a case, or None if the case does not state it."""
+    if isinstance(case, OperationCase):
+        found = case.magnitude if name == "magnitude" else case.values.get(name)
+        return tuple(found) if isinstance(found, list) else found
+    if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
+        return None
+    if name == "sides":
+        return case.shape.inputs, case.shape.outputs
+    if name == "tokens":
+        return case.shape.tokens
+    fields = _fields(plan.method)
+    return case.config.get(name, fields[name].default) if name in fields else getattr(case, name)
 
 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:

@@ -39,22 +39,24 @@ _LARGEST_INPUT = 600_000
 """Largest number of elements that the input and the output of a layer, or the rows of all chosen experts, have
 together."""
 _LARGEST_STACK = 1_000_000
-"""Largest number of elements in the stacked weights of an Operation's experts. With 300 experts as large as other weights,
-a check would take minutes."""
+"""Largest number of elements in the stacked weights of an Operation's experts, or in its distinct adapters. With 300 experts
+as large as other weights, a check would take minutes."""
 
 
 def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     """Return whether a case can be tried with the reference.
 
     For a Method or a quantised base, the parity model must exist for the case (see `is_built`) and be small enough, and
-    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's input and its
-    stacked experts must not be too large. If DoRA's weight and update cancel, the input must have the magnitude `normal`,
-    because the gain m / norm is large. Every other case can be tried.
+    the reference must accept the settings. In bfloat16, weights must have the size `normal`. An Operation's input, stacked
+    experts and distinct adapters must not be too large. If DoRA's weight and update cancel, the input must have the
+    magnitude `normal`, because the gain m / norm is large. Every other case can be tried.
     """
     if isinstance(case, OperationCase) and "shape" in case.values:
-        shape, rank, experts = case.values["shape"], case.values.get("rank", 1), case.values.get("experts", 0)
+        shape, experts = case.values["shape"], case.values.get("experts", 0)
+        rank = max(case.values.get("ranks", [case.values.get("rank", 1)]), default=1)
         rows = math.prod(case.values.get("rows", (case.values.get("tokens", 1), case.values.get("chosen", 1))))
-        stack = experts * max(math.prod(shape), rank * sum(shape))
+        adapters = max(experts, case.values.get("distinct", 0))
+        stack = max(experts * math.prod(shape), adapters * rank * sum(shape))
         if case.magnitude != "normal" and case.values.get("kind") == "cancelled":
             return False
         return bool(stack <= _LARGEST_STACK and rows * sum(shape) <= _LARGEST_INPUT)

@@ -127,18 +127,14 @@ def run_case(
     """Run every check that applies to one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
-    `check --wide` tries, and lets checks repeat calls more often, except in a case with very large tensors (`is_large`).
-    If False, such a case of a Method tries only the checks that the parity gate of a Cell runs on random or trained tensors.
+    `check --wide` tries, and lets checks repeat calls more often, except in a brief case (`is_brief`).
     seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
-    if of.is_large and isinstance(of, MethodCase) and not wide:  # the cheapest checks that notice most
-        stages = {checks.CellStage.WARM, checks.CellStage.TRAINED}
-        every = {name: one for name, one in every.items() if stages & {*one.in_cell}}
-    wide = wide and not of.is_large
-    role = {"sampled": of.sampled, "typical": of.typical, "representative": of.representative}
+    role = {"sampled": of.sampled, "typical": of.typical, "representative": of.representative, "brief": of.is_brief}
     tried = [name for name, one in every.items() if one.is_tried(wide=wide, **role)]
+    wide = wide and not of.is_brief
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):

@@ -41,6 +41,9 @@ _SHARED = (
     "torch._dynamo.backends.common",
     "torch._inductor.pattern_matcher",
     "transformers.pytorch_utils",
+    "transformers.models.mixtral",  # this and the next two: the classes of stacked experts import them
+    "transformers.activations",
+    "transformers.loss.loss_utils",
     "harness.conformance.execution.suite_run",
     "harness.conformance.execution.worker",
 )

@@ -56,6 +56,13 @@ FAULTS = [
         "_FORM.dequantize(packed, absmax[: shape[0]].repeat_interleave(shape[1]), 1, shape, x.dtype)"),
     _packed("ignores_the_block_size", ["outputs"], "_FORM.dequantize(packed, absmax, block, shape, x.dtype)",
         "_FORM.dequantize(packed, absmax.repeat(2), 64, shape, x.dtype)", values={**_PACKED, "block": 128}),
+    _packed("rounds_the_constants_to_16_bits", ["decoded"], "_FORM.dequantize(packed, absmax, block, shape, x.dtype)",
+        "_FORM.dequantize(packed, absmax.to(x.dtype).float(), block, shape, x.dtype)", dtype="bfloat16"),
+    line_fault("nf4_linear", "multiplies_levels_and_constants_in_16_bits", ["decoded"],
+        "_FORM.dequantize(packed, absmax, block, shape, x.dtype)",
+        "_FORM.dequantize(packed, torch.ones_like(absmax), block, shape, x.dtype).view(-1)\n"
+        "        .mul(absmax.repeat_interleave(block)[: shape[0] * shape[1]].to(x.dtype)).view(shape)",
+        values={"shape": [48, 65], "rows": [9]}, dtype="bfloat16"),
     _packed("forgets_the_bias", ["outputs"],
         "shape, x.dtype), bias)", "shape, x.dtype), None)", values={**_PACKED, "bias": True}),
     # Follow the paper's eq. 6, but not section 4.3 and the authors' code.

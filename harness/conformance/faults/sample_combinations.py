@@ -75,6 +75,25 @@ FAULTS = [
         "if chosen.dtype == torch.int32:\n"
         "        chosen = chosen.flatten().repeat(2)[::2].view_as(chosen)\n    for k in chosen.unique().tolist():",
         file="lora_experts", values={"shape": [18, 10], "experts": 3, "rank": 2, "index": "int32"}),
+    line_fault("lora_experts", "adds_up_four_experts_per_token", ["outputs", "backward"],
+        "token, n = torch.where(chosen == k)", "token, n = torch.where(chosen[:, :4] == k)",
+        file="lora_experts", values={"shape": [24, 40], "experts": 8, "rank": 3, "tokens": 7, "chosen": 6}),
+    line_fault("lamb8bit_step", "bounds_its_trust_ratio_by_10", ["outputs"],
+        "ratio = wide.norm() / update.norm()", "ratio = (wide.norm() / update.norm()).clamp(max=10)",
+        file="lamb8bit", values={"shape": [64, 80], "parameter": "large"}),
+    line_fault("riemannian_lora_step", "stops_at_a_layer_without_gradients", ["outputs"],
+        "        for one in riemannian_step(\n            optimizer, A, B, (gA, gB),",
+        "        ran = gAs[0] is not None\n        for one in riemannian_step(\n"
+        "            optimizer, A, B, (gA, gB) if ran else (None, None),",
+        values={"shape": [24, 40], "ranks": [3, 4], "unused": "first"}),
+    line_fault("loraplus_groups", "takes_what_follows_an_A_for_its_B", ["outputs"],
+        "    for name, tensor in tensors.items():\n",
+        "    names = list(tensors)\n"
+        "    after = [b for a, b in zip(names, names[1:]) if a.endswith('lora_A')]\n"
+        "    for name, tensor in tensors.items():\n        rates['follows'] = name in after\n",
+        "name: str, dimensions: int, *,", "name: str, dimensions: int, *, follows: bool,",
+        'dimensions > 1 and tensor != "lora_B"', "dimensions > 1 and not follows",
+        file="loraplus", values={"layers": 2, "width": 8, "rank": 3, "order": "reversed"}),
     line_fault("lora_qkv", "takes_the_next_bias_for_a_missing_one", ["outputs"],
         "bias, m = None if biases is None else biases[at],",
         "there = [b for b in biases or () if b is not None]\n"

@@ -19,6 +19,9 @@ from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 Gradient = Literal["dense", "sparse", "small"]
+Parameter = Literal["normal", "large"]
+LARGE = 64.0
+"""Factor of a large parameter. LAMB's trust ratio is then far above 10, a bound that some programs give it."""
 SMALL = 1e-5
 """Factor of small gradients and of their first moments. The second moments are SMALL^2 times as large, 1e-10."""
 GradientDtype = Annotated[str, Factor(("as the parameter", "float32"), optional=True)]
@@ -39,16 +42,19 @@ def arguments(
     gradient: Gradient = "dense",
     lr: LearningRate = 0.1,
     gradient_dtype: GradientDtype = "as the parameter",
+    parameter: Parameter = "normal",
 ) -> Arguments:
     """Draw a parameter, its gradient and its moments. For step 1, the moments are zero.
 
     gradient_dtype: float32 is that of gradients which a program accumulates in float32 beside parameters in 16 bits.
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. By default, lr is so large that
+    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. parameter: `large` makes the
+    parameter 64 times as large. By default, lr is so large that
     the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
+    p = LARGE * p if parameter == "large" else p
     if gradient == "small":
         g, m, v = SMALL * g, SMALL * m, SMALL * v
     if gradient == "sparse":

@@ -14,7 +14,7 @@ from reference.lora_experts import gated_experts, stacked_update
 Experts = Annotated[int, Factor((1, 2, 3, 5, 8), (BEYOND_8_BITS,), least=1, most=16)]
 Rank = Annotated[int, Factor((1, 2, 3, 5, 8, 16, 17), least=1, most=LARGEST_SIZE)]
 Rows = Annotated[int, Factor((1, 2, 7, 33), (130, 515), least=1, most=64)]
-Few = Annotated[int, Factor((1, 2, 3), least=1, most=16)]
+Few = Annotated[int, Factor((1, 2, 3), (6,), least=1, most=16)]
 Padding = Annotated[int, Factor((0, 3), least=0, most=16)]
 
 

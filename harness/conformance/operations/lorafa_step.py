@@ -23,7 +23,7 @@ Correction = Annotated[str, Factor(("least-squares", "none"), optional=True)]
 Form = Annotated[str, Factor(("transformers", "torch"), optional=True)]
 Other = Annotated[str, Factor(("bias", "lora-bias", "magnitude"), optional=True)]
 Kind = Annotated[str, Factor(("dense", "zero"))]
-Unused = Annotated[str, Factor(("neither", "second"), optional=True)]
+Unused = Annotated[str, Factor(("neither", "second", "first"), optional=True)]
 Experts = Annotated[int, Factor((1, 3, 8), optional=True)]
 Start = Annotated[str, Factor(("trained", "zero"))]
 Rows = Annotated[str, Factor(("independent", "dependent"))]
@@ -57,8 +57,8 @@ def arguments(
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
     each layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
     A: `dependent` makes the last row of each A with several rows a copy of its first row, so that A A^T has no inverse.
-    B: `zero` makes B zero, as at the start of LoRA. gradient: `zero` makes all gradients zero. unused: `second` gives
-    the B of the second layer no gradient, as if the layer had not run. other: the other trainable tensor of the model:
+    B: `zero` makes B zero, as at the start of LoRA. gradient: `zero` makes all gradients zero. unused: the layer
+    whose B gets no gradient, as if the layer had not run. other: the other trainable tensor of the model:
     the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
     of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
     reference/lora_experts.py. correction: how the gradient of B is corrected (LoRA-FA's version 2), or `none` (version
@@ -77,8 +77,8 @@ def arguments(
         start = draw(generator, dtype, *g.shape, spread=0.5) * (B == "trained")
         for name, tensor in zip(given, (packed_A.to(dtype), start, g.to(dtype), m, v), strict=True):
             given[name].append(tensor)
-    if unused == "second":
-        given["gs"][1] = None
+    if unused != "neither":
+        given["gs"][("first", "second").index(unused)] = None
     E = shape[0]
     other_m, other_v = moments(generator, dtype, (E,), step)
     return {

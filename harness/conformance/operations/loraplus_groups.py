@@ -21,6 +21,7 @@ Embedding = Annotated[str, Factor(("none", "adapted"))]
 Vector = Annotated[str, Factor(("none", "lora-bias", "magnitude"), optional=True)]
 Norm = Annotated[str, Factor(("none", "layer-norm", "rms-norm"), optional=True)]
 Head = Annotated[str, Factor(("none", "trained"))]
+Order = Annotated[str, Factor(("as created", "reversed"))]
 _VECTORS = {"lora-bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 
 
@@ -35,6 +36,7 @@ def arguments(
     vector: Vector = "none",
     norm: Norm = "none",
     head: Head = "none",
+    order: Order = "as created",
     lr: LearningRate = 0.1,
     ratio: Ratio = 16.0,
     lr_embedding: EmbeddingRate = 1e-6,
@@ -47,7 +49,8 @@ def arguments(
     weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has besides
     A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to add, which
     is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`).
-    ratio: learning rate of B divided by lr. lr_embedding: learning rate of the embedding's A and B.
+    order: order of all dicts; `reversed` begins with the last layer, and each B comes before its A. ratio: learning rate
+    of B divided by lr. lr_embedding: learning rate of the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):
@@ -72,6 +75,7 @@ def arguments(
         shapes["layer_norm.bias"] = (width,)
     if head == "trained":
         shapes |= {"head.weight": (4, width), "head.bias": (4,)}
+    shapes = dict(reversed(shapes.items())) if order == "reversed" else shapes
     tensors = {name: draw(generator, dtype, *shape) for name, shape in shapes.items()}
     frozen = [name for name in shapes if name.endswith(".weight") and name.startswith(("linear", "embed"))]
     return {

@@ -57,7 +57,7 @@ def arguments(
     the diagonals of B^T B and A A^T before they are inverted. B: `zero` makes B zero, as at the start of LoRA; with
     `one-direction`, all columns of B are equal, so that B^T B is singular; after a short training they are nearly
     equal, as with `nearly-one-direction`. gradient: `zero` makes all gradients zero.
-    unused: `second` gives the second layer no gradients, as if it had not run. other: the other trainable tensor of the
+    unused: the layer that gets no gradients, as if it had not run. other: the other trainable tensor of the
     model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
     number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
     reference/lora_experts.py. By default, lr is so large that the step is as large as the weights.
@@ -78,8 +78,9 @@ def arguments(
             drawn += moments(generator, dtype, tensor.shape, step)
         for name, tensor in zip(_TENSORS, drawn, strict=True):
             given[name].append(tensor.to(dtype))
-    if unused == "second":
-        given["gAs"][1] = given["gBs"][1] = None
+    if unused != "neither":
+        layer = ("first", "second").index(unused)
+        given["gAs"][layer] = given["gBs"][layer] = None
     E = shape[0]
     other_m, other_v = moments(generator, dtype, (E,), step)
     return {

@@ -6,7 +6,7 @@ Each thread has one buffer per dtype. A decoded weight overwrites the previous o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -81,7 +81,14 @@ class PackedWeight:
         return cpp.multiply(x, self.packed.detach(), constants, self.block, (E, D), bias)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in its shape, decoded to this dtype, in fresh memory."""
+        """Return the weight in its shape, decoded to this dtype, in fresh memory.
+
+        torch.compile does not trace into the decoding: its graph has one node for it.
+        """
+        if torch.compiler.is_compiling():
+            constants = self.absmax, self.absmax2, self.offset
+            decoded: Tensor = _decode(self.packed, *constants, self.block, self.block2, self.shape, dtype)
+            return decoded
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
@@ -98,6 +105,34 @@ class PackedWeight:
                 return nf4.dequantize(self.packed, self.absmax, self.block, self.shape, dtype, out)
             constants = self.absmax, self.absmax2, self.offset
             return nf4.dequantize_double(self.packed, *constants, self.block, self.block2, self.shape, dtype, out)
+
+
+@torch.library.custom_op("peft_harness::decode_nf4", mutates_args=())
+def _decode(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    block2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return PackedWeight(packed, absmax, block, tuple(shape), absmax2, offset, block2).decoded(dtype)
+
+
+@_decode.register_fake
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    block2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
 
 
 @dataclass(frozen=True)
