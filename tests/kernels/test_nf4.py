@@ -246,6 +246,30 @@ def test_second_derivatives_are_correct() -> None:
         assert torch.autograd.gradgradcheck(adapted, (x, A, B, bias))
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_a_compiled_call_is_one_graph_and_computes_the_same(double: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = made(40, 96, 0, double=double)
+    x, A, B = (torch.randn(*shape, generator=generator) for shape in ((5, 96), (4, 96), (40, 4)))
+
+    def call(x: Tensor) -> Tensor:
+        bias, *factors = (t.to(x.dtype) for t in (layer.bias, A, B))
+        return packed_lora_linear(x, layer.packed_weight, bias, *factors, 2.0, None)
+
+    torch.compiler.reset()
+    plain, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = call(plain)
+    # A second graph would raise an exception.
+    z = torch.compile(call, backend="aot_eager", fullgraph=True)(compiled)
+    for one in (y, z):
+        one.sum().backward()
+    assert plain.grad is not None
+    assert compiled.grad is not None
+    exactly = call(x.double())
+    assert noise_floor({"y": z}, {"y": exactly}, {"y": y}, "float32").passed
+    assert noise_floor({"dx": compiled.grad}, {"dx": plain.grad.double()}, {"dx": plain.grad}, "float32").passed
+
+
 def test_under_autocast_products_are_in_its_dtype() -> None:
     layer = made(48, 64, 0)
     x, A, B = torch.randn(3, 64), torch.randn(4, 64), torch.randn(48, 4)
