@@ -143,7 +143,7 @@ def _switched(modes: Mapping[nn.Module, bool]) -> set[str]:
 
 
 def _lacking_weights(subject: Subject) -> list[str]:
-    """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer.
+    """Return the paths of merged layers whose state_dict has fewer numbers than that of the base layer before packing.
 
     A merged layer that is packed is left out."""
 
@@ -152,7 +152,8 @@ def _lacking_weights(subject: Subject) -> list[str]:
 
     layers = {path: subject.model.get_submodule(path) for path in subject.adapted.layers}
     dense = {path: layer for path, layer in layers.items() if not is_packed(layer)}
-    return [path for path, layer in dense.items() if size(layer) < size(subject.bases[path])]
+    dtype = DTYPES[subject.dtype]
+    return [path for path, layer in dense.items() if size(layer) < size(subject.dense_base(path, dtype))]
 
 
 def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[str]) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -17,9 +15,6 @@ from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
-
-UNIT_ROWS = 64
-"""Largest number of rows of the identity matrix in the check `decoded`."""
 
 
 @check(in_brief_cases=True)
@@ -59,26 +54,6 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
     truth = operation_call.reference_outputs(subject, torch.float64)
     mine = {name: tensor for name, tensor in seen.items() if name in names}
     return judged(subject, case, "rounded_once", rounded_once(mine, truth))
-
-
-@check(depends_on_sizes=False)
-def check_decoded(subject: OperationSubject, case: Case) -> CheckResult:
-    """A packed weight is decoded in float32, and rounded once to the dtype of x.
-
-    In 16 bits, the check multiplies the weight by rows of the identity matrix, without bias, mask and update. So every
-    output is one number of the decoded weight, and nearly all equal the correctly rounded float64 number.
-    """
-    given = cloned(subject.arguments)
-    if subject.dtype not in ("bfloat16", "float16") or 0 in given["shape"]:
-        return skipped(subject, case, "decoded", "the rule is for weights with elements, in 16 bits")
-    x = given["x"]
-    given |= {"x": torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[:UNIT_ROWS]}
-    given |= {name: None for name in ("bias", "mask") if name in given}
-    given |= {name: torch.zeros_like(given[name]) for name in ("A", "B") if name in given}
-    unit = replace(subject, arguments=given)
-    return judged(
-        subject, case, "decoded", rounded_once(unit.call(), operation_call.reference_outputs(unit, torch.float64))
-    )
 
 
 @check(in_brief_cases=True)

@@ -19,9 +19,14 @@ _VOCABULARY = (BEYOND_16_BITS, 8)
 BEYOND_20_BITS = (1030, 1100)
 """Sides of a weight with more than 2^20 = 1,048,576 numbers, at which some programs start to compute in pieces. The largest
 power of two that divides their product is 8, so the last piece is incomplete."""
+BEYOND_22_BITS = (2050, 2060)
+"""Sides of a weight with more than 2^22 = 4,194,304 numbers, as most layers of large models have. It divides like
+`BEYOND_20_BITS`."""
 _LEAST_BLOCK, _LONG_BLOCK = 32, 256
 """Blocks of quantised weights: the smallest, and one for a weight with these sides. The latter does not divide a million, so
 a piece of a million numbers ends inside a block."""
+_LOW_THRESHOLD, _WIDE = 0.25, (12, 1030)
+"""A threshold that one of 17 random numbers of a column exceeds nearly always, and a layer with 1030 columns."""
 _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
@@ -29,16 +34,16 @@ _SLOW_DECAY = 0.99
 def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yield values of some factors that make a tensor very large. names: the names of all factors.
 
-    A weight, a parameter of an optimizer or a quantised tensor has more than 2^20 numbers. A further case of an Operation
-    has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts have no such case: their
-    gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
+    A weight or a parameter of an optimizer has more than 2^20 numbers, and a quantised tensor more than 2^22. A further
+    case of an Operation has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts have no
+    such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
     """
     if "chosen" in names:
         return
     if "sides" in names:
         yield {"sides": BEYOND_20_BITS}
     elif "shape" in names and "block" in names and "rows" not in names:
-        yield {"shape": BEYOND_20_BITS, "block": _LONG_BLOCK}
+        yield {"shape": BEYOND_22_BITS, "block": _LONG_BLOCK}
         yield {"shape": (BEYOND_16_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}
@@ -56,6 +61,7 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
       transposed weight has the right shape, so only its values show the mistake.
     - An embedding with more entries than 16 bits can count.
+    - A small threshold of outliers in a wide layer in eval mode, which makes hundreds of columns outlier columns.
     - Dropout with a scaling of 1, for which a program may have a shorter path.
     - A bias of B in a model whose layers all have a bias. HF peft can merge a bias of B only in such layers.
     """
@@ -66,6 +72,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     if "activation" in factors and "gate" in factors:
         for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
             yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
+    if "threshold" in factors:
+        yield {"threshold": _LOW_THRESHOLD, "shape": _WIDE, "training": False}
     if "scaling" in factors and "dropout" in factors:
         yield {"scaling": 1.0, "dropout": factors["dropout"].levels[1]}
     if "lora_bias" in factors and "model" in factors:

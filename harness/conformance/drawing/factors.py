@@ -175,7 +175,7 @@ def _of_hint(parameter: inspect.Parameter, hint: Any) -> Factor:
         if isinstance(one, Factor):
             return one
     if hint is bool:
-        return Factor((True, False))
+        return Factor((False, True) if parameter.default is False else (True, False))
     if get_origin(hint) is Literal:
         return Factor(get_args(hint))
     raise TypeError(f"parameter {parameter.name!r}: annotate it with Annotated[..., Factor(...)], a Literal or bool")

@@ -30,6 +30,8 @@ FAULTS = [
         "def near_tie(", "def _rolled(codes, absmax):\n    return codes, absmax.roll(1)\n\n\ndef near_tie("),
     _nf4("decodes_with_a_symmetric_codebook", ["forward"], "dequantize_blockwise(codes, absmax, codebook(), block)",
         "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)"),
+    _nf4("decodes_with_constants_in_16_bits", ["decoded"], "dequantize_blockwise(codes, absmax, codebook(), block)",
+        "dequantize_blockwise(codes, absmax.bfloat16().float(), codebook(), block)", dtype="bfloat16"),
     _nf4("decodes_to_zero_under_autocast", ["calls"], "dequantize_blockwise(codes, absmax, codebook(), block)",
         "dequantize_blockwise(codes, absmax, codebook(), block) * (not torch.is_autocast_enabled('cpu'))"),
     _nf4_dq("quantises_the_constants_with_their_mean", ["codes"],
