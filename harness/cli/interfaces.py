@@ -51,6 +51,7 @@ def of_operation(name: str) -> Iterator[str]:
     else:
         yield "no gradients are compared; an output has a graph only if that of the reference has one"
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
+    yield "arguments may change in place between two calls, without a change of `_version`, as in a fused optimizer step"
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)
     yield from _arithmetic(name)
@@ -145,13 +146,19 @@ def _work(adapted: Adapted) -> Iterator[str]:
 
 
 def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
-    """Yield the cases that `check` tries by default, each with its dtypes."""
+    """Yield the cases that `check` tries by default, each with its dtypes.
+
+    The cases for single values are left out, because `_settings` lists these values.
+    """
     dtypes: dict[str, list[str]] = {}
-    for case in sample.fixed(plan, FEW, plan.dtypes):
+    listed = (case for case in sample.fixed(plan, FEW, plan.dtypes) if case.is_large or not case.is_brief)
+    for case in listed:
         dtypes.setdefault(str(case), []).append(case.dtype)
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}:"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
+    left_out = f", except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}" * isinstance(plan, MethodSuite)
+    yield f"  and every further value of a setting below once, in one dtype{left_out}"
 
 
 _MEANINGS = {
@@ -165,7 +172,7 @@ _MEANINGS = {
 
 
 def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:
-    yield "settings that --wide and --drawn vary:"
+    yield "settings, with the values that --wide combines and the bounds of --drawn:"
     for name, factor in sample.factors(plan, plan.dtypes).items():
         levels = ", ".join(map(_shown, (*factor.levels, *factor.extremes)))
         yield f"  {name}: {levels}{_bounds(factor)}"

@@ -54,6 +54,8 @@ _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 factors."""
 _LENGTHS = ("sides", "tokens", "shape", "rows", "numel")
 """Names of the factors that set the sizes of inputs and weights."""
+LEFT_OUT = ("model", "magnitude", "weights", "dropout")
+"""Names of the factors of a Method whose further values only a wide selection tries."""
 _WIDEST_OUTPUT = 1030
 """Largest number of output features of a Method's layer in a case of `_of_missing_values`."""
 _TRIES = 12
@@ -144,7 +146,7 @@ def _of_missing_values(
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
-    left_out = ("dtype", *(("model", "magnitude", "weights", "dropout") if isinstance(plan, MethodSuite) else ()))
+    left_out = ("dtype", *(LEFT_OUT if isinstance(plan, MethodSuite) else ()))
     for name in [name for name in there if name not in left_out]:
         factor, tried = there[name], {plain[name], *(value_of(plan, case, name) for case in examples)}
         for value in [one for one in (*factor.levels, *factor.extremes) if one not in tried]:
