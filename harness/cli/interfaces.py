@@ -157,7 +157,9 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}:"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
-    left_out = f", except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}" * isinstance(plan, MethodSuite)
+    left_out = f", except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}" * isinstance(
+        plan, MethodSuite
+    )
     yield f"  and every further value of a setting below once, in one dtype{left_out}"
 
 

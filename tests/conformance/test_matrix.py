@@ -82,7 +82,8 @@ def test_the_checks_that_lora_does_not_have_pass_the_reference(target: str) -> N
     own = [name for name in parity_suite.load(target).checks if name not in OF_LORA]
     plan = parity_suite.load(target).model_copy(update={"checks": own})
     passed: set[str] = set()
-    for case in plan.cases(FEW, ["float32"]):  # an option such as rank dropout is in some of the cases
+    dtypes = ["float32", "bfloat16"] if "decoded" in own else ["float32"]
+    for case in plan.cases(FEW, dtypes):  # an option such as rank dropout is in some of the cases
         tried = list(suite_run.run_case(method("reference", target), plan, case))
         assert failed(tried) == set()
         passed |= {t.check for t in tried if t.status is CheckStatus.PASS}
@@ -120,10 +121,11 @@ def test_other_ways_to_call_are_tried_in_one_example_of_each_dtype_and_kind_of_l
 def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:
     every, wide = checks.every(), CaseSelection(wide=True)
     names = [name for name in every if tried_by_default(name) and every[name].only_wide]
-    assert names == ["calls", "each_setting", "moments", "nonfinite", "svd", "targets"]
+    assert names == ["calls", "each_setting", "moments", "nonfinite", "overlap", "svd", "targets"]
     for one in names:
         assert not every[one].is_tried(wide=False, sampled=False, typical=False)
-        assert every[one].is_tried(wide=False, sampled=False, typical=False, representative=True) == (one == "calls")
+        representative = every[one].is_tried(wide=False, sampled=False, typical=False, representative=True)
+        assert representative == (one in ("calls", "overlap"))
     assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
 
 
