@@ -71,6 +71,17 @@ def test_either_number_is_right_near_the_middle_of_two_16_bit_numbers_only() -> 
     assert not rounded_once({"p": down}, {"p": middle + 1e-3}).passed
 
 
+def test_a_parameter_that_a_step_moves_near_zero_is_judged_by_its_value_before_the_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(1000, generator=generator).half()
+    step = p.float() * (1 - 1e-3 * torch.rand(1000, generator=generator))
+    truth = p.double() - step.double()
+    by_float32 = (p.float() - step * (1 + torch.finfo(torch.float32).eps)).half()
+    assert not rounded_once({"p": by_float32}, {"p": truth}).passed
+    assert rounded_once({"p": by_float32}, {"p": truth}, {"p": p}).passed
+    assert not rounded_once({"p": (p - step.half())}, {"p": truth}, {"p": p}).passed
+
+
 def test_subnormal_numbers_may_be_off_by_a_few_steps_and_not_by_half() -> None:
     truth = torch.full((64,), 1.2e-42, dtype=torch.float64)
     exact = truth.float()

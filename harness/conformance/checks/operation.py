@@ -53,7 +53,8 @@ def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
         return skipped(subject, case, "rounded_once", "the check `outputs` reports a larger error")
     truth = operation_call.reference_outputs(subject, torch.float64)
     mine = {name: tensor for name, tensor in seen.items() if name in names}
-    return judged(subject, case, "rounded_once", rounded_once(mine, truth))
+    terms = {name: subject.arguments.get(name, truth[name]) for name in mine}  # a parameter before its step
+    return judged(subject, case, "rounded_once", rounded_once(mine, truth, terms))
 
 
 @check(in_brief_cases=True)

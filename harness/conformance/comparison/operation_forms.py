@@ -251,7 +251,7 @@ def _second_order(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         generator = case.generator(salt=78)
         weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in leaves.values()]
         terms = [(g * w.to(g)).sum() for g, w in zip(first, weights, strict=True) if g is not None]
-        total, given = torch.stack(terms).sum(), leaves | {f"the gradient of {n}": dy for n, dy in dys.items()}
+        total, given = sum(terms, torch.zeros(())), leaves | {f"the gradient of {n}": dy for n, dy in dys.items()}
         if not total.requires_grad:
             return None
         second = torch.autograd.grad(total, [*given.values()], allow_unused=True)

@@ -257,17 +257,20 @@ def _equal(have: Tensor, want: Tensor) -> bool:
     return bool(same.all()) or bool((same | (have.isnan() & want.isnan())).all())
 
 
-def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
+def rounded_once(
+    subject: Mapping[str, Tensor], truth: Mapping[str, Tensor], terms: Mapping[str, Tensor] | None = None
+) -> Judgement:
     """Judge tensors by the share of elements that differ from the correctly rounded float64 truth.
 
     The error is this share. It reveals a second or a wrong rounding, which hardly changes the Frobenius norm. In 16 bits,
     arithmetic in float32 may miss on which side of the middle between two numbers an element is. If it is that near the
-    middle, both numbers are right.
+    middle, both numbers are right. terms: the largest term of a sum, by the sum's name; the sum may be much smaller.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
     for name, value in subject.items():
         near = MIDDLE_ULPS * EPSILON["float32"] if value.dtype in (torch.bfloat16, torch.float16) else 0.0
-        ends = [(truth[name] * (1 + sign * near)).to(value.dtype) for sign in (-1, 1)]
+        largest = torch.maximum(truth[name].abs(), (terms or truth)[name].to(truth[name]).abs())
+        ends = [(truth[name] + sign * near * largest).to(value.dtype) for sign in (-1, 1)]
         right = (value >= torch.minimum(*ends)) & (value <= torch.maximum(*ends))
         off = float((~right).double().mean()) if value.numel() else 0.0
         allowed = DOUBLE_ROUNDED_SHARE + 1 / max(1, value.numel())
