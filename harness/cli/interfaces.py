@@ -157,10 +157,11 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}:"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
-    left_out = f", except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}" * isinstance(
-        plan, MethodSuite
-    )
-    yield f"  and every further value of a setting below once, in one dtype{left_out}"
+    if isinstance(plan, MethodSuite):
+        left_out = f"{', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
+        yield f"  and, with fewer checks, every further value below once, except of {left_out}"
+    else:
+        yield "  and, with fewer checks, a sample in which every two of the values below occur together"
 
 
 _MEANINGS = {
@@ -174,7 +175,7 @@ _MEANINGS = {
 
 
 def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:
-    yield "settings, with the values that --wide combines and the bounds of --drawn:"
+    yield "settings, with their values and the bounds of --drawn:"
     for name, factor in sample.factors(plan, plan.dtypes).items():
         levels = ", ".join(map(_shown, (*factor.levels, *factor.extremes)))
         yield f"  {name}: {levels}{_bounds(factor)}"

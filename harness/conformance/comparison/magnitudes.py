@@ -14,10 +14,11 @@ small that sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _HUGE = {torch.float16: 2.0**10}
 _HUGE_ELSEWHERE = 2.0**110
-_TINY = {torch.float16: 2.0**-18}
+_TINY = {torch.float16: 2.0**-18, torch.bfloat16: 2.0**-118}
 _TINY_ELSEWHERE = 2.0**-129
-"""Factor of `tiny` inputs in a dtype without an entry in `_TINY`. In float32 and bfloat16 it makes normal noise
-subnormal, i.e. smaller than the smallest number with full precision. In float64 the same factor keeps full precision."""
+"""Factor of `tiny` inputs in a dtype without an entry in `_TINY`. In float32 it makes normal noise subnormal, i.e.
+smaller than the smallest number with full precision. In bfloat16 most numbers stay just above that, because a CPU's matrix
+instructions (AMX, AVX512-BF16) read subnormal ones as zeros. In float64 the same factor keeps full precision."""
 _OUTLIER = 2.0**6
 
 
@@ -27,8 +28,8 @@ def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
     dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing. `large` multiplies by a
     power of two, and `small` divides by it. In float16 this power is small enough not to overflow. `outlier` makes one
     feature large. `zero-rows` sets every second row to zero. `huge` multiplies so much that squares overflow, and `tiny`
-    gives subnormal numbers. float64 gets the factors of float32, so neither happens there. `constant` is 1 everywhere.
-    `positive` removes the signs.
+    gives subnormal numbers, or nearly so in bfloat16. float64 gets the factors of float32, so neither happens there.
+    `constant` is 1 everywhere. `positive` removes the signs.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

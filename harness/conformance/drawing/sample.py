@@ -52,8 +52,6 @@ _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
 _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
 """Names of the factors that set a layer's size and input. An implementation must support every level of these
 factors."""
-_LENGTHS = ("sides", "tokens", "shape", "rows", "numel")
-"""Names of the factors that set the sizes of inputs and weights."""
 LEFT_OUT = ("model", "magnitude", "weights", "dropout")
 """Names of the factors of a Method whose further values only a wide selection tries."""
 _WIDEST_OUTPUT = 1030
@@ -68,9 +66,9 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     """Yield the examples of the parity suite, and variants of the typical example: up to two by `_of_typical`, and up to two
     with very large tensors.
 
-    A factor is a setting of a case, and its levels are the values to try. Without `wanted.is_wide`, also yield the cases of
-    `_of_missing_values`. With it, yield a sample that covers pairs of levels. A factor is optional if an implementation
-    may lack it, such as an option of the Method or another kind of layer. The sample has five parts:
+    A factor is a setting of a case, and its levels are the values to try. For a Method without `wanted.is_wide`, also yield
+    the cases of `_of_missing_values`. Otherwise, also yield a sample that covers pairs of levels. A factor is optional if an
+    implementation may lack it, such as an option of the Method or another kind of layer. The sample has five parts:
 
     - Every pair of levels of two factors that are not optional. Optional factors have their plainest level.
     - Every pair of levels of two settings, optional or not. The kind of layer and the dtype count as settings, a size does
@@ -93,7 +91,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
 
-    if not wanted.is_wide:
+    if not wanted.is_wide and isinstance(plan, MethodSuite):
         yield from _of_missing_values(plan, there, examples, valid)
         return
     levels = {name: factor.levels for name, factor in there.items()}
@@ -108,7 +106,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     plainest = {name: factor.levels[0] for name, factor in there.items()}
     together = [one for one in (plainest | some for some in combinations(there)) if valid(one) and one not in valued]
     for chosen in [*valued, *_extremes(there, valued, valid), *together]:
-        yield replace(case_of(plan, chosen), sampled=True)
+        yield replace(case_of(plan, chosen), sampled=True, is_brief=not wanted.is_wide)
 
 
 def _large(
@@ -132,22 +130,21 @@ def _large(
 
 
 def _of_missing_values(
-    plan: MethodSuite | OperationSuite,
+    plan: MethodSuite,
     there: Mapping[str, Factor],
     examples: Sequence[AnyCase],
     valid: Callable[[dict[str, Any]], bool],
 ) -> Iterator[AnyCase]:
-    """Yield cases with the values that no example has, each once. For an Operation, also yield `combinations`.
+    """Yield cases with the values that no example has, each once.
 
     A case has such a value for several sizes, or for several other numbers, at once. A word, a zero and the value of an
-    optional factor each have a case of their own: a word or a zero may hide the other values, and an implementation may lack
-    an option. Some values of a Method are left out: other magnitudes, forms of the model and shares of dropout, because many
+    optional factor each have a case of their own: a word or a zero may hide the other values, and an implementation may
+    lack an option. Some values are left out: other magnitudes, forms of the model and shares of dropout, because many
     checks would have to try them, and very wide outputs, because the ParityModel has a square weight of this side.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
-    left_out = ("dtype", *(LEFT_OUT if isinstance(plan, MethodSuite) else ()))
-    for name in [name for name in there if name not in left_out]:
+    for name in [name for name in there if name not in ("dtype", *LEFT_OUT)]:
         factor, tried = there[name], {plain[name], *(value_of(plan, case, name) for case in examples)}
         for value in [one for one in (*factor.levels, *factor.extremes) if one not in tried]:
             if name == "sides" and value[1] > _WIDEST_OUTPUT:
@@ -155,10 +152,9 @@ def _of_missing_values(
             if factor.optional or isinstance(value, str) or not _is_positive(value):
                 alone.append(plain | {name: value})
             else:
-                (sizes if name in _LENGTHS else numbers).setdefault(name, []).append(value)
+                (sizes if name in _SIZES else numbers).setdefault(name, []).append(value)
     together = [chosen for some in (sizes, numbers) for chosen in each_value(plain, some, valid)]
-    others = combinations(there) if isinstance(plan, OperationSuite) else ()
-    for chosen in [*together, *filter(valid, [*alone, *(plain | some for some in others)])]:
+    for chosen in [*together, *filter(valid, alone)]:
         yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
 
 
