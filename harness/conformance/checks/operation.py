@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.distances import place
 from harness.conformance.comparison.tolerance_policies import exact, rounded_once, worst_of
-from harness.conformance.operation import OperationSubject, cloned
+from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
@@ -22,9 +25,16 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the reference's dtype, shape, device and values.
 
     An Operation may have its own rule for the values, for example for quantisation codes. Otherwise the errors must be
-    within the noise floor: a multiple of the reference's rounding error in this dtype.
+    within the noise floor: a multiple of the reference's rounding error in this dtype. A second call is under no_grad.
     """
-    return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
+    plain = subject.call()
+    verdict, detail = operation_call.judge(subject, plain, case)
+    if verdict.passed:
+        with torch.no_grad():
+            again = subject.call()
+        quiet = operation_call.judge_form("under no_grad", subject, again, plain, case)
+        verdict, detail = (verdict, detail) if quiet.passed else (quiet, "")
+    return judged(subject, case, "outputs", verdict, detail)
 
 
 @check(in_brief_cases=True)
@@ -112,17 +122,17 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Four layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in memory
-    as a `.T` is, one whose batch and tokens are transposed in memory, and a contiguous slice that does not begin at the
-    start of its storage. The outputs equal those for contiguous arguments to the last bit, or pass the rules of the checks
-    `outputs` and `output_codes`.
+    Four layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in
+    memory as a `.T` is, one whose batch and tokens are transposed in memory, and a contiguous slice that does not
+    begin at the start of its storage. A 0-d tensor does not begin there either. The outputs equal those for
+    contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
     changes = {"every second element": _gapped, "transposed": _transposed, "slice": _sliced}
     if any(tensor.dim() > 2 for tensor in operation_call.flatten(subject.arguments).values()):
         changes["batch and tokens transposed"] = _swapped
     for name, change in changes.items():
-        mine, again = (operation_call.map_tensors(cloned(subject.arguments), change) for _ in range(2))
+        mine, again = (mapped(cloned(subject.arguments), partial(_changed, change)) for _ in range(2))
         seen = subject.operation.named(subject.function(**mine))
         found.append(operation_call.judge_form(name, subject, seen, plain, case, again))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
@@ -177,6 +187,13 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
         if bool((t.isnan() & ~clean[name].isnan()).any() if t.is_floating_point() else (t != clean[name]).any())
     ]
     return from_problems(subject, case, "written", odd)
+
+
+def _changed(change: Callable[[Tensor], Tensor], one: object) -> object:
+    """Return a tensor after `change`. A 0-d tensor becomes the second item of a vector. Anything else stays as it is."""
+    if isinstance(one, Tensor):
+        return change(one) if one.dim() else torch.stack([one + 1, one])[1]
+    return one
 
 
 def _gapped(tensor: Tensor) -> Tensor:

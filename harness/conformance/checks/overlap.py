@@ -28,10 +28,10 @@ _SALTS = (0, 500, 600)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
 
-    A layer is called three times with different inputs, and an Operation twice. Then the backward passes run in the
-    same order. Each call gives what the reference gives for its input. A later call changes nothing that an earlier
-    call returned or saved for its backward pass. The gradients of a layer's tensors are added up over its calls, as over
-    several batches. A call that is wrong even alone is left to other checks.
+    A layer is called three times with different inputs, and an Operation twice, also under inference_mode. Then the
+    backward passes run in the same order. Each call gives what the reference gives for its input. A later call
+    changes nothing that an earlier call returned or saved for its backward pass. The gradients of a layer's tensors
+    are added up over its calls, as over several batches. A call that is wrong even alone is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -84,6 +84,10 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield from (
             prefix_tensor(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case)
         )
+    with torch.inference_mode():
+        kept = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
+    for number, (one, mine, usual) in enumerate(zip(both, kept, outputs, strict=True), 1):
+        yield operation_call.judge_form(f"call {number} under inference_mode", one, mine, usual, case)
     if not subject.operation.differentiable:
         return
     dtype, factor = DTYPES[subject.dtype], case.factor("overlap")

@@ -26,6 +26,18 @@ FAULTS = [
         "y = linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)\n"
         "    held = vars(reference).setdefault('held', {}).setdefault((y.shape, y.dtype), y.detach())\n"
         "    return y - y.detach() + held", values={"shape": [48, 128], "rows": [9]}),
+    line_fault("int8_linear", "quantises_its_input_in_training_without_gradients", ["outputs"],
+        "    if training:\n", "    if training and torch.is_grad_enabled():\n", file="int8",
+        values={"shape": [63, 64], "rows": [5], "threshold": 2.5, "training": True}),
+    line_fault("double_dequantize", "reads_its_offset_at_the_start_of_the_memory", ["layouts"],
+        " + offset.float()", " + offset.as_strided((), (), 0).float()", file="double_quant", values={"blocks": 1000}),
+    line_fault("fp4_dequantize", "decodes_into_one_buffer_in_inference_mode", ["overlap"],
+        "    return dequantize_blockwise(codes, absmax, codebook(), block)",
+        "    made = dequantize_blockwise(codes, absmax, codebook(), block)\n"
+        "    if not torch.is_inference_mode_enabled():\n        return made\n"
+        "    kept = globals().setdefault('_kept', {}).setdefault(made.shape, torch.empty_like(made))\n"
+        "    return kept.copy_(made)",
+        file="fp4", values={"shape": [160, 96], "block": 64}),
     line_fault("nf4_dequantize", "decodes_into_one_buffer", ["overlap"],
         f"return {_DECODED}",
         f"values = {_DECODED}\n"
