@@ -86,6 +86,11 @@ FAULTS = [
         "        ran = gAs[0] is not None\n        for one in riemannian_step(\n"
         "            optimizer, A, B, (gA, gB) if ran else (None, None),",
         values={"shape": [24, 40], "ranks": [3, 4], "unused": "first"}),
+    line_fault("loraplus_groups", "takes_gradients_in_the_order_of_the_tensors", ["outputs"],
+        "    for name, tensor in tensors.items():\n",
+        "    trained = [name for name in tensors if name not in frozen]\n"
+        "    gradients = dict(zip(trained, gradients.values()))\n    for name, tensor in tensors.items():\n",
+        file="loraplus", values={"layers": 2, "width": 8, "rank": 3, "order": "gradients rotated"}),
     line_fault("loraplus_groups", "takes_what_follows_an_A_for_its_B", ["outputs"],
         "    for name, tensor in tensors.items():\n",
         "    names = list(tensors)\n"

@@ -21,7 +21,7 @@ Embedding = Annotated[str, Factor(("none", "adapted"))]
 Vector = Annotated[str, Factor(("none", "lora-bias", "magnitude"), optional=True)]
 Norm = Annotated[str, Factor(("none", "layer-norm", "rms-norm"), optional=True)]
 Head = Annotated[str, Factor(("none", "trained"))]
-Order = Annotated[str, Factor(("as created", "reversed"))]
+Order = Annotated[str, Factor(("as created", "reversed", "gradients rotated"))]
 _VECTORS = {"lora-bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 
 
@@ -46,11 +46,12 @@ def arguments(
     """Draw the tensors of a model, their gradients, and the settings.
 
     The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their
-    weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has besides
-    A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to add, which
-    is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's `modules_to_save`).
-    order: order of all dicts; `reversed` begins with the last layer, and each B comes before its A. ratio: learning rate
-    of B divided by lr. lr_embedding: learning rate of the embedding's A and B.
+    weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has
+    besides A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to
+    add, which is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's
+    `modules_to_save`). order: order of all dicts; `reversed` begins with the last layer, and each B comes before its
+    A. With `gradients rotated`, the second half of the gradients comes first. ratio: learning rate of B divided by
+    lr. lr_embedding: learning rate of the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):
@@ -78,9 +79,11 @@ def arguments(
     shapes = dict(reversed(shapes.items())) if order == "reversed" else shapes
     tensors = {name: draw(generator, dtype, *shape) for name, shape in shapes.items()}
     frozen = [name for name in shapes if name.endswith(".weight") and name.startswith(("linear", "embed"))]
+    gradients = {name: draw(generator, dtype, *shape) for name, shape in shapes.items() if name not in frozen}
+    items, half = list(gradients.items()), len(gradients) // 2 * (order == "gradients rotated")
     return {
         "tensors": tensors,
-        "gradients": {name: draw(generator, dtype, *shape) for name, shape in shapes.items() if name not in frozen},
+        "gradients": dict([*items[half:], *items[:half]]),
         "frozen": frozen,
         "lr": lr,
         "ratio": ratio,
