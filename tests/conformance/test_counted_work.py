@@ -149,7 +149,7 @@ def test_other_outputs_are_judged_anew() -> None:
 
     def wrong_at_last(**given: Any) -> object:
         calls["calls"] += 1
-        return right(**given) * (1 if calls["calls"] < 2 else 1.1)
+        return right(**given) * (1 if calls["calls"] < 3 else 1.1)  # the check calls it twice
 
     subject, case, _ = counted_operation(wrong_at_last)
     assert [run("outputs", subject, case).outcome for _ in range(2)] == [Outcome.PASS, Outcome.FAIL]

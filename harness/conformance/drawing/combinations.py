@@ -13,6 +13,8 @@ from harness.conformance.drawing.factors import Factor
 
 BEYOND_16_BITS = 65_600
 """Number of rows or blocks above 65,535, which is the largest 16-bit number and the largest second side of a CUDA grid."""
+BEYOND_17_BITS = 131_100
+"""Number of blocks above 131,072 = 2^17. With 32 numbers each, they are a weight of more than 2^22 numbers."""
 _THIN = (4, 4)
 """Sides of the weight in a case with `BEYOND_16_BITS` rows. They are small, so that the case is small."""
 _VOCABULARY = (BEYOND_16_BITS, 8)
@@ -44,7 +46,7 @@ def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
         yield {"sides": BEYOND_20_BITS}
     elif "shape" in names and "block" in names and "rows" not in names:
         yield {"shape": BEYOND_22_BITS, "block": _LONG_BLOCK}
-        yield {"shape": (BEYOND_16_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
+        yield {"shape": (BEYOND_17_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}
         for name in {"rows", "tokens"} & {*names}:

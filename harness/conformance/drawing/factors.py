@@ -65,7 +65,7 @@ class Factor:
         return replace(self, levels=tuple(levels), extremes=extremes, least=low, most=high)
 
 
-Rank = Annotated[int, Factor((3, 1, 16, 65, 130), (20, 100, 260, LARGEST_RANK), least=1, most=LARGEST_SIZE)]
+Rank = Annotated[int, Factor((3, 1, 16, 65, 130), (20, 40, 100, 260, LARGEST_RANK), least=1, most=LARGEST_SIZE)]
 ThreeRanks = Annotated[
     Sequence[int],
     Factor(
@@ -150,7 +150,7 @@ def _of_whole_number(field: FieldInfo, is_rank: bool) -> Factor:
         return Factor(_distinct((field.default, 7, 2**31, most)), (2**32, 2**32 + 7), least, most)
     most = int(min(field.maximum if field.maximum is not None else math.inf, max(LARGEST_SIZE, field.default)))
     levels = _distinct(tuple(level for level in (field.default, least, 3, 130) if least <= level <= most))
-    extremes = (20, 100, 260, LARGEST_RANK) if is_rank else (2, LARGEST_RANK)
+    extremes = (20, 40, 100, 260, LARGEST_RANK) if is_rank else (2, LARGEST_RANK)
     return Factor(levels, _others(extremes, levels, least, field.maximum), least, most)
 
 

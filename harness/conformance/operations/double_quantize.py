@@ -15,7 +15,7 @@ from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import double_quant, nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
-Blocks = Annotated[int, Factor((256, 1, 257, 1000, 4096), least=1, most=20_000)]
+Blocks = Annotated[int, Factor((256, 1, 257, 1000, 4096), (10_000,), least=1, most=20_000)]
 Spread = Annotated[float, Factor((1.0, 0.0, 0.05, 2.0), least=0.0, most=3.0)]
 
 SecondBlock = Literal[256, 64, 128, 512, 1024]
