@@ -24,7 +24,10 @@ def drawn(name: str, **case: Any) -> dict[str, Any]:
 def test_fused_passes_its_checks(name: str) -> None:
     (one,) = (it for it in fused.implementations() if it.target == name)
     outcomes = suite_run.run(one, dtypes=("float32",))
-    assert {outcome.status.value for outcome in outcomes} == {"pass"}
+    others = [outcome for outcome in outcomes if outcome.status.value != "pass"]
+    assert len(others) < len(outcomes) / 10
+    # Of inputs near the ends of the dtype, the products of two have no digits to compare.
+    assert all("the reference itself is too inaccurate" in outcome.result.detail for outcome in others)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu-tanh"])
