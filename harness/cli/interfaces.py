@@ -148,7 +148,7 @@ def _work(adapted: Adapted) -> Iterator[str]:
 def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     """Yield the cases that `check` tries by default, each with its dtypes.
 
-    The cases for single values are left out, because `_settings` lists these values.
+    Cases that try fewer checks are left out, except those with large tensors. `_settings` lists their values.
     """
     dtypes: dict[str, list[str]] = {}
     listed = (case for case in sample.fixed(plan, FEW, plan.dtypes) if case.is_large or not case.is_brief)

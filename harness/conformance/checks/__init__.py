@@ -111,8 +111,8 @@ class Check(Generic[_Subject]):
     ) -> bool:
         """Return whether the check is tried in a case.
 
-        wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that a wide
-        selection adds to the suite's examples. typical: whether the case is the suite's typical case. representative:
+        wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that is added to
+        the suite's examples. typical: whether the case is the suite's typical case. representative:
         whether it is a representative case (`_CaseRole.representative`). brief: whether it is a brief case
         (`_CaseRole.is_brief`).
         """

@@ -17,7 +17,7 @@ from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
-UNIT_ROWS = 64
+_UNIT_ROWS = 64
 """Largest number of rows of the identity matrix."""
 
 
@@ -40,7 +40,7 @@ def check_decoded(subject: Subject | OperationSubject, case: Case) -> CheckResul
 
 def _rows(like: Tensor) -> Tensor:
     """Return rows of the identity matrix, with the last dimension, dtype and device of `like`."""
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[:UNIT_ROWS]
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[:_UNIT_ROWS]
 
 
 def _of_operation(subject: OperationSubject) -> Iterator[Judgement]:

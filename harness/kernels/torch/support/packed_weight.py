@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,16 +123,8 @@ def _decode(
 
 
 @_decode.register_fake
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    block: int,
-    block2: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def _(packed: Tensor, *others: Any) -> Tensor:
+    *_, shape, dtype = others
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 
