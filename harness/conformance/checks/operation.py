@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
@@ -18,6 +19,23 @@ from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
+
+
+@check(depends_on_sizes=False, only_wide=True, also_in_representative_cases=True)
+def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
+    """A call returns the right outputs and gradients after a call under another default dtype and inference_mode.
+
+    transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
+    computes and keeps must neither take that dtype nor be an inference tensor. Parity suites list this check first, so
+    that the process has not called the Operation before.
+    """
+    with process_settings.restored(), torch.inference_mode():
+        torch.set_default_dtype(torch.float64 if subject.dtype == "bfloat16" else torch.bfloat16)
+        subject.call()
+    verdict, detail = operation_call.judge(subject, subject.call(), case)
+    if verdict.passed and subject.operation.differentiable:
+        verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
+    return judged(subject, case, "first_call", verdict, detail)
 
 
 @check(in_brief_cases=True)

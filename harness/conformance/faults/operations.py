@@ -44,6 +44,9 @@ FAULTS = [
         "torch.where(absmax[:, None] == 0, torch.zeros_like", "torch.where(absmax[:, None] == 0, torch.ones_like",
         "    midpoints =", "    absmax = torch.where(absmax == 0, 1.0, absmax)\n    midpoints =",
         values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"}),
+    _quantize("keeps_midpoints_in_the_default_dtype_of_the_first_call", ["first_call"],
+        "midpoints = ((code[:-1] + code[1:]) / 2).to(x.device)",
+        "midpoints = globals().setdefault('_kept', ((code[:-1] + code[1:]) / 2).to(torch.get_default_dtype())).float()"),
     _quantize("scales_its_argument_in_place", ["arguments"],
         "flat = x.detach().flatten().float()", "flat = x.detach().mul_(2).flatten().float() / 2"),
     # bitsandbytes#1721: in large blocks, the second byte of a thread keeps the bits of the first.
