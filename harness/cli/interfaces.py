@@ -15,14 +15,15 @@ from torch import Tensor
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
+from harness.conformance.comparison.operation_call import flatten
 from harness.conformance.drawing import sample
 from harness.conformance.drawing.factors import Factor
 from harness.conformance.execution import suite_run
-from harness.conformance.operation import Arguments, Operation
+from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.parity_suite import MethodSuite, OperationSuite
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover, optional_features
-from harness.methods.spec import Adapted, method_info
+from harness.methods.spec import Adapted, method_info, methods
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import LINEAR, kind_of
 
@@ -48,10 +49,14 @@ def of_operation(name: str) -> Iterator[str]:
     yield from _returned(operation, arguments)
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
+    elif "calls" in plan.checks:
+        graphs = _graphs(operation, arguments)
+        yield f"no gradients are compared; {f'only {graphs}' if graphs else 'no output'} may have a graph"
     else:
-        yield "no gradients are compared; an output has a graph only if that of the reference has one"
+        yield "no gradients are compared"
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
     yield "arguments may change in place between two calls, without a change of `_version`, as in a fused optimizer step"
+    yield "no result depends on torch's default dtype; nothing that a call keeps grows with the number of calls"
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)
     yield from _arithmetic(name)
@@ -119,13 +124,24 @@ def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
     yield from _wrapped_doc(operation.reference, "the reference")
 
 
+def _graphs(operation: Operation, arguments: Arguments) -> str:
+    """Return the names of the outputs that have a graph if the arguments require gradients, with commas between them."""
+    given = cloned(arguments)
+    for tensor in flatten(given).values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    outputs = operation.named(operation.reference(**given))
+    return ", ".join(name for name, tensor in outputs.items() if tensor.requires_grad)
+
+
 def _arithmetic(name: str) -> Iterator[str]:
-    """Yield the docstrings of the reference code that an Operation uses.
+    """Yield the docstrings of the reference code that an Operation uses, and the Methods whose arithmetic it shares.
 
     This code is in the files of reference/operations/ from which the module of the Operation imports.
     """
     used = vars(importlib.import_module(f"{operations.__name__}.{name}")).values()
     found = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
+    shared = sorted(one for one in methods() if f"reference.{one}" in found)
+    yield from (f"its arithmetic is that of the Method {one}: `peft-harness explain {one}`" for one in shared)
     for file in sorted(one for one in found if one.startswith("reference.operations.")):
         module = importlib.import_module(file)
         yield from ("", f"{file.replace('.', '/')}.py:")

@@ -19,6 +19,7 @@ from harness.conformance.drawing.factors import Factor
 from harness.conformance.drawing.strategies import of_factor
 from harness.conformance.execution import suite_run
 from harness.conformance.execution.acceptance import is_accepted
+from harness.conformance.operation import cloned
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
 
@@ -122,3 +123,20 @@ def test_a_case_whose_input_would_take_minutes_is_not_drawn() -> None:
     small, large = ({"shape": [3, 4096], "rows": [rows], "rank": 3} for rows in (17, 2060))
     assert is_accepted(plan, parity_suite.OperationCase(small, "float16"))
     assert not is_accepted(plan, parity_suite.OperationCase(large, "float16"))
+
+
+def test_a_nan_that_only_the_reference_in_16_bits_spreads_need_not_be_spread_and_a_lost_one_is_found() -> None:
+    reference = operations.every()["galore_step"].reference
+    case = parity_suite.OperationCase({"shape": [130, 63], "rank": 17, "step": 2}, "bfloat16")
+
+    def in_float32(**arguments: Any) -> tuple[Tensor, ...]:
+        dtype = arguments["W"].dtype
+        return tuple(t.to(dtype) for t in reference(**cloned(arguments, {dtype: torch.float32})))
+
+    def without_nan(**arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(t.nan_to_num() for t in in_float32(**arguments))
+
+    plan = parity_suite.load_operation("galore_step").model_copy(update={"checks": ["nonfinite"]})
+    for program, outcome in ((in_float32, Outcome.PASS), (without_nan, Outcome.FAIL)):
+        mine = Implementation("mine", "operation", "galore_step", program, dtypes=("bfloat16",))
+        assert {one.result.outcome for one in suite_run.run_case(mine, plan, case, wide=True)} == {outcome}
