@@ -12,7 +12,7 @@ from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
-from harness.conformance.comparison.check_results import from_problems, judged, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.distances import place
 from harness.conformance.comparison.tolerance_policies import exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
@@ -26,8 +26,8 @@ def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     """A call returns the right outputs and gradients after a call under another default dtype and inference_mode.
 
     transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
-    computes and keeps must neither take that dtype nor be an inference tensor. Parity suites list this check first, so
-    that the process has not called the Operation before.
+    computes and keeps must neither take that dtype nor be an inference tensor. In a case, this check runs before all
+    others, and its result is reported last.
     """
     with process_settings.restored(), torch.inference_mode():
         torch.set_default_dtype(torch.float64 if subject.dtype == "bfloat16" else torch.bfloat16)
@@ -35,7 +35,9 @@ def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     verdict, detail = operation_call.judge(subject, subject.call(), case)
     if verdict.passed and subject.operation.differentiable:
         verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
-    return judged(subject, case, "first_call", verdict, detail)
+    return judged(
+        subject, case, "first_call", prefix_tensor("after a call under another default dtype", verdict), detail
+    )
 
 
 @check(in_brief_cases=True)

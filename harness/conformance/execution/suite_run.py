@@ -54,6 +54,8 @@ SEED = 20
 WALKS = 8
 """Number of random walks (sequences of calls) in a case."""
 CPU = torch.device("cpu")
+FIRST_CALL = "first_call"
+"""Name of the check that runs before all others of an Operation's case."""
 _T = TypeVar("_T")
 
 
@@ -230,8 +232,10 @@ def _run_operation(
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
+    # It must be the first call of a process. If every call is wrong, the outcomes of other checks explain more.
+    first = [runner.check(name, subject, case) for name in tried if name == FIRST_CALL]
     for name in tried:
-        yield runner.check(name, subject, case)
+        yield from first if name == FIRST_CALL else [runner.check(name, subject, case)]
 
 
 def _run_loader(runner: CaseRunner, plan: LoaderSuite, of: LoaderCase, tried: Sequence[str]) -> Iterator[CheckOutcome]:
