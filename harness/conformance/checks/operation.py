@@ -23,20 +23,20 @@ from harness.records.record import CheckResult
 
 @check(depends_on_sizes=False, only_wide=True, also_in_representative_cases=True)
 def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call returns the right outputs and gradients after a call under another default dtype and inference_mode.
+    """A call returns the right outputs and gradients after a call under inference_mode and the default dtype bfloat16.
 
     transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
     computes and keeps must neither take that dtype nor be an inference tensor. In a case, this check runs before all
     others, and its result is reported last.
     """
     with process_settings.restored(), torch.inference_mode():
-        torch.set_default_dtype(torch.float64 if subject.dtype == "bfloat16" else torch.bfloat16)
+        torch.set_default_dtype(torch.bfloat16)
         subject.call()
     verdict, detail = operation_call.judge(subject, subject.call(), case)
     if verdict.passed and subject.operation.differentiable:
         verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
     return judged(
-        subject, case, "first_call", prefix_tensor("after a call under another default dtype", verdict), detail
+        subject, case, "first_call", prefix_tensor("after a call under the default dtype bfloat16", verdict), detail
     )
 
 
