@@ -8,36 +8,53 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
-from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.distances import place
 from harness.conformance.comparison.tolerance_policies import exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
+from harness.errors import Unsupported
+from harness.process import forks
 from harness.records.record import CheckResult
+
+_FORK_LIMITS = forks.Limits(cpu_s=60, memory_b=8 << 30)
 
 
 @check(depends_on_sizes=False, only_wide=True, also_in_representative_cases=True)
 def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
-    """A call returns the right outputs and gradients after a call under inference_mode and the default dtype bfloat16.
+    """A call returns the right outputs and gradients after a call under the default dtype bfloat16.
 
     transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
-    computes and keeps must neither take that dtype nor be an inference tensor. In a case, this check runs before all
-    others, and its result is reported last.
+    computes and keeps must not take that dtype. In a case, this check runs before all others, and its result is reported
+    last. Its calls are in a fork, so that a wrong table does not harm other checks. A fork cannot use CUDA.
     """
-    with process_settings.restored(), torch.inference_mode():
+    if subject.device.type != "cpu":
+        return skipped(subject, case, "first_call", "a forked process cannot use this device")
+
+    def judge(_: None) -> str:
+        torch.set_num_threads(1)  # a fork has no other threads
         torch.set_default_dtype(torch.bfloat16)
-        subject.call()
-    verdict, detail = operation_call.judge(subject, subject.call(), case)
-    if verdict.passed and subject.operation.differentiable:
-        verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
-    return judged(
-        subject, case, "first_call", prefix_tensor("after a call under the default dtype bfloat16", verdict), detail
-    )
+        try:
+            subject.call()
+        except Unsupported as error:
+            return skipped(subject, case, "first_call", f"unsupported: {error}").model_dump_json()
+        torch.set_default_dtype(torch.float32)
+        verdict, detail = operation_call.judge(subject, subject.call(), case)
+        if verdict.passed and subject.operation.differentiable:
+            verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
+        after = "after a call under the default dtype bfloat16"
+        return judged(subject, case, "first_call", verdict, f"{after}; {detail}" if detail else after).model_dump_json()
+
+    end = next(forks.run([None], judge, 1, _FORK_LIMITS))
+    if end.returned is None:
+        return from_problems(
+            subject, case, "first_call", [f"raised {end.error}" if end.error else f"died of {end.died}"]
+        )
+    return CheckResult.model_validate_json(end.returned)
 
 
 @check(in_brief_cases=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from harness.conformance.comparison.check_results import from_problems, judged, 
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, worst_of
+from harness.conformance.parity_suite import is_random
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.module_copy import copied
 from harness.methods.spec import method_info
@@ -34,8 +36,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
-    that are no parameters of the model (hooks hold them) are copied separately. A model with packed weights loads only the
-    tensors of the adapter, with `assign=True`; its state_dict must have every tensor of `state()`, under any name.
+    that are no parameters of the model (hooks hold them) are copied separately. Libraries load packed weights in ways of
+    their own. If `load_state_dict` refuses them, their state_dict must have every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -69,27 +71,32 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model was too large to be copied. Libraries load packed weights, i.e. integers of 8
-    bits, in ways of their own. With such weights, two things are judged: the state_dict has the tensors of `state()`, and
-    the adapter lists new Parameters.
+    `subject`. Nothing is judged if the model was too large to be copied. A model with packed weights, i.e. integers of 8
+    bits, loads only the second one.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:
         return
-    if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
-        values = [t for t in saved.values() if isinstance(t, Tensor)]
-        for name, t in subject.state().items():
-            # A library may save a 0-d tensor as a number among its settings.
-            if t.dim() and not any(_is_same(t, value) for value in values):
-                yield Judgement(False, None, None, name, "not in the model's state_dict", "exact", 0)
+    model = copied(subject.original.model)
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):  # a base that was packed before
+        yield from _of_constants(subject, saved)
         yield from _after_assigning(fresh, saved)
         return
-    model = copied(subject.original.model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-0.5)
     other = case.attach_again(model=model)
     assert other is not None  # noqa: S101  # it was attached before
+    _outputs(other, case)  # what a layer keeps of its old weights must not outlive them
+    if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
+        try:
+            other.model.load_state_dict(saved)
+        except Exception:  # noqa: BLE001  # the library loads packed weights in a way of its own
+            yield from _of_constants(subject, saved)
+        else:
+            yield from _alike(subject, other, case)
+        yield from _after_assigning(fresh, saved)
+        return
     constants = method_info(subject.method).spec.start_from_config
     names = [name for name in changed if name.rpartition(".")[2] not in constants]
     trained = _trainable(other)
@@ -104,12 +111,36 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     tensors = subject.adapted.tensors()
     if not owns(subject.model, tensors):
         load(other.adapted, tensors)  # hooks hold them, so the model does not save them
+    yield from _alike(subject, other, case)
+    yield from _after_assigning(other, saved)
+
+
+def _of_constants(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:
+    """Yield a failure for each tensor of `state()` that is not in the state_dict `saved`, under any name."""
+    values = [t for t in saved.values() if isinstance(t, Tensor)]
+    for name, t in subject.state().items():
+        # A library may save a 0-d tensor as a number among its settings.
+        if t.dim() and not any(_is_same(t, value) for value in values):
+            yield Judgement(False, None, None, name, "not in the model's state_dict", "exact", 0)
+
+
+def _alike(subject: Subject, other: Subject, case: Case) -> Iterator[Judgement]:
+    """Yield judgements of the layers of `other`, which has loaded the state_dict of `subject`."""
+    loaded = _outputs(other, case)
+    for name, seen in _outputs(subject, case).items():
+        yield prefix_tensor(f"after load_state_dict, {name}", exact(loaded[name], seen))
+
+
+def _outputs(subject: Subject, case: Case) -> dict[str, dict[str, Tensor]]:
+    """Run every layer in eval mode and, if it has no dropout, in training mode. Return outputs and gradients by name."""
+    found = {}
+    config = {one.name: getattr(subject.config, one.name) for one in fields(subject.config)}
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        loaded = observe(other.adapted.layers[path], other.tensors_of(path), x, dy)
-        seen = observe(layer, subject.tensors_of(path), x, dy)
-        yield prefix_tensor(f"after load_state_dict, {path}", exact(loaded, seen))
-    yield from _after_assigning(other, saved)
+        found[path] = observe(layer, subject.tensors_of(path), x, dy)
+        if not is_random(config):
+            found[f"{path} in training"] = observe(layer, subject.tensors_of(path), x, dy, training=True)
+    return found
 
 
 def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:

@@ -100,7 +100,11 @@ class Defect(FrozenModel):
             fnmatchcase(case, one) for one in self.not_cases
         ):
             return []
-        return [pattern for pattern in self.checks if fnmatchcase(tried.result.check, pattern)]
+        # `first_call` fails wherever the Operation is wrong.
+        seen = [
+            tried.result.check.replace("/first_call/", f"/{name}/") for name in ("first_call", "outputs", "backward")
+        ]
+        return [pattern for pattern in self.checks if any(fnmatchcase(one, pattern) for one in seen)]
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Return whether this outcome is a failure that looks like the defect."""
