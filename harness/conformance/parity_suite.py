@@ -174,12 +174,13 @@ class _CaseRole:
     """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
     representative: bool = False
     """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
-    unless the typical case has that kind and dtype. Without `--wide`, the check `calls` runs only in these cases and in
-    the typical one."""
+    unless the typical case has that kind and dtype. Without `--wide`, some checks run only in these and the typical one."""
     is_brief: bool = False
     """True if the case tries fewer checks (`suite_run.run_case`)."""
     is_large: bool = False
     """True if a tensor is very large."""
+    has_many_rows: bool = False
+    """True if an Operation's input has more rows than 16 bits can count. Gradients are sums of as many terms."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
@@ -22,6 +23,7 @@ from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.operation import cloned
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
+from reference import qlora
 
 
 def failures(target: str, change: Any, case: parity_suite.AnyCase) -> set[str]:
@@ -140,3 +142,29 @@ def test_a_nan_that_only_the_reference_in_16_bits_spreads_need_not_be_spread_and
     for program, outcome in ((in_float32, Outcome.PASS), (without_nan, Outcome.FAIL)):
         mine = Implementation("mine", "operation", "galore_step", program, dtypes=("bfloat16",))
         assert {one.result.outcome for one in suite_run.run_case(mine, plan, case, wide=True)} == {outcome}
+
+
+def test_subnormal_numbers_may_all_be_off_by_one_step() -> None:
+    truth = torch.full((4096,), 1.4e-43, dtype=torch.float64)
+    exact = truth.float()
+    step = torch.finfo(torch.float32).smallest_normal * torch.finfo(torch.float32).eps
+    assert noise_floor({"y": exact + step}, {"y": truth}, {"y": exact}, "float32").passed
+    assert not noise_floor({"y": exact * 2}, {"y": truth}, {"y": exact}, "float32").passed
+
+
+def test_a_layer_may_add_its_bias_before_the_weight_is_rounded() -> None:
+    plan = parity_suite.load("qlora").model_copy(update={"checks": ["decoded"], "states": ["init"]})
+    case = parity_suite.MethodCase({"rank": 3, "alpha": 8.0}, "linear", plan.shapes[0], "bfloat16")
+
+    def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> Any:
+        adapted = qlora.attach(model, config, generator)
+        for layer in adapted.layers.values():
+            if layer.base.bias is not None:
+                layer.forward = partial(rounded_at_the_end, layer)
+        return adapted
+
+    def rounded_at_the_end(layer: Any, x: Tensor) -> Tensor:
+        return (x.float() @ layer.weight().T + layer.base.bias.float()).to(x.dtype)
+
+    mine = Implementation("mine", "method", "qlora", attach, dtypes=("bfloat16",))
+    assert {one.result.outcome for one in suite_run.run_case(mine, plan, case)} == {Outcome.PASS}

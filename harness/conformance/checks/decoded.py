@@ -26,21 +26,22 @@ def check_decoded(subject: Subject | OperationSubject, case: Case) -> CheckResul
     """A packed weight is decoded in float32, and rounded once to the dtype of the input.
 
     In 16 bits, the check calls the layer on rows of the identity matrix, before the adapter is trained. So every output is
-    one number of the decoded weight plus the bias, and nearly all outputs must be correctly rounded. `forward` and
-    `outputs` would not notice constants in 16 bits, because the products of many numbers round more. An Operation is called
-    without bias and mask, and with an A and a B of zeros.
+    one number of the decoded weight, and nearly all outputs must be correctly rounded. Layers with a bias are left out.
+    `forward` and `outputs` would not notice constants in 16 bits, because the products of many numbers round more. An
+    Operation is called without bias and mask, and with an A and a B of zeros.
     """
     if subject.dtype not in ("bfloat16", "float16"):
         return skipped(subject, case, "decoded", "the rule is for 16 bits")
     found = list(_of_operation(subject) if isinstance(subject, OperationSubject) else _of_layers(subject))
     if not found:
-        return skipped(subject, case, "decoded", "there is no linear layer with elements")
+        return skipped(subject, case, "decoded", "there is no linear layer without bias, or no weight with elements")
     return judged(subject, case, "decoded", worst_of(found, found[0].policy))
 
 
 def _rows(like: Tensor) -> Tensor:
     """Return rows of the identity matrix, with the last dimension, dtype and device of `like`."""
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[:_UNIT_ROWS]
+    inputs = like.shape[-1]
+    return torch.eye(min(inputs, _UNIT_ROWS), inputs, dtype=like.dtype, device=like.device)
 
 
 def _of_operation(subject: OperationSubject) -> Iterator[Judgement]:
@@ -54,10 +55,12 @@ def _of_operation(subject: OperationSubject) -> Iterator[Judgement]:
 
 
 def _of_layers(subject: Subject) -> Iterator[Judgement]:
-    """Compare each linear layer with the reference's layer in the same dtype, whose outputs are correctly rounded."""
+    """Compare each linear layer without bias with the reference's layer in the same dtype, whose outputs are correctly
+    rounded. A bias would be added before or after the rounding.
+    """
     for path, layer in subject.adapted.layers.items():
         base = subject.original_base(path)
-        if isinstance(base, nn.Linear):
+        if isinstance(base, nn.Linear) and base.bias is None:
             reference = subject.reference(path, subject.dtype).layer
             x = _rows(torch.empty(base.in_features, dtype=DTYPES[subject.dtype], device=base.weight.device))
             with torch.no_grad():

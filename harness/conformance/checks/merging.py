@@ -163,6 +163,8 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[s
     is in training mode after the model was put into eval mode and unmerged.
     """
     was_training = subject.model.training
+    subject.model.eval()
+    stubborn = {module for module in subject.model.modules() if module.training}  # whose `train()` does nothing
     subject.model.train()
     modes = {module: module.training for module in subject.model.modules()}
     with torch.enable_grad():
@@ -170,7 +172,6 @@ def _merged_in_training(subject: Subject, xs: dict[str, Tensor], switched: set[s
     switched |= _switched(modes)
     subject.model.eval()
     outputs = _merged_outputs(subject, xs)
-    stubborn = {module for module in subject.model.modules() if module.training}  # whose `train()` does nothing
     subject.adapted.unmerge()
     switched |= _switched(dict.fromkeys({*subject.model.modules()} - stubborn, False))
     subject.model.train(was_training)

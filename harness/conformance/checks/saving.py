@@ -91,7 +91,13 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
         try:
             other.model.load_state_dict(saved)
-        except Exception:  # noqa: BLE001  # the library loads packed weights in a way of its own
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ):  # the library loads packed weights in a way of its own
             yield from _of_constants(subject, saved)
         else:
             yield from _alike(subject, other, case)

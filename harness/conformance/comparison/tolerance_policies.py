@@ -153,7 +153,7 @@ def _within_noise(
                 LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps + step),
                 ", largest element",
             ),
-            (have.share, bias + (floor * eps if dtype in ROUNDED_SUMS else 0.0), ", share of the truth"),
+            (have.share, bias + (floor * eps if dtype in ROUNDED_SUMS else 0.0) + step, ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
     return (

@@ -27,8 +27,8 @@ BEYOND_22_BITS = (2050, 2060)
 _LEAST_BLOCK, _LONG_BLOCK = 32, 256
 """Blocks of quantised weights: the smallest, and one for a weight with these sides. The latter does not divide a million, so
 a piece of a million numbers ends inside a block."""
-_LOW_THRESHOLD, _WIDE = 0.25, (12, 1030)
-"""A threshold that one of 17 random numbers of a column exceeds nearly always, and a layer with 1030 columns."""
+_LOW_THRESHOLD, _WIDE = 2.5, (12, 1030)
+"""A threshold that one of 17 random numbers of a column exceeds in one column of five, and a layer with 1030 columns."""
 _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
@@ -36,7 +36,8 @@ _SLOW_DECAY = 0.99
 def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yield values of some factors that make a tensor very large. names: the names of all factors.
 
-    A weight or a parameter of an optimizer has more than 2^20 numbers, and a quantised tensor more than 2^22. A further
+    A weight, a parameter of an optimizer or a tensor of 8-bit codes has more than 2^20 numbers, and one of 4-bit codes more
+    than 2^22. A further
     case of an Operation has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts have no
     such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
     """
@@ -50,7 +51,8 @@ def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}
         for name in {"rows", "tokens"} & {*names}:
-            yield {name: (BEYOND_16_BITS,) if name == "rows" else BEYOND_16_BITS, "shape": _THIN}
+            one_sequence = {"ids": (0,)} if "ids" in names else {}
+            yield {name: (BEYOND_16_BITS,) if name == "rows" else BEYOND_16_BITS, "shape": _THIN, **one_sequence}
     elif "numel" in names:
         yield {"numel": math.prod(BEYOND_20_BITS)}
 

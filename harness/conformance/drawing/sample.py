@@ -78,9 +78,15 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     - Each extreme value once, beside plain values.
     - The combinations of `drawing.combinations`.
     """
-    # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
+    # 16 bits first, so that what a first call caches in its dtype shows in the wider ones. Of each dtype, first the case
+    # that tries most checks, because `first_call` must precede all other calls.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
-    yield from _with_representatives(sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize))
+    marked = [*_with_representatives(sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize))]
+    if isinstance(plan, OperationSuite):
+        marked.sort(
+            key=lambda case: (DTYPES[case.dtype].itemsize, case.dtype, not (case.typical or case.representative))
+        )
+    yield from marked
     if isinstance(plan, LoaderSuite):
         return
     there = factors(plan, dtypes)
@@ -126,7 +132,8 @@ def _large(
         else:
             return
         if is_accepted(plan, case):
-            yield replace(case, sampled=True, is_brief=True, is_large=True)
+            many_rows = not {"rows", "tokens"}.isdisjoint(some)
+            yield replace(case, sampled=True, is_brief=True, is_large=True, has_many_rows=many_rows)
 
 
 def _of_missing_values(

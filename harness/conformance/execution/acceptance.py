@@ -54,7 +54,9 @@ def is_accepted(plan: ParitySuite, case: AnyCase) -> bool:
     if isinstance(case, OperationCase) and "shape" in case.values:
         shape, experts = case.values["shape"], case.values.get("experts", 0)
         rank = max(case.values.get("ranks", [case.values.get("rank", 1)]), default=1)
-        rows = math.prod(case.values.get("rows", (case.values.get("tokens", 1), case.values.get("chosen", 1))))
+        sequences = len(case.values.get("ids", (0,)))
+        each = case.values.get("rows", (sequences, case.values.get("tokens", 1), case.values.get("chosen", 1)))
+        rows = math.prod(each)
         adapters = max(experts, case.values.get("distinct", 0))
         stack = max(experts * math.prod(shape), adapters * rank * sum(shape))
         if case.magnitude != "normal" and case.values.get("kind") == "cancelled":

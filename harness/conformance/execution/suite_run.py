@@ -129,7 +129,7 @@ def run_case(
     """Run every check that applies to one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
-    `check --wide` tries, and lets checks repeat calls more often, except in a brief case (`is_brief`).
+    `check --wide` tries. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
     seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
@@ -264,7 +264,7 @@ def call(
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     walks, factors = 0 if of.sampled else WALKS, dict(plan.factors())
-    if of.is_large:
+    if of.has_many_rows:
         factors["backward"] = LONG_SUM_FACTOR * factors.get("backward", NOISE_FACTOR)
     return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=factors)
 
