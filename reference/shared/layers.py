@@ -149,10 +149,12 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
     """Return the dtype for an adapter of `base`: its weight's dtype or, if the weight is packed, its compute dtype."""
-    for tensor in (*base.parameters(), *base.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return getattr(base, "compute_dtype", None) or torch.float32  # an attribute of bitsandbytes' layers
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    if dtype := getattr(base, "compute_dtype", None):  # an attribute of bitsandbytes' layers
+        return dtype  # type: ignore[no-any-return]
+    return next((buffer.dtype for buffer in base.buffers() if buffer.is_floating_point()), torch.float32)
 
 
 def features_in_out(base: Any) -> tuple[int, int]:

@@ -42,7 +42,7 @@ from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.operation_call import ill_formed
+from harness.conformance.comparison.operation_call import flatten, ill_formed
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.other_dtypes import BESIDE, COPY, judge_beside_another_dtype, judge_copy
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
@@ -88,6 +88,10 @@ def forms() -> dict[str, list[str]]:
     }
 
 
+_MOST_TENSORS = 100
+"""Largest number of tensors in the arguments of an Operation. With the 600 of 300 adapters, `calls` would take minutes."""
+
+
 @check(States.WARM, only_wide=True, also_in_representative_cases=True)
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
@@ -104,6 +108,10 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     If an Operation compares no gradients, an output has no graph (`grad_fn`), unless that of the reference has one.
     """
     if isinstance(subject, OperationSubject):
+        if len(flatten(subject.arguments)) > _MOST_TENSORS:
+            return skipped(
+                subject, case, "calls", f"more than {_MOST_TENSORS} tensors; cases with fewer are called in other ways"
+            )
         found = [*of_operation(subject, case), *on_distant_weights(subject, case)]
     else:
         found = list(_of_layers(subject, case))
