@@ -21,4 +21,5 @@ if len(sys.argv) > 1:
 else:
     other = subprocess.run([sys.executable, __file__, "after"], capture_output=True, text=True, check=True).stdout
     codes = torch.tensor(list(map(int, other.strip().strip("[]").split(","))), dtype=torch.uint8)
-    print((codes != packed.flatten()).sum().item(), "of", codes.numel(), "bytes differ after a call under bfloat16 (should be 0)")
+    differing = (codes != packed.flatten()).sum().item()
+    print(differing, "of", codes.numel(), "bytes differ after a call under bfloat16 (should be 0)")
