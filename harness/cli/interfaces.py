@@ -51,12 +51,12 @@ def of_operation(name: str) -> Iterator[str]:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
     elif "calls" in plan.checks:
         graphs = _graphs(operation, arguments)
-        yield f"no gradients are compared; {f'only {graphs}' if graphs else 'no output'} may have a graph"
+        yield f"no gradients are compared; outputs{f' other than {graphs}' if graphs else ''} must have no graph"
     else:
         yield "no gradients are compared"
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
     yield "arguments may change in place between two calls, without a change of `_version`, as in a fused optimizer step"
-    yield "no result depends on torch's default dtype; nothing that a call keeps grows with the number of calls"
+    yield "no result depends on torch's default dtype; repeated calls do not make memory grow"
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)
     yield from _arithmetic(name)

@@ -148,7 +148,9 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype for an adapter of `base`: its weight's dtype or, if the weight is packed, its compute dtype."""
+    """Return the dtype for an adapter of `base`: that of the first floating-point parameter, or else `compute_dtype`, or
+    else that of the first floating-point buffer, or else float32.
+    """
     for parameter in base.parameters():
         if parameter.is_floating_point():
             return parameter.dtype

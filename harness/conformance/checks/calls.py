@@ -89,7 +89,8 @@ def forms() -> dict[str, list[str]]:
 
 
 _MOST_TENSORS = 100
-"""Largest number of tensors in the arguments of an Operation. With the 600 of 300 adapters, `calls` would take minutes."""
+"""Number of tensors among an Operation's arguments above which `calls` skips a case. 300 adapters have 600 tensors, and
+would take minutes."""
 
 
 @check(States.WARM, only_wide=True, also_in_representative_cases=True)
@@ -110,7 +111,7 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     if isinstance(subject, OperationSubject):
         if len(flatten(subject.arguments)) > _MOST_TENSORS:
             return skipped(
-                subject, case, "calls", f"more than {_MOST_TENSORS} tensors; cases with fewer are called in other ways"
+                subject, case, "calls", f"more than {_MOST_TENSORS} tensors; only smaller cases try other ways to call"
             )
         found = [*of_operation(subject, case), *on_distant_weights(subject, case)]
     else:

@@ -27,14 +27,14 @@ def check_decoded(subject: Subject | OperationSubject, case: Case) -> CheckResul
 
     In 16 bits, the check calls the layer on rows of the identity matrix, before the adapter is trained. So every output is
     one number of the decoded weight, and nearly all outputs must be correctly rounded. Layers with a bias are left out.
-    `forward` and `outputs` would not notice constants in 16 bits, because the products of many numbers round more. An
-    Operation is called without bias and mask, and with an A and a B of zeros.
+    `forward` and `outputs` would not notice an absmax that is rounded to 16 bits, because the errors of long sums are
+    larger. An Operation is called without bias and mask, and with an A and a B of zeros.
     """
     if subject.dtype not in ("bfloat16", "float16"):
         return skipped(subject, case, "decoded", "the rule is for 16 bits")
     found = list(_of_operation(subject) if isinstance(subject, OperationSubject) else _of_layers(subject))
     if not found:
-        return skipped(subject, case, "decoded", "there is no linear layer without bias, or no weight with elements")
+        return skipped(subject, case, "decoded", "every linear layer has a bias, or the weight is empty")
     return judged(subject, case, "decoded", worst_of(found, found[0].policy))
 
 

@@ -36,8 +36,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
-    that are no parameters of the model (hooks hold them) are copied separately. Libraries load packed weights in ways of
-    their own. If `load_state_dict` refuses them, their state_dict must have every tensor of `state()`, under any name.
+    that are no parameters of the model (hooks hold them) are copied separately. If the base was packed before, or
+    `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -71,8 +71,8 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model was too large to be copied. A model with packed weights, i.e. integers of 8
-    bits, loads only the second one.
+    `subject`. Nothing is judged if the model was too large to be copied. With packed weights (8-bit
+    integers) it loads only the second, and if the base was packed before, neither.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:

@@ -36,10 +36,10 @@ _SLOW_DECAY = 0.99
 def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yield values of some factors that make a tensor very large. names: the names of all factors.
 
-    A weight, a parameter of an optimizer or a tensor of 8-bit codes has more than 2^20 numbers, and one of 4-bit codes more
-    than 2^22. A further
-    case of an Operation has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts have no
-    such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
+    A weight, a parameter of an optimizer or an input of `dynamic_quantize` has more than 2^20 numbers. If an Operation only
+    quantises or decodes a 4-bit weight, the weight has more than 2^22. A further case of an Operation has more rows, or more
+    blocks of a quantised weight, than 16 bits can count. Stacked experts have no such case: their gradients are sums over
+    all rows, and the rounding errors of these sums exceed the tolerance.
     """
     if "chosen" in names:
         return

@@ -232,7 +232,8 @@ def _run_operation(
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
-    # It must be the first call of a process. If every call is wrong, the outcomes of other checks explain more.
+    # `first_call` must run before any other call. Its outcome keeps its place in the suite's list, which is the last,
+    # because the others explain more if every call is wrong.
     first = [runner.check(name, subject, case) for name in tried if name == FIRST_CALL]
     for name in tried:
         yield from first if name == FIRST_CALL else [runner.check(name, subject, case)]
