@@ -126,7 +126,7 @@ class MethodSuite(_Tolerant):
         if not there:
             return
         few = list(self._few(there))
-        plain = [c for c in few if c.dtype == _main(there) and c.kind == self.layers[0] and not is_random(c.config)]
+        plain = [c for c in few if c.dtype == _main(there) and c.kind == self.layers[0] and not _is_random(c.config)]
         oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
         typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
         if wanted.full:
@@ -281,7 +281,7 @@ class LoaderCase(_CaseRole):
 AnyCase = MethodCase | OperationCase | LoaderCase
 
 
-def is_random(config: Values) -> bool:
+def _is_random(config: Values) -> bool:
     """Return whether the layer draws random numbers in training mode with this config."""
     return any(value for name, value in config.items() if name.endswith("dropout"))
 

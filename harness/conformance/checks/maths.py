@@ -54,12 +54,12 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         factor = case.factor("identity")
         # In this dtype, a start may be as inexact as the base, or as the reference's own start. The latter is computed only
         # on demand, because it may need an SVD of every weight. If it overflows, another start may too, in up to half of the
-        # logits or twice the share.
+        # logits or four times the share.
         verdict = noise_floor(mine, truth, base, subject.dtype, factor)
         if not verdict.passed:
             start = {"logits": case.forward(whole_model.start(subject, subject.dtype))}
             share = [float((~one["logits"].isfinite()).double().mean()) for one in (mine, start)]
-            may_overflow = min(share) > 0 and share[0] < max(LARGEST_OVERFLOW, 2 * share[1])
+            may_overflow = min(share) > 0 and share[0] < max(LARGEST_OVERFLOW, 4 * share[1])
             verdict = noise_floor(mine, truth, [start] if may_overflow else [base, start], subject.dtype, factor)
     return judged(subject, case, "identity", verdict)
 

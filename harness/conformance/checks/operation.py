@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -19,9 +23,11 @@ from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported
 from harness.process import forks
+from harness.records import environment
 from harness.records.record import CheckResult
 
-_FORK_LIMITS = forks.Limits(cpu_s=60, memory_b=8 << 30)
+_FORK_LIMITS = forks.Limits(cpu_s=11, memory_b=8 << 30)
+"""The limit of wall time, ten times this CPU time, is below the time that `check` waits for a result."""
 
 
 @check(depends_on_sizes=False, only_wide=True, also_in_representative_cases=True)
@@ -29,32 +35,39 @@ def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     """A call returns the right outputs and gradients after a call under the default dtype bfloat16.
 
     transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
-    computes and keeps must not take that dtype. In a case, this check runs before all others, and its result is reported
-    last. Its calls are in a fork, so that a wrong table does not harm other checks. A fork cannot use CUDA.
+    computes and keeps must not take that dtype. If another Operation shares the table and was called before, the check
+    shows nothing. In a case, it runs before all other checks, and its result is reported last. Its calls are in a fork, so
+    that a wrong table does not harm other checks. Only Linux forks safely, and only if no library can have used a GPU.
     """
-    if subject.device.type != "cpu":
-        return skipped(subject, case, "first_call", "a forked process cannot use this device")
+    if sys.platform != "linux" or subject.device.type != "cpu" or environment.gpus():
+        return skipped(subject, case, "first_call", "it needs a forked process: Linux, and no GPU")
+    end = next(forks.run([None], lambda _: _after_other_default_dtype(subject, case), 1, _FORK_LIMITS))
+    if end.died in ("SIGXCPU", "SIGALRM"):
+        return skipped(subject, case, "first_call", f"no result after {_FORK_LIMITS.cpu_s} s of CPU time")
+    if end.returned is None:
+        raise RuntimeError(end.error or f"the forked process died of {end.died}")
+    if name := end.returned.get("raised"):
+        kind = Unsupported if name == Unsupported.__name__ else getattr(builtins, name, RuntimeError)
+        raise kind(end.returned["text"]) from RuntimeError(end.returned["traceback"])
+    return CheckResult.model_validate_json(end.returned["result"])
 
-    def judge(_: None) -> str:
-        torch.set_num_threads(1)  # a fork has no other threads
+
+def _after_other_default_dtype(subject: OperationSubject, case: Case) -> dict[str, str]:
+    """Call the Operation under another default dtype, and judge a second call. Return the result, or the exception."""
+    torch.set_num_threads(1)  # a fork has no other threads
+    try:
         torch.set_default_dtype(torch.bfloat16)
-        try:
-            subject.call()
-        except Unsupported as error:
-            return skipped(subject, case, "first_call", f"unsupported: {error}").model_dump_json()
+        subject.call()
         torch.set_default_dtype(torch.float32)
         verdict, detail = operation_call.judge(subject, subject.call(), case)
         if verdict.passed and subject.operation.differentiable:
-            verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
-        after = "after a call under the default dtype bfloat16"
-        return judged(subject, case, "first_call", verdict, f"{after}; {detail}" if detail else after).model_dump_json()
-
-    end = next(forks.run([None], judge, 1, _FORK_LIMITS))
-    if end.returned is None:
-        return from_problems(
-            subject, case, "first_call", [f"raised {end.error}" if end.error else f"died of {end.died}"]
-        )
-    return CheckResult.model_validate_json(end.returned)
+            with contextlib.suppress(Unsupported):  # such as gradients
+                verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
+    except Exception as error:  # noqa: BLE001  # an implementation may raise anything
+        return {"raised": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+    after = "after a call under the default dtype bfloat16"
+    found = judged(subject, case, "first_call", verdict, f"{after}; {detail}" if detail else after)
+    return {"result": found.model_dump_json()}
 
 
 @check(in_brief_cases=True)

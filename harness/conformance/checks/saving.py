@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from harness.conformance.comparison.check_results import from_problems, judged, 
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, worst_of
-from harness.conformance.parity_suite import is_random
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.module_copy import copied
 from harness.methods.spec import method_info
@@ -71,8 +69,8 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model was too large to be copied. With packed weights (8-bit
-    integers) it loads only the second, and if the base was packed before, neither.
+    `subject`. Nothing is judged if the model was too large to be copied. With packed weights (8-bit integers) it loads only
+    the second, and if the base was packed before, neither.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:
@@ -88,36 +86,25 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     other = case.attach_again(model=model)
     assert other is not None  # noqa: S101  # it was attached before
     _outputs(other, case)  # what a layer keeps of its old weights must not outlive them
+    trained = _trainable(other)
     if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
         try:
             other.model.load_state_dict(saved)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-        ):  # the library loads packed weights in a way of its own
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # a library loads it in another way
             yield from _of_constants(subject, saved)
         else:
-            yield from _alike(subject, other, case)
+            yield from _alike(subject, other, trained, case)
         yield from _after_assigning(fresh, saved)
         return
     constants = method_info(subject.method).spec.start_from_config
     names = [name for name in changed if name.rpartition(".")[2] not in constants]
-    trained = _trainable(other)
     if names:
         load(fresh.adapted, {}, changed)
         other.model.load_state_dict(fresh.model.state_dict())
         both = ({name: state[name] for name in names} for state in (other.state(), changed))
         yield prefix_tensor("after load_state_dict", exact(*both))
     other.model.load_state_dict(saved)
-    if changes := sorted(trained ^ _trainable(other)):
-        yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)
-    tensors = subject.adapted.tensors()
-    if not owns(subject.model, tensors):
-        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
-    yield from _alike(subject, other, case)
+    yield from _alike(subject, other, trained, case)
     yield from _after_assigning(other, saved)
 
 
@@ -130,8 +117,16 @@ def _of_constants(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Jud
             yield Judgement(False, None, None, name, "not in the model's state_dict", "exact", 0)
 
 
-def _alike(subject: Subject, other: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the layers of `other`, which has loaded the state_dict of `subject`."""
+def _alike(subject: Subject, other: Subject, trained: set[str], case: Case) -> Iterator[Judgement]:
+    """Yield judgements of `other`, whose model has loaded the state_dict of the subject's model.
+
+    trained: names of the parameters of `other` that required gradients before.
+    """
+    if changes := sorted(trained ^ _trainable(other)):
+        yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)
+    tensors = subject.adapted.tensors()
+    if not owns(subject.model, tensors):
+        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
     loaded = _outputs(other, case)
     for name, seen in _outputs(subject, case).items():
         yield prefix_tensor(f"after load_state_dict, {name}", exact(loaded[name], seen))
@@ -140,11 +135,10 @@ def _alike(subject: Subject, other: Subject, case: Case) -> Iterator[Judgement]:
 def _outputs(subject: Subject, case: Case) -> dict[str, dict[str, Tensor]]:
     """Run every layer in eval mode and, if it has no dropout, in training mode. Return outputs and gradients by name."""
     found = {}
-    config = {one.name: getattr(subject.config, one.name) for one in fields(subject.config)}
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         found[path] = observe(layer, subject.tensors_of(path), x, dy)
-        if not is_random(config):
+        if subject.trains_plainly:
             found[f"{path} in training"] = observe(layer, subject.tensors_of(path), x, dy, training=True)
     return found
 

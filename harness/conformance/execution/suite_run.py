@@ -234,6 +234,7 @@ def _run_operation(
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
     # `first_call` must run before any other call. Its outcome keeps its place in the suite's list, which is the last,
     # because the others explain more if every call is wrong.
+    tried = [name for name in tried if name != FIRST_CALL or not of.drawn]  # drawn cases come after others
     first = [runner.check(name, subject, case) for name in tried if name == FIRST_CALL]
     for name in tried:
         yield from first if name == FIRST_CALL else [runner.check(name, subject, case)]

@@ -100,16 +100,17 @@ class Defect(FrozenModel):
             fnmatchcase(case, one) for one in self.not_cases
         ):
             return []
-        # `first_call` fails wherever the Operation is wrong.
-        seen = [
-            tried.result.check.replace("/first_call/", f"/{name}/") for name in ("first_call", "outputs", "backward")
-        ]
-        return [pattern for pattern in self.checks if any(fnmatchcase(one, pattern) for one in seen)]
+        return [pattern for pattern in self.checks if fnmatchcase(tried.result.check, pattern)]
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Return whether this outcome is a failure that looks like the defect."""
         result = tried.result
-        if result.outcome is not Outcome.FAIL or not self.matching(tried):
+        if result.outcome is not Outcome.FAIL:
+            return False
+        # `first_call` fails wherever the Operation is wrong.
+        names = [result.check.replace("/first_call/", f"/{name}/") for name in ("first_call", "outputs", "backward")]
+        same = (result.model_copy(update={"check": name}) for name in names)
+        if not any(self.matching(tried.model_copy(update={"result": one})) for one in same):
             return False
         description = _description(result)
         if tried.execution is Execution.RAISED:
@@ -210,7 +211,7 @@ def explained(
         explaining = []
         for defect in of[one.implementation]:
             matching = {(defect.id, pattern) for pattern in defect.matching(one)}
-            if matching and defect.explains(one):
+            if defect.explains(one):
                 explaining.append(defect)
                 shown |= matching
             due |= matching if one.result.outcome is not Outcome.SKIPPED else set()
