@@ -41,6 +41,12 @@ class ForkEnd(Generic[_T]):
     returned or raised an exception."""
     error: str
     """Last line of the traceback if the function raised an exception. Otherwise empty."""
+    kind: str = ""
+    """Name of the exception's type. Empty if there was none."""
+    text: str = ""
+    """Message of the exception."""
+    traceback: str = ""
+    """The whole traceback of the exception."""
 
 
 def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[ForkEnd[_T]]:
@@ -106,8 +112,10 @@ def _become(task: _T, act: Callable[[_T], Any], limits: Limits, pipe: IO[str]) -
             sys.stdout = sys.stderr = os.fdopen(nothing, "w")  # pytest, e.g., has streams of its own
             _limit(limits)
             text = json.dumps({"returned": act(task)})
-        except BaseException:  # noqa: BLE001  # the parent reports it
-            text = json.dumps({"error": traceback.format_exc().strip().splitlines()[-1]})
+        except BaseException as error:  # noqa: BLE001  # the parent reports it
+            trace = traceback.format_exc()
+            found = {"error": trace.strip().splitlines()[-1], "kind": type(error).__name__, "text": str(error)}
+            text = json.dumps(found | {"traceback": trace})
         pipe.write(text)
         pipe.flush()
         code = 0
@@ -134,4 +142,5 @@ def _end(task: _T, code: int, received: bytes) -> ForkEnd[_T]:
         message = json.loads(received)
     except ValueError:
         return ForkEnd(task, None, signal.Signals(-code).name if code < 0 else f"exit code {code}", "")
-    return ForkEnd(task, message.get("returned"), "", message.get("error", ""))
+    returned = message.pop("returned", None)
+    return ForkEnd(task, returned, "", **({"error": ""} | message))

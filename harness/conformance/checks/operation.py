@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -44,30 +43,27 @@ def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     end = next(forks.run([None], lambda _: _after_other_default_dtype(subject, case), 1, _FORK_LIMITS))
     if end.died in ("SIGXCPU", "SIGALRM"):
         return skipped(subject, case, "first_call", f"no result after {_FORK_LIMITS.cpu_s} s of CPU time")
-    if end.returned is None:
-        raise RuntimeError(end.error or f"the forked process died of {end.died}")
-    if name := end.returned.get("raised"):
-        kind = Unsupported if name == Unsupported.__name__ else getattr(builtins, name, RuntimeError)
-        raise kind(end.returned["text"]) from RuntimeError(end.returned["traceback"])
-    return CheckResult.model_validate_json(end.returned["result"])
+    if end.error:
+        kind = Unsupported if end.kind == Unsupported.__name__ else getattr(builtins, end.kind, RuntimeError)
+        raise kind(end.text) from RuntimeError(end.traceback)
+    if end.died:
+        raise RuntimeError(f"the forked process died of {end.died}")
+    return CheckResult.model_validate_json(end.returned)
 
 
-def _after_other_default_dtype(subject: OperationSubject, case: Case) -> dict[str, str]:
-    """Call the Operation under another default dtype, and judge a second call. Return the result, or the exception."""
+def _after_other_default_dtype(subject: OperationSubject, case: Case) -> str:
+    """Call the Operation under another default dtype, then judge a second call, and return the result as JSON."""
     torch.set_num_threads(1)  # a fork has no other threads
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        subject.call()
-        torch.set_default_dtype(torch.float32)
-        verdict, detail = operation_call.judge(subject, subject.call(), case)
-        if verdict.passed and subject.operation.differentiable:
-            with contextlib.suppress(Unsupported):  # such as gradients
-                verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
-    except Exception as error:  # noqa: BLE001  # an implementation may raise anything
-        return {"raised": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+    torch.set_default_dtype(torch.bfloat16)
+    subject.call()
+    torch.set_default_dtype(torch.float32)
+    verdict, detail = operation_call.judge(subject, subject.call(), case)
+    if verdict.passed and subject.operation.differentiable:
+        with contextlib.suppress(Unsupported):  # such as gradients
+            verdict, detail = operation_call.judge_gradients(subject, case, case.factor("backward")), ""
     after = "after a call under the default dtype bfloat16"
     found = judged(subject, case, "first_call", verdict, f"{after}; {detail}" if detail else after)
-    return {"result": found.model_dump_json()}
+    return found.model_dump_json()
 
 
 @check(in_brief_cases=True)
