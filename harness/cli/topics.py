@@ -281,7 +281,11 @@ def _titled(title: str, text: str) -> str:
 def _operation(name: str, about: str) -> str:
     from harness.cli import interfaces  # imports torch
 
-    command = ["", "to check all implementations of it:", f"  peft-harness check --op {name}"]
+    command = [
+        "", "to check all implementations of it:", f"  peft-harness check --op {name}",
+        "to check your own function in your test suite:", "  from harness.testing import conformance",
+        f'  @conformance("{name}")',
+    ]  # fmt: skip
     return _titled(f"operation {name}", "\n".join([about, "", *_folded(interfaces.of_operation(name)), *command]))
 
 

@@ -40,7 +40,8 @@ def codebook() -> Tensor:
     """Return the 16 levels in ascending order from -1 to 1, as float32. They are computed, not copied from a table.
 
     The levels are quantiles of the normal distribution. The outermost probability is 0.9677083 = 1 - (1/30 + 1/32) / 2.
-    This is halfway between the outermost probabilities for 15 and for 16 levels.
+    This is halfway between the outermost probabilities for 15 and for 16 levels. The probabilities are a grid of float32
+    numbers and the quantiles float64; in other precisions, the last bits of the levels differ from the published table.
     """
     quantile = NormalDist().inv_cdf
 
