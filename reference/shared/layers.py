@@ -154,9 +154,8 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     for parameter in base.parameters():
         if parameter.is_floating_point():
             return parameter.dtype
-    if dtype := getattr(base, "compute_dtype", None):  # an attribute of bitsandbytes' layers
-        return dtype  # type: ignore[no-any-return]
-    return next((buffer.dtype for buffer in base.buffers() if buffer.is_floating_point()), torch.float32)
+    computed: torch.dtype | None = getattr(base, "compute_dtype", None)  # an attribute of bitsandbytes' layers
+    return computed or next((buffer.dtype for buffer in base.buffers() if buffer.is_floating_point()), torch.float32)
 
 
 def features_in_out(base: Any) -> tuple[int, int]:

@@ -25,6 +25,12 @@ FAULTS = [
     _packed("decodes_with_constants_in_16_bits", ["decoded"],
         "nf4.dequantize(codes, self.constants(), self.block)",
         "nf4.dequantize(codes, self.constants().bfloat16().float(), self.block)", dtype="bfloat16"),
+    _packed("does_not_save_the_mean_of_the_constants", ["save"],
+        'self.register_buffer("offset", offset)', 'self.register_buffer("offset", offset, persistent=False)'),
+    # A cache that survives load_state_dict.
+    _packed("keeps_the_weight_that_it_decoded_first", ["save"],
+        "nf4.dequantize(codes, self.constants(), self.block)",
+        "vars(self).setdefault('_kept', nf4.dequantize(codes, self.constants(), self.block))"),
     _packed("gives_every_weight_the_code_of_zero", ["packing"], "nf4.pack(codes)", "nf4.pack(0 * codes + 7)"),
     _qlora("quantises_the_constants_with_their_mean", ["packing"],
         "quantize_blockwise(flat - offset,", "quantize_blockwise(flat,", file="double_quant"),
