@@ -163,24 +163,23 @@ class _CaseRole:
     """Origin of a case, and which checks it tries. A loader's case has none of these roles."""
 
     sampled: bool = False
-    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
-
-    Such a case tries only the checks that depend on sizes and settings. Checks of a Method that otherwise run in every
-    state (`States.ALL`) run only in the suite's last state, where they notice most.
-    """
+    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings. It tries only the checks
+    that depend on these, and checks of a Method only in the suite's last state, where they notice most."""
     drawn: bool = False
     """True if Hypothesis drew the case."""
     typical: bool = False
     """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
     representative: bool = False
     """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
-    unless the typical case has that kind and dtype. Without `--wide`, some checks run only in these and the typical one."""
+    unless the typical case has that kind and dtype."""
+    minor: bool = False
+    """True for every other example of a suite. Without `--wide`, some checks leave it out."""
     is_brief: bool = False
     """True if the case tries fewer checks (`suite_run.run_case`)."""
     is_large: bool = False
     """True if a tensor is very large."""
     has_many_rows: bool = False
-    """True if an Operation's input has more rows than 16 bits can count. Gradients are sums of as many terms."""
+    """True if an Operation's input has more rows than 16 bits can count. Gradients sum as many terms."""
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,33 @@ def test_other_ways_to_call_are_tried_in_one_example_of_each_dtype_and_kind_of_l
 def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:
     every, wide = checks.every(), CaseSelection(wide=True)
     names = [name for name in every if tried_by_default(name) and every[name].only_wide]
-    assert names == ["calls", "each_setting", "moments", "first_call", "nonfinite", "overlap", "svd", "targets"]
+    assert names == ["calls", "each_setting", "moments", "nonfinite", "svd", "targets"]
     for one in names:
         assert not every[one].is_tried(wide=False, sampled=False, typical=False)
         representative = every[one].is_tried(wide=False, sampled=False, typical=False, representative=True)
-        assert representative == (one in ("calls", "first_call", "overlap"))
+        assert representative == (one == "calls")
     assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
+
+
+@pytest.mark.parametrize("target", ["lora", "galore", "lora_linear"])
+def test_a_minor_example_leaves_out_checks_that_show_nothing_new_there(target: str) -> None:
+    plan = parity_suite.load_plan(target)
+    reference = discover().find(parity_suite.kind_of(target), target, "reference")
+    tried = dict[str, set[str]]()
+    for case in sample.fixed(plan, FEW, DTYPES):
+        role = next((one for one in ("typical", "representative", "minor", "is_brief") if getattr(case, one)), "")
+        if role not in tried:
+            tried[role] = {one.check for one in suite_run.run_case(reference, plan, case)}
+    assert tried.keys() == {"typical", "representative", "minor", "is_brief"}
+    left_out = {"save", "strides", "overlap", "initial", "trajectory", "arguments", "first_call"}.intersection(
+        plan.checks
+    )
+    assert left_out
+    assert left_out <= tried["representative"] & tried["typical"]
+    assert not left_out & (tried["minor"] | tried["is_brief"])
+    assert {"forward", "merge", "outputs"}.intersection(plan.checks) <= tried["minor"] & tried["is_brief"]
+    for name in left_out:
+        assert checks.every()[name].is_tried(wide=True, sampled=False, typical=False, minor=True)
 
 
 @pytest.mark.slow

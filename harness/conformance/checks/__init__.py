@@ -91,6 +91,9 @@ class Check(Generic[_Subject]):
     depends_on_sizes: bool
     """True if the result may change with the sizes of the layers or the settings of the Method or Operation. If False,
     the check is tried in the suite's examples, but not in the sample of further cases that a wide selection adds."""
+    in_every_example: bool
+    """False if the check leaves out the suite's minor examples (`_CaseRole.minor`), unless the selection is wide. A check
+    whose result does not depend on sizes leaves them out, too."""
     only_wide: bool
     """True if the check is tried only when the selection of cases is wide (`CaseSelection.is_wide`)."""
     also_in_typical_case: bool
@@ -107,20 +110,28 @@ class Check(Generic[_Subject]):
         return self.function(subject, case)
 
     def is_tried(
-        self, *, wide: bool, sampled: bool, typical: bool, representative: bool = False, brief: bool = False
+        self,
+        *,
+        wide: bool,
+        sampled: bool,
+        typical: bool,
+        representative: bool = False,
+        minor: bool = False,
+        brief: bool = False,
     ) -> bool:
         """Return whether the check is tried in a case.
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that is added to
-        the suite's examples. typical: whether the case is the suite's typical case. representative:
-        whether it is a representative case (`_CaseRole.representative`). brief: whether it is a brief case
-        (`_CaseRole.is_brief`).
+        the suite's examples. typical, representative, minor, brief: the case's fields in `_CaseRole`; `brief` is the field
+        `is_brief`.
         """
         if brief and not wide:
             return self.in_brief_cases
         also = self.also_in_typical_case and typical
         also |= self.also_in_representative_cases and (typical or representative)
         selected = wide or not self.only_wide or also
+        if minor and not wide and not (self.depends_on_sizes and self.in_every_example):
+            return False
         return selected and (self.depends_on_sizes or not sampled)
 
 
@@ -130,6 +141,7 @@ def check(
     in_cell: Iterable[CellStage] = (),
     reference: Reference = Reference.REQUIRED,
     depends_on_sizes: bool = True,
+    in_every_example: bool = True,
     only_wide: bool = False,
     also_in_typical_case: bool = False,
     also_in_representative_cases: bool = False,
@@ -146,7 +158,8 @@ def check(
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
         name = function.__name__.removeprefix(_PREFIX)
         also = also_in_typical_case, also_in_representative_cases, in_brief_cases
-        return Check(name, function, states, tuple(in_cell), reference, depends_on_sizes, only_wide, *also)
+        where = depends_on_sizes, in_every_example, only_wide
+        return Check(name, function, states, tuple(in_cell), reference, *where, *also)
 
     return declare
 

@@ -55,7 +55,7 @@ from reference.shared.layers import kind_of
 TINY = 2.0**-13
 """Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
 LAYERS = 2
-"""Largest number of adapted layers that `check_calls` calls."""
+"""Largest number of adapted layers that `check_calls` calls. In a brief case (`Case.is_brief`) it calls one."""
 
 
 class LayerForm(StrEnum):
@@ -161,7 +161,7 @@ class _LayerJudge:
 
 
 def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
-    for index, path in enumerate(list(subject.adapted.layers)[:LAYERS]):
+    for index, path in enumerate(list(subject.adapted.layers)[: 1 if case.is_brief else LAYERS]):
         base, layer = subject.original_base(path), subject.adapted.layers[path]
         generator = case.generator(index + 700)
         x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)

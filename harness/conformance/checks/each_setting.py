@@ -10,7 +10,9 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.checks.galore import check_refresh
 from harness.conformance.checks.maths import check_forward, check_gradient
-from harness.conformance.checks.merging import check_merge
+from harness.conformance.checks.merging import check_detach, check_merge
+from harness.conformance.checks.saving import check_save
+from harness.conformance.checks.settings import check_settings
 from harness.conformance.checks.start import check_initial
 from harness.conformance.checks.trajectory import check_trajectory
 from harness.conformance.comparison.check_results import from_problems, skipped
@@ -21,7 +23,9 @@ from harness.methods.registry import format_error
 from harness.records.check import CheckId
 from harness.records.record import CheckResult, Outcome
 
-_WARM = (check_forward, check_gradient, check_merge, check_trajectory)
+_INIT = (check_initial, check_settings, check_detach)
+"""The checks that are run on an adapter as it was attached."""
+_WARM = (check_forward, check_gradient, check_merge, check_save, check_trajectory)
 """The checks that are run on an adapter whose tensors are random."""
 
 
@@ -29,8 +33,9 @@ _WARM = (check_forward, check_gradient, check_merge, check_trajectory)
 def check_each_setting(subject: Subject, case: Case) -> CheckResult:
     """With other values of its settings, an implementation computes what the reference computes with these values.
 
-    A program may ignore a setting, and use its usual value instead. So new adapters are attached, with another value of
-    every setting, and the checks `initial`, `forward`, `gradient`, `merge` and `trajectory` are run on them, for GaLore also
+    A program may ignore a setting, and use its usual value instead, or may save, detach or draw random numbers wrongly
+    with this value alone. So new adapters are attached, with another value of every setting, and the checks `initial`,
+    `settings`, `detach`, `forward`, `gradient`, `merge`, `save` and `trajectory` are run on them, for GaLore also
     `refresh`. Each adapter has as many other values as the Method accepts together. If an adapter fails, or is not
     supported, each of its values is tried alone, and the failing ones are named. Ranks, shares of dropout and keys keep
     their values: other checks vary them. Three training steps do not show AdaLoRA's schedule and averages: `budget` and
@@ -60,7 +65,7 @@ def _failure(case: Case, settings: dict[str, Any]) -> str | None:
     changed = replace(case, attach_fresh=partial(case.attach_fresh, **settings))
     try:
         subject = case.attach_fresh(**settings)
-        results = [check_initial(subject, replace(changed, state="init"))]
+        results = [one(subject, replace(changed, state="init")) for one in _INIT]
         warm(subject.added(), case.generator(salt=1))
         # GaLore's steps amplify rounding errors, so `trajectory` allows large errors, and `refresh` small ones.
         further = () if subject.adapted.optimizer(1.0, 0.0) is None else (check_refresh,)

@@ -33,8 +33,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
-    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Tensors
-    that are no parameters of the model (hooks hold them) are copied separately. If the base was packed before, or
+    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. If no
+    tensor is a parameter of the model (hooks hold them), they are copied separately. If the base was packed before, or
     `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
@@ -125,7 +125,12 @@ def _alike(subject: Subject, other: Subject, trained: set[str], case: Case) -> I
     if changes := sorted(trained ^ _trainable(other)):
         yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)
     tensors = subject.adapted.tensors()
-    if not owns(subject.model, tensors):
+    own = {id(p) for p in subject.model.parameters()}
+    outside = [name for name, t in tensors.items() if id(t) not in own]
+    if outside and len(outside) < len(tensors):
+        why = "not in the model's state_dict, unlike other tensors of the adapter"
+        yield Judgement(False, None, None, outside[0], why, "exact", 0)
+    if outside:
         load(other.adapted, tensors)  # hooks hold them, so the model does not save them
     loaded = _outputs(other, case)
     for name, seen in _outputs(subject, case).items():

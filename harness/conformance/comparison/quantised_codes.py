@@ -5,7 +5,7 @@ Levels are the values that codes stand for. A tie is a value halfway between two
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -61,18 +61,27 @@ def values(
 
 def largest_of_blocks(value: Tensor, block: int) -> Tensor:
     """Return the largest magnitude of every block of `block` elements."""
-    blocks = value.abs().split(block) if value.numel() else ()
-    return torch.stack([one.amax() for one in blocks]) if blocks else value.new_zeros(0)
+    return (
+        torch.nn.functional.pad(value.abs(), (0, -value.numel() % block))
+        .view(-(-value.numel() // block), block)
+        .amax(1)
+    )
 
 
 def judge_codes(
-    mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
+    mine: Mapping[str, Tensor],
+    want: tuple[Tensor, Tensor],
+    near_tie: Callable[[], Tensor],
+    block: int,
+    levels: Tensor,
 ) -> tuple[Judgement, str]:
     """Judge `codes` and `absmax` by the reference's. Return the judgement, and text with the number of ties.
 
     Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the
-    neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros. A block with
-    NaN or infinity may have any codes, if its absmax is not finite. bitsandbytes' back ends differ for such blocks.
+    neighbouring code is right too. near_tie: function that returns the mask of these elements. It is called only if a
+    code differs by one, because it takes longer than the rest. A block of zeros may have any codes and absmax that
+    decode to zeros. A block with NaN or infinity may have any codes, if its absmax is not finite. bitsandbytes' back
+    ends differ for such blocks.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -80,7 +89,8 @@ def judge_codes(
         return exact(mine, {"codes": codes, "absmax": absmax}), ""
     rank = torch.unique(levels, return_inverse=True)[1]
     distance = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
-    tied = near_tie & (distance == 1)
+    neighbours = distance == 1
+    tied = near_tie() & neighbours if bool(neighbours.any()) else neighbours
     decoded = levels[mine["codes"].long()] * mine["absmax"].repeat_interleave(block)[: codes.numel()]
     largest = torch.nn.functional.pad(decoded.abs(), (0, -codes.numel() % block)).view(-1, block).amax(dim=1)
     vanishes = (absmax == 0) & (largest <= torch.finfo(torch.float32).tiny)
@@ -130,7 +140,10 @@ class FourBit:
         held = 2 * packed.numel()
         codes = nf4.unpack(packed, held)
         mine = {"codes": nf4.unpack(outputs["packed"], held), "absmax": outputs["absmax"]}
-        near_tie = torch.nn.functional.pad(self.form.near_tie(W, block), (0, held - W.numel()))
+
+        def near_tie() -> Tensor:
+            return torch.nn.functional.pad(self.form.near_tie(W, block), (0, held - W.numel()))
+
         return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
 
     def packed_arguments(

@@ -188,7 +188,7 @@ def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> An
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
     """Mark the first example of each kind of layer, and the first of each dtype among linear layers and Operations.
 
-    The typical example stands for its own kind and dtype, so no other example of this kind and dtype is marked.
+    The typical example stands for its own kind and dtype. All other examples are marked as minor ones.
     """
 
     def represents(case: AnyCase) -> tuple[str, str]:
@@ -197,8 +197,10 @@ def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
 
     seen = {represents(case) for case in examples if case.typical}
     for case in examples:
-        if isinstance(case, LoaderCase) or represents(case) in seen:
+        if isinstance(case, LoaderCase) or case.typical:
             yield case
+        elif represents(case) in seen:
+            yield replace(case, minor=True)
         else:
             seen.add(represents(case))
             yield replace(case, representative=True)

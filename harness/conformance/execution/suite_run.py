@@ -134,8 +134,8 @@ def run_case(
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
-    role = {"sampled": of.sampled, "typical": of.typical, "representative": of.representative, "brief": of.is_brief}
-    tried = [name for name, one in every.items() if one.is_tried(wide=wide, **role)]
+    role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
+    tried = [name for name, one in every.items() if one.is_tried(wide=wide, brief=of.is_brief, **role)]
     wide = wide and not of.is_brief
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)
@@ -306,12 +306,12 @@ def attach(
         if hasattr(resolved, "targets") and isinstance(model, ParityModel):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
+        usual = not (given or square)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         unpacked = copied(model) if plan.base else None
         if plan.base:
             linear = {path: one for path, one in bases.items() if isinstance(one, nn.Linear)}
-            usual = not (given or square)
             expected = {
                 path: codes_of(path) if usual else ExpectedCodes.of(one.weight, bias=one.bias)
                 for path, one in linear.items()
@@ -319,7 +319,10 @@ def attach(
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
             bases = _adaptable(model, resolved)
-        original, own = Original.of(model), list(model.parameters())
+        # `pristine` is never changed, so it can be the original of all its copies. A Subject changes original experts.
+        shares = usual and not plan.base and of.kind != "experts"
+        original = Original(pristine) if shares else Original.of(model)
+        own = list(model.parameters())
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         if plan.base:
             adapted = attach_reference(method, model, resolved, None, generator)

@@ -43,6 +43,8 @@ FAULTS = [
     # Swap A and B, which raises no error on a square layer.
     _lora("swaps_a_and_b", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)", inputs=32, outputs=32),
+    _lora("leaves_the_bias_of_b_out_of_the_state_dict", ["each_setting"], "self.c = None if c is None else nn.Parameter(c)",
+        'vars(self)["c"] = None if c is None else nn.Parameter(c)', file="adapted"),
     _lora("detaches_a", ["gradient", "step"], _INPUT, "self.dropout(x_TD) @ self.A.detach().T"),
     # unsloth-zoo#892, for an output layer
     _lora("doubles_the_gradient", ["gradient", "step"], _PRODUCT, "(u := " + _PRODUCT + ") + (u - u.detach())"),

@@ -112,10 +112,9 @@ def judge_absmax(outputs: Mapping[str, Tensor], name: str, decayed: Tensor, new:
 
     decayed, new: the two terms of the moment, beta x old moment and (1 - beta) x g or g^2, flat in float64.
     """
-    constants, value = f"{name}_absmax", decayed + new
-    rounded = quantize_blockwise(value, dynamic_map())[1]
-    have, truth = {constants: outputs[constants]}, {constants: largest_of_blocks(value, adamw8bit.BLOCK)}
-    return noise_floor(have, truth, {constants: rounded}, "float32")
+    constants, truth = f"{name}_absmax", largest_of_blocks(decayed + new, adamw8bit.BLOCK)
+    # Rounding to float32 keeps the order of magnitudes.
+    return noise_floor({constants: outputs[constants]}, {constants: truth}, {constants: truth.float()}, "float32")
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
@@ -136,7 +135,10 @@ def judge_moment(
     value, levels = decayed + new, dynamic_map(signed).to(new.device)
     codes, absmax = quantize_blockwise(value, levels)
     reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
-    near = near_middle(value, largest_of_blocks(value, adamw8bit.BLOCK), reach, levels.double())
+
+    def near() -> Tensor:
+        return near_middle(value, largest_of_blocks(value, adamw8bit.BLOCK), reach, levels.double())
+
     # The absmax is judged by `judge_absmax`; here it marks the blocks of zeros.
     mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
     one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)

@@ -37,7 +37,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
     centred = absmax - outputs["offset"]
     mine = {"codes": outputs["codes"], "absmax": outputs["absmax2"]}
     want = quantize_blockwise(centred, levels, block)
-    codes, detail = judge_codes(mine, want, nf4.near_tie(centred, block, levels), block, levels)
+    codes, detail = judge_codes(mine, want, lambda: nf4.near_tie(centred, block, levels), block, levels)
     return worst_of([mean, codes], "exact, given the offset"), detail
 
 

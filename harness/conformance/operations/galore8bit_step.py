@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
             "codes": torch.where(within, codes, outputs[name]),
             "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax),
         }
-        one, _ = judge_codes(mine, (codes, absmax), torch.zeros_like(within), adamw8bit.BLOCK, levels)
+        one, _ = judge_codes(mine, (codes, absmax), partial(torch.zeros_like, within), adamw8bit.BLOCK, levels)
         judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
         details.append(f"{name}: {int((within & (outputs[name] != codes)).sum())} codes differ within rounding")
     return worst_of(judged, "exact"), "; ".join(details)
