@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
 from harness.methods.spec import methods
 from harness.records.record import CheckResult, Outcome
-from reference import adalora, lora
+from reference import adalora, galore, lora
 from reference.operations import multi_lora
 
 DRAWN = CaseSelection(drawn=100, seed=11)
@@ -356,6 +358,36 @@ def test_who_is_wrong_in_layers_of_a_million_numbers_only_fails_the_default_chec
     failed = {one.check for one in outcomes if one.result.outcome is Outcome.FAIL}
     assert failed >= {"forward", "gradient"}
     assert "trajectory" not in {one.check for one in outcomes}  # only the checks of a Cell's gate are tried there
+
+
+def test_who_moves_the_weights_of_galore_wrongly_at_other_ranks_only_fails_the_default_checks() -> None:
+    def attach(model: nn.Module, config: galore.Config, generator: torch.Generator) -> Any:
+        scale = config.scale * (1.05 if config.rank in (40, 260) else 1.0)
+        return galore.attach(model, dataclasses.replace(config, scale=scale), generator)
+
+    plan, mine = parity_suite.load("galore"), Implementation("mine", "method", "galore", attach, dtypes=DTYPES)
+    ranks = set[int]()
+    for case in sample.fixed(plan, FEW, ["float32"]):
+        if case.is_brief and not case.is_large:
+            outcomes = suite_run.run_case(mine, plan, case)
+            ranks |= {
+                case.config["rank"] for one in outcomes if one.check == "step" and one.result.outcome is Outcome.FAIL
+            }
+    assert ranks == {40, 260}
+
+
+def test_gradients_may_be_less_exact_only_if_they_are_sums_over_very_many_rows() -> None:
+    plan = parity_suite.load_operation("lora_linear")
+    mine = Implementation(
+        "mine", "operation", "lora_linear", operations.every()["lora_linear"].reference, dtypes=DTYPES
+    )
+    allowed = dict[bool, set[float]]()
+    for case in sample.fixed(plan, FEW, ["float32"]):
+        if isinstance(case, parity_suite.OperationCase) and case.is_large:
+            rows = math.prod(case.values["rows"])
+            allowed.setdefault(rows > 2**16, set()).add(suite_run.call(mine, plan, case)[1].factor("backward"))
+    (few,), (many,) = allowed[False], allowed[True]
+    assert few < many
 
 
 @pytest.mark.slow

@@ -104,6 +104,8 @@ class Check(Generic[_Subject]):
     (`_CaseRole.representative`)."""
     in_brief_cases: bool
     """True if the check is tried in a brief case (`_CaseRole.is_brief`) when the selection is not wide."""
+    calls_first: bool
+    """True if the check of an Operation must run before any other call. Its outcome keeps its place in the suite's list."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -146,6 +148,7 @@ def check(
     also_in_typical_case: bool = False,
     also_in_representative_cases: bool = False,
     in_brief_cases: bool = False,
+    calls_first: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
     """Return a decorator that turns the function `check_NAME` into the Check NAME.
 
@@ -159,7 +162,7 @@ def check(
         name = function.__name__.removeprefix(_PREFIX)
         also = also_in_typical_case, also_in_representative_cases, in_brief_cases
         where = depends_on_sizes, in_every_example, only_wide
-        return Check(name, function, states, tuple(in_cell), reference, *where, *also)
+        return Check(name, function, states, tuple(in_cell), reference, *where, *also, calls_first)
 
     return declare
 

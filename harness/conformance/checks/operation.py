@@ -29,7 +29,7 @@ _FORK_LIMITS = forks.Limits(cpu_s=11, memory_b=8 << 30)
 """The limit of wall time, ten times this CPU time, is below the time that `check` waits for a result."""
 
 
-@check(depends_on_sizes=False)
+@check(depends_on_sizes=False, calls_first=True)
 def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     """A call returns the right outputs and gradients after a call under the default dtype bfloat16.
 

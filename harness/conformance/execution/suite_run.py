@@ -54,8 +54,6 @@ SEED = 20
 WALKS = 8
 """Number of random walks (sequences of calls) in a case."""
 CPU = torch.device("cpu")
-FIRST_CALL = "first_call"
-"""Name of the check that runs before all others of an Operation's case."""
 _T = TypeVar("_T")
 
 
@@ -232,12 +230,12 @@ def _run_operation(
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
-    # `first_call` must run before any other call. Its outcome keeps its place in the suite's list, which is the last,
-    # because the others explain more if every call is wrong.
-    tried = [name for name in tried if name != FIRST_CALL or not of.drawn]  # drawn cases come after others
-    first = [runner.check(name, subject, case) for name in tried if name == FIRST_CALL]
+    early = [name for name in tried if checks.every()[name].calls_first]
+    if of.drawn:  # such a case comes after others
+        tried = [name for name in tried if name not in early]
+    found = {name: runner.check(name, subject, case) for name in tried if name in early}
     for name in tried:
-        yield from first if name == FIRST_CALL else [runner.check(name, subject, case)]
+        yield found[name] if name in found else runner.check(name, subject, case)
 
 
 def _run_loader(runner: CaseRunner, plan: LoaderSuite, of: LoaderCase, tried: Sequence[str]) -> Iterator[CheckOutcome]:
