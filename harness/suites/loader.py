@@ -32,13 +32,14 @@ def names() -> list[str]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """Return the file of a suite, given its name or path. Raises UsageError for an unknown name."""
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
+    """Return the file of a suite, given its name or path. Raises UsageError for an unknown name or a missing file."""
+    path, is_file = Path(name_or_path), Path(name_or_path).suffix in (".yaml", ".yml")
+    if is_file and path.exists():
         return path
-    if str(name_or_path) not in names():
-        hint = did_you_mean(str(name_or_path), names(), "name a .yaml file, or one of")
-        raise UsageError(f"no suite `{name_or_path}`", where="SUITE", hint=hint)
+    if is_file or str(name_or_path) not in names():
+        what = "no file" if is_file else "no suite"
+        hint = did_you_mean(path.stem if is_file else str(name_or_path), names(), "name a .yaml file, or one of")
+        raise UsageError(f"{what} `{name_or_path}`", where="SUITE", hint=hint)
     return data_folder("suites") / f"{name_or_path}.yaml"
 
 

@@ -33,9 +33,10 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
-    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. If no
-    tensor is a parameter of the model (hooks hold them), they are copied separately. If the base was packed before, or
-    `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
+    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Either all
+    of `tensors()` are parameters of the model, or none is, because hooks hold them; then they are copied separately. If the
+    base was packed before, or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`,
+    under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
