@@ -121,11 +121,11 @@ def test_other_ways_to_call_are_tried_in_one_example_of_each_dtype_and_kind_of_l
 def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:
     every, wide = checks.every(), CaseSelection(wide=True)
     names = [name for name in every if tried_by_default(name) and every[name].only_wide]
-    assert names == ["calls", "each_setting", "moments", "nonfinite", "svd", "targets"]
+    assert names == ["calls", "each_setting", "moments", "nonfinite", "overlap", "svd", "targets"]
     for one in names:
         assert not every[one].is_tried(wide=False, sampled=False, typical=False)
         representative = every[one].is_tried(wide=False, sampled=False, typical=False, representative=True)
-        assert representative == (one == "calls")
+        assert representative == (one in ("calls", "overlap"))
     assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
 
 

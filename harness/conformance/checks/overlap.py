@@ -24,7 +24,7 @@ _SALTS = (0, 500, 600)
 """Seeds of the random inputs of three calls. Two calls would not reveal a layer that alternates between two buffers."""
 
 
-@check(States.WARM, depends_on_sizes=False)
+@check(States.WARM, depends_on_sizes=False, only_wide=True, also_in_representative_cases=True)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Calls with inputs of one shape do not disturb each other, even if all run before the first backward pass.
 
