@@ -94,9 +94,10 @@ def conformance(
     `attach`; for `adapter_files`, it returns a Loader (harness/methods/loader.py). offers: optional features of the
     Method that the function has, such as `lora_bias`; cases with other optional features are skipped. full: test every
     combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at least
-    once. wide: also test a fixed sample of cases that covers pairs of settings. `wide` runs the check of call forms in
-    every case instead of one, and adds checks of unmerging, random sequences of calls and NaN. drawn: number of
-    additional cases with random ranks and shapes. seed: seed of the additional cases.
+    once, most of them with fewer checks. wide: test all of them with all checks, and also a fixed sample of cases that
+    covers pairs of settings. `wide` runs the check of call forms in every case instead of a few, and adds checks of
+    unmerging, random sequences of calls and NaN. drawn: number of additional cases with random ranks and shapes. seed: seed
+    of the additional cases.
 
     Raises UsageError if a name or dtype is unknown. Also raises it if the suite has no case in these dtypes, because a
     test without cases would always pass.

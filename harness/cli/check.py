@@ -24,8 +24,8 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option(
     "--wide", is_flag=True,
-    help="Also check a fixed sample of pairs of settings, other ways to call a layer in every case instead of one, random "
-    "sequences of calls, and NaN.",
+    help="Run all checks in every example, also other ways to call a layer, random sequences of calls, and NaN. Add a fixed "
+    "sample of pairs of settings.",
 )  # fmt: skip
 @click.option(
     "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",

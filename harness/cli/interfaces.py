@@ -164,20 +164,21 @@ def _work(adapted: Adapted) -> Iterator[str]:
 def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     """Yield the cases that `check` tries by default, each with its dtypes.
 
-    Cases that try fewer checks are left out, except those with large tensors. `_settings` lists their values.
+    Brief cases are left out, except those with large tensors. `_settings` lists their values.
     """
     dtypes: dict[str, list[str]] = {}
     listed = (case for case in sample.fixed(plan, FEW, plan.dtypes) if case.is_large or not case.is_brief)
     for case in listed:
         dtypes.setdefault(str(case), []).append(case.dtype)
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
-    yield f"cases that `check` tries without an option{shape}:"
+    yield f"cases that `check` tries without an option{shape}"
+    yield "(most checks run in the first of each kind of layer and dtype, fewer in the others):"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
     if isinstance(plan, MethodSuite):
         left_out = f"{', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
-        yield f"  and, with fewer checks, every further value below once, except of {left_out}"
+        yield f"  and, with the fewest checks, every further value below once, except of {left_out}"
     else:
-        yield "  and, with fewer checks, a sample in which every two of the values below occur together"
+        yield "  and, with the fewest checks, a sample in which every two of the values below occur together"
 
 
 _MEANINGS = {

@@ -66,8 +66,9 @@ class Case:
     """True for a random case. A run may have many of these, so checks repeat a call in them only a hundred times
     instead of a thousand, and never repeat calls of a large layer."""
     is_brief: bool = False
-    """True if checks leave out what takes long: to compile a layer, and to repeat a call a hundred times. False for a
-    suite's typical case, and for some cases of a wide selection (see `CaseSelection.is_wide`)."""
+    """True if checks leave out what takes long: to compile a layer, to repeat a call a hundred times, and to call a second
+    linear layer in all forms. False for a suite's typical case, and for some cases of a wide selection (see
+    `CaseSelection.is_wide`)."""
     walk_seed: int = 0
     """Seed that decides the calls in the random walks."""
     attach_fresh: AttachFresh | None = None

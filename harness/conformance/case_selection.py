@@ -22,7 +22,8 @@ class CaseSelection:
     """Seed of the random cases."""
     wide: bool = False
     """True adds a fixed sample of cases, which covers pairs of settings. It also adds the checks of unmerging, of
-    random walks and of NaN, and runs the check `calls` in every case instead of a few. See `is_wide`."""
+    random walks and of NaN, runs the check `calls` in every case instead of a few, and all other checks in every example
+    of a suite. See `is_wide`."""
 
     @property
     def is_wide(self) -> bool:

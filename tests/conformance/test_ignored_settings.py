@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
+from torch import nn
 
 from harness.conformance import self_test
 from harness.conformance.case_selection import FEW
 from harness.conformance.drawing import sample
-from harness.conformance.faults import Fault, adalora, argument_values, galore, oft
+from harness.conformance.execution import suite_run
+from harness.conformance.faults import Fault, adalora, argument_values, galore, lora, oft
 from harness.conformance.parity_suite import load
-from harness.errors import Exit
+from harness.errors import Exit, Unsupported
+from harness.methods.registry import Implementation
+from harness.records.record import Outcome
+from reference import oft as reference
 
 FAULTS = [
     *argument_values.FAULTS,
-    *(one for module in (adalora, galore, oft) for one in module.FAULTS if "each_setting" in one.expected),
+    *(one for module in (adalora, galore, lora, oft) for one in module.FAULTS if "each_setting" in one.expected),
 ]
 
 
@@ -31,3 +41,25 @@ def test_other_settings_are_numbers_or_words_and_differ_from_the_cases() -> None
     ]  # fmt: skip
     assert {one["side"] for one in found[1:]} == {"reverse_std", "paper", "left", "right", "full"}
     assert all(one[name] != case.config.get(name) for one in found for name in one)
+
+
+def _refuses() -> None:
+    raise Unsupported("a rotated layer stays")
+
+
+def _leaves_its_layers() -> None:
+    """Detach nothing, which the check `detach` reports."""
+
+
+@pytest.mark.parametrize("detach", [_refuses, _leaves_its_layers])
+def test_a_check_that_fails_with_the_usual_settings_hides_no_ignored_setting(detach: Callable[[], None]) -> None:
+    def attach(model: nn.Module, config: reference.Config, generator: torch.Generator) -> Any:
+        adapted = reference.attach(model, replace(config, terms=5), generator)
+        adapted.detach = detach  # type: ignore[method-assign]
+        return adapted
+
+    plan = load("oft").model_copy(update={"checks": ["each_setting"]})
+    case = replace(next(one for one in load("oft").cases(FEW) if one.typical), config={"block_size": 4, "terms": 5})
+    (found,) = suite_run.run_case(Implementation("mine", "method", "oft", attach, dtypes=("float32",)), plan, case)
+    assert found.result.outcome is Outcome.FAIL
+    assert "with terms=" in found.result.detail

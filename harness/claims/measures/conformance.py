@@ -27,7 +27,7 @@ Check = Annotated[str, AfterValidator(_check)]
 
 @measure("property")
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
-    """Check whether an implementation passes one check in all float32 cases that `peft-harness check` tries by default.
+    """Check whether an implementation passes one check in all float32 examples of the parity suite.
 
     The reference computes the expected results in float64. The tolerances are those of `peft-harness check`.
     """

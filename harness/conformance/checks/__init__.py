@@ -90,10 +90,10 @@ class Check(Generic[_Subject]):
     reference: Reference
     depends_on_sizes: bool
     """True if the result may change with the sizes of the layers or the settings of the Method or Operation. If False,
-    the check is tried in the suite's examples, but not in the sample of further cases that a wide selection adds."""
-    in_every_example: bool
-    """False if the check leaves out the suite's minor examples (`_CaseRole.minor`), unless the selection is wide. A check
-    whose result does not depend on sizes leaves them out, too."""
+    the check is not tried in the sample of further cases that a wide selection adds to the suite's examples."""
+    in_minor_examples: bool
+    """True if the check is tried in the suite's minor examples (`_CaseRole.minor`) even when the selection is not wide. By
+    default, this is `depends_on_sizes`."""
     only_wide: bool
     """True if the check is tried only when the selection of cases is wide (`CaseSelection.is_wide`)."""
     also_in_typical_case: bool
@@ -132,7 +132,7 @@ class Check(Generic[_Subject]):
         also = self.also_in_typical_case and typical
         also |= self.also_in_representative_cases and (typical or representative)
         selected = wide or not self.only_wide or also
-        if minor and not wide and not (self.depends_on_sizes and self.in_every_example):
+        if minor and not wide and not self.in_minor_examples:
             return False
         return selected and (self.depends_on_sizes or not sampled)
 
@@ -143,7 +143,7 @@ def check(
     in_cell: Iterable[CellStage] = (),
     reference: Reference = Reference.REQUIRED,
     depends_on_sizes: bool = True,
-    in_every_example: bool = True,
+    in_minor_examples: bool | None = None,
     only_wide: bool = False,
     also_in_typical_case: bool = False,
     also_in_representative_cases: bool = False,
@@ -161,7 +161,8 @@ def check(
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
         name = function.__name__.removeprefix(_PREFIX)
         also = also_in_typical_case, also_in_representative_cases, in_brief_cases
-        where = depends_on_sizes, in_every_example, only_wide
+        minor = depends_on_sizes if in_minor_examples is None else in_minor_examples
+        where = depends_on_sizes, minor, only_wide
         return Check(name, function, states, tuple(in_cell), reference, *where, *also, calls_first)
 
     return declare

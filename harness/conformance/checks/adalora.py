@@ -167,7 +167,7 @@ def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case, size:
         yield f"after step {step} {other} lambdas are left or pruned against the scores"
 
 
-@check(States.WARM, depends_on_sizes=False)
+@check(States.WARM, depends_on_sizes=False, in_minor_examples=True)
 def check_pruned(subject: Subject, case: Case) -> CheckResult:
     """While some lambdas (singular values) are pruned, outputs and gradients still equal the reference's.
 

@@ -55,7 +55,7 @@ from reference.shared.layers import kind_of
 TINY = 2.0**-13
 """Factor that makes a tensor of an adapter tiny. The adapter's update still exceeds the rounding errors of float32."""
 LAYERS = 2
-"""Largest number of adapted layers that `check_calls` calls. In a brief case (`Case.is_brief`) it calls one."""
+"""Largest number of adapted layers that `check_calls` calls."""
 
 
 class LayerForm(StrEnum):
@@ -161,7 +161,7 @@ class _LayerJudge:
 
 
 def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
-    for index, path in enumerate(list(subject.adapted.layers)[: 1 if case.is_brief else LAYERS]):
+    for index, path in enumerate(_called(subject, case)):
         base, layer = subject.original_base(path), subject.adapted.layers[path]
         generator = case.generator(index + 700)
         x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)
@@ -204,6 +204,13 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
     yield from _derivatives(subject, case)
     for judged_layer in chain(judge_copy(subject, case), judge_beside_another_dtype(subject, case)):
         yield _named(*judged_layer)
+
+
+def _called(subject: Subject, case: Case) -> list[str]:
+    """Return the paths of the layers to call: the first two or, in a brief case, the first of two alike."""
+    paths = list(subject.adapted.layers)[:LAYERS]
+    alike = all(kind_of(subject.original_base(path)) in ("linear", "Conv1D") for path in paths)
+    return paths[:1] if case.is_brief and alike else paths
 
 
 def _by_reference(subject: Subject, path: str, call: Call, form: Form) -> Iterator[dict[str, Tensor]]:

@@ -29,7 +29,7 @@ _FORK_LIMITS = forks.Limits(cpu_s=11, memory_b=8 << 30)
 """The limit of wall time, ten times this CPU time, is below the time that `check` waits for a result."""
 
 
-@check(depends_on_sizes=False, calls_first=True)
+@check(depends_on_sizes=False, only_wide=True, also_in_representative_cases=True, calls_first=True)
 def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     """A call returns the right outputs and gradients after a call under the default dtype bfloat16.
 
@@ -129,7 +129,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "backward", verdict)
 
 
-@check(depends_on_sizes=False)
+@check(depends_on_sizes=False, in_minor_examples=True)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call does not change its arguments, with or without gradients.
 
@@ -157,7 +157,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "arguments", exact(seen, before))
 
 
-@check(depends_on_sizes=False)
+@check(depends_on_sizes=False, in_minor_examples=True)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same results, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
@@ -213,7 +213,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     return from_problems(subject, case, "nonfinite", odd)
 
 
-@check(depends_on_sizes=False)
+@check(depends_on_sizes=False, in_minor_examples=True)
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient contains uninitialised memory.
 

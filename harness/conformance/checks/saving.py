@@ -33,10 +33,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
-    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. Either all
-    of `tensors()` are parameters of the model, or none is, because hooks hold them; then they are copied separately. If the
-    base was packed before, or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`,
-    under any name.
+    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. If hooks
+    hold all tensors, so that none is a parameter of the model, they are copied separately. If the base was packed before,
+    or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -127,12 +126,12 @@ def _alike(subject: Subject, other: Subject, trained: set[str], case: Case) -> I
         yield Judgement(False, None, None, "requires_grad after load_state_dict", f"{changes[0]} changed", "exact", 0)
     tensors = subject.adapted.tensors()
     own = {id(p) for p in subject.model.parameters()}
-    outside = [name for name, t in tensors.items() if id(t) not in own]
-    if outside and len(outside) < len(tensors):
-        why = "not in the model's state_dict, unlike other tensors of the adapter"
-        yield Judgement(False, None, None, outside[0], why, "exact", 0)
-    if outside:
-        load(other.adapted, tensors)  # hooks hold them, so the model does not save them
+    if outside := [name for name, t in tensors.items() if id(t) not in own]:  # hooks may hold them
+        lost = [name for name in outside if not torch.equal(other.adapted.tensors()[name], tensors[name])]
+        if lost and len(outside) < len(tensors):
+            why = "the state_dict does not restore it, but restores other tensors of the adapter"
+            yield Judgement(False, None, None, lost[0], why, "exact", 0)
+        load(other.adapted, tensors)
     loaded = _outputs(other, case)
     for name, seen in _outputs(subject, case).items():
         yield prefix_tensor(f"after load_state_dict, {name}", exact(loaded[name], seen))

@@ -21,7 +21,7 @@ from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 
-@check(States.INIT, depends_on_sizes=False)
+@check(States.INIT, depends_on_sizes=False, in_minor_examples=True)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change no process-wide setting, and seed no random numbers.
 

@@ -24,7 +24,7 @@ _LEAST_SAMPLE = 64
 the check joins the elements of several starts."""
 
 
-@check(States.INIT, in_every_example=False)
+@check(States.INIT, in_minor_examples=False)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
     """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 

@@ -23,7 +23,7 @@ RATES = (1.0, 0.5)
 """The learning rate of each step, as a multiple of the first step's. The steps take the multiples in turn."""
 
 
-@check(States.WARM, in_every_example=False)
+@check(States.WARM, in_minor_examples=False)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """After three optimizer steps of the whole model, every trainable tensor equals the float64 reference's.
 

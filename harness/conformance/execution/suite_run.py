@@ -127,7 +127,7 @@ def run_case(
     """Run every check that applies to one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
-    `check --wide` tries. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
+    `check --wide` tries in this case. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
     seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
@@ -304,12 +304,12 @@ def attach(
         if hasattr(resolved, "targets") and isinstance(model, ParityModel):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
-        usual = not (given or square)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         unpacked = copied(model) if plan.base else None
         if plan.base:
             linear = {path: one for path, one in bases.items() if isinstance(one, nn.Linear)}
+            usual = not (given or square)
             expected = {
                 path: codes_of(path) if usual else ExpectedCodes.of(one.weight, bias=one.bias)
                 for path, one in linear.items()
@@ -317,10 +317,7 @@ def attach(
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
             bases = _adaptable(model, resolved)
-        # `pristine` is never changed, so it can be the original of all its copies. A Subject changes original experts.
-        shares = usual and not plan.base and of.kind != "experts"
-        original = Original(pristine) if shares else Original.of(model)
-        own = list(model.parameters())
+        original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         if plan.base:
             adapted = attach_reference(method, model, resolved, None, generator)

@@ -3,8 +3,8 @@
 Each entry of the file describes one defect. An entry explains a failure if it names the check and the case, and if the
 failure looks as the entry describes. Such a failure counts as a known defect.
 
-If the installed version of the library has the defect, the named cases must still show it, in each check that the entry
-names. Otherwise the run fails: the library was fixed, or the check no longer notices the defect.
+If the installed version of the library has the defect, the named cases that a run tries must still show it, in each check
+that the entry names. Otherwise the run fails: the library was fixed, or the check no longer notices the defect.
 """
 
 from __future__ import annotations
