@@ -121,11 +121,11 @@ def test_other_ways_to_call_are_tried_in_one_example_of_each_dtype_and_kind_of_l
 def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:
     every, wide = checks.every(), CaseSelection(wide=True)
     names = [name for name in every if tried_by_default(name) and every[name].only_wide]
-    assert names == ["calls", "each_setting", "moments", "nonfinite", "overlap", "svd", "targets"]
+    assert names == ["calls", "each_setting", "moments", "first_call", "nonfinite", "overlap", "svd", "targets"]
     for one in names:
         assert not every[one].is_tried(wide=False, sampled=False, typical=False)
         representative = every[one].is_tried(wide=False, sampled=False, typical=False, representative=True)
-        assert representative == (one in ("calls", "overlap"))
+        assert representative == (one in ("calls", "first_call", "overlap"))
     assert every["calls"].is_tried(wide=wide.is_wide, sampled=True, typical=False)
 
 
@@ -139,9 +139,7 @@ def test_a_minor_example_leaves_out_checks_that_show_nothing_new_there(target: s
         if role not in tried:
             tried[role] = {one.check for one in suite_run.run_case(reference, plan, case)}
     assert tried.keys() == {"typical", "representative", "minor", "is_brief"}
-    left_out = {"save", "strides", "overlap", "initial", "trajectory", "arguments", "first_call"}.intersection(
-        plan.checks
-    )
+    left_out = {"save", "strides", "overlap", "initial", "trajectory", "first_call"}.intersection(plan.checks)
     assert left_out
     assert left_out <= tried["representative"] & tried["typical"]
     assert not left_out & (tried["minor"] | tried["is_brief"])
