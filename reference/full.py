@@ -29,7 +29,7 @@ class FullModel(AdaptedModel):
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def parameters(self) -> list[nn.Parameter]:
-        """List every parameter of the model."""
+        """List every parameter of the model once, also one that two layers share."""
         return list(self.model.parameters())
 
 

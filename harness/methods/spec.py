@@ -179,7 +179,7 @@ class FieldInfo:
         if self.minimum is not None and value < self.minimum:
             return f"must be at least {self.minimum:g}, got {value!r}"
         if self.maximum is not None and value > self.maximum:
-            return f"must be at most {self.maximum:g}, got {value!r}"
+            return f"must be at most {self.maximum:.10g}, got {value!r}"
         return ""
 
 

@@ -5,8 +5,8 @@ LAMB is Adam, but it rescales the update of each tensor to lr times the norm of 
     u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p
     p = p - lr ||p|| / ||u|| u
 
-m and v are Adam's moments. The ratio of the norms is the trust ratio. Both moments are stored in 8 bits, as in 8-bit AdamW
-(reference/operations/adamw8bit).
+m and v are Adam's moments. The ratio of the norms is the trust ratio. If p or u has a NaN, this ratio is NaN,
+and all of p becomes NaN. Both moments are stored in 8 bits, as in 8-bit AdamW (reference/operations/adamw8bit).
 """
 
 from __future__ import annotations

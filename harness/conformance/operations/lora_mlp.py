@@ -69,8 +69,8 @@ def reference(
     """Return down(activation(gate(x)) * up(x)), shape (..., D).
 
     The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T, or
-    with magnitudes ms DoRA's layer: bias + g (x W^T + scaling (x A^T) B^T), g = m / ||W + scaling B A||. `gelu` is the
-    exact GELU, and `gelu-tanh` its approximation by tanh.
+    with magnitudes ms DoRA's layer: bias + g (x W^T + scaling (x A^T) B^T), g = m / ||W + scaling B A||. The norm
+    counts as a constant in the backward pass. `gelu` is the exact GELU, and `gelu-tanh` its approximation by tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:
