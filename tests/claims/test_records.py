@@ -482,7 +482,7 @@ def test_a_claim_of_ones_own_is_judged_by_a_suite_of_ones_own(
     ("suite", "entry", "said"),
     [
         ("../mine.yaml", "smal", "has no entry `smal`; did you mean `small`?"),
-        ("../none.yaml", "small", "none.yaml:1: cannot read"),
+        ("../none.yaml", "small", "none.yaml; write the path of a suite, relative to the claim file"),
         ("claims-smal", "small", "unknown suite `claims-smal`; did you mean `claims-small`?"),
         ("claims-small", "small", "the suite claims-small has no entry `small`"),
     ],

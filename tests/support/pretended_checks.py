@@ -64,7 +64,7 @@ def _tried(implementation: Implementation, device: torch.device, *, brief: bool)
 def _cases(plan: ParitySuite) -> Iterator[AnyCase]:
     """Yield the typical case of a parity suite, the first of each kind of layer, and the first with dropout."""
     seen = set[str]()
-    for case in sample.fixed(plan, FEW, [_DTYPE]):
+    for case in sorted(sample.fixed(plan, FEW, [_DTYPE]), key=lambda case: (not case.typical, case.minor)):
         new = set[str]()
         if isinstance(case, MethodCase):
             dropout = {name for name, value in case.config.items() if name.endswith("dropout") and value}

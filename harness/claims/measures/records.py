@@ -33,6 +33,8 @@ def _suite(name: str, info: ValidationInfo) -> str:
             raise ValueError(f"unknown suite `{name}`; {hint}")
         return name
     path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
+    if not path.exists():
+        raise ValueError(f"there is no file {path.resolve()}; write the path of a suite, relative to the claim file")
     try:
         record_sources.entries(str(path.resolve()))
     except SuiteError as error:
