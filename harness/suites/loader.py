@@ -33,7 +33,8 @@ def names() -> list[str]:
 
 def find(name_or_path: str | Path) -> Path:
     """Return the file of a suite, given its name or path. Raises UsageError for an unknown name or a missing file."""
-    path, is_file = Path(name_or_path), Path(name_or_path).suffix in (".yaml", ".yml")
+    path = Path(name_or_path)
+    is_file = path.suffix in (".yaml", ".yml")
     if is_file and path.exists():
         return path
     if is_file or str(name_or_path) not in names():

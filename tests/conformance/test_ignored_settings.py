@@ -52,10 +52,12 @@ def _leaves_its_layers() -> None:
 
 
 @pytest.mark.parametrize("detach", [_refuses, _leaves_its_layers])
-def test_a_check_that_fails_with_the_usual_settings_hides_no_ignored_setting(detach: Callable[[], None]) -> None:
+def test_a_check_that_fails_with_the_usual_settings_hides_no_ignored_setting(
+    detach: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def attach(model: nn.Module, config: reference.Config, generator: torch.Generator) -> Any:
         adapted = reference.attach(model, replace(config, terms=5), generator)
-        adapted.detach = detach  # type: ignore[method-assign]
+        monkeypatch.setattr(adapted, "detach", detach)
         return adapted
 
     plan = load("oft").model_copy(update={"checks": ["each_setting"]})

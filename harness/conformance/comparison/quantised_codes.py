@@ -61,11 +61,9 @@ def values(
 
 def largest_of_blocks(value: Tensor, block: int) -> Tensor:
     """Return the largest magnitude of every block of `block` elements."""
-    return (
-        torch.nn.functional.pad(value.abs(), (0, -value.numel() % block))
-        .view(-(-value.numel() // block), block)
-        .amax(1)
-    )
+    blocks = -(-value.numel() // block)
+    padded = torch.nn.functional.pad(value.abs(), (0, blocks * block - value.numel()))
+    return padded.view(blocks, block).amax(dim=1)
 
 
 def judge_codes(
@@ -92,8 +90,7 @@ def judge_codes(
     neighbours = distance == 1
     tied = near_tie() & neighbours if bool(neighbours.any()) else neighbours
     decoded = levels[mine["codes"].long()] * mine["absmax"].repeat_interleave(block)[: codes.numel()]
-    largest = torch.nn.functional.pad(decoded.abs(), (0, -codes.numel() % block)).view(-1, block).amax(dim=1)
-    vanishes = (absmax == 0) & (largest <= torch.finfo(torch.float32).tiny)
+    vanishes = (absmax == 0) & (largest_of_blocks(decoded, block) <= torch.finfo(torch.float32).tiny)
     nonfinite = ~absmax.isfinite() & ~mine["absmax"].isfinite()
     meaningless = (vanishes | nonfinite).repeat_interleave(block)[: codes.numel()]
     have = {
