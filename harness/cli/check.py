@@ -24,8 +24,8 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option(
     "--wide", is_flag=True,
-    help="Run all checks in every example, also other ways to call a layer, random sequences of calls, and NaN. Add a fixed "
-    "sample of pairs of settings.",
+    help="Run all checks in every example, including other ways to call a layer, random sequences of calls, and NaN. Also "
+    "check a fixed sample of pairs of settings.",
 )  # fmt: skip
 @click.option(
     "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",

@@ -207,7 +207,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _called(subject: Subject, case: Case) -> list[str]:
-    """Return the paths of the layers to call: the first two or, in a brief case, the first of two alike."""
+    """Return the paths of the layers to call: the first two. In a brief case, return only the first if both are linear."""
     paths = list(subject.adapted.layers)[:LAYERS]
     alike = all(kind_of(subject.original_base(path)) in ("linear", "Conv1D") for path in paths)
     return paths[:1] if case.is_brief and alike else paths
