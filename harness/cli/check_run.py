@@ -42,7 +42,7 @@ from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable
 from harness.report import check_terminal, check_versions
 
-_TASKS_PER_JOB = 6
+_TASKS_PER_JOB = 12
 """Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
 
 
@@ -354,10 +354,10 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
 def _size(plan: ParitySuite) -> int:
     """Return the approximate duration of a suite, in an arbitrary unit.
 
-    A check of an Operation calls one function; a check of a Method runs several layers, and takes about six times as
-    long.
+    A check of an Operation calls one function; a check of a Method runs several layers, but is tried in fewer other cases
+    than the examples counted here.
     """
-    return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 6)
+    return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)
 
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:

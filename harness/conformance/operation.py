@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.conformance.normal_noise import normal_noise
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
@@ -193,7 +194,5 @@ def moved(value: _T, device: torch.device) -> _T:
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:
-    """Return normal noise of this shape, with standard deviation `spread`. It is drawn in float64, so that every dtype
-    sees the same numbers.
-    """
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
+    """Return normal noise of this shape, with standard deviation `spread`. Every dtype sees the same numbers."""
+    return normal_noise(shape, generator).mul_(spread).to(dtype)

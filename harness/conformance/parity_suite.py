@@ -15,13 +15,13 @@ from pydantic import Field
 from harness import yaml_validation
 from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
+from harness.conformance.case_role import CaseRole, Dtype
 from harness.conformance.case_selection import CaseSelection, Values
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
 from harness.records.record import FrozenModel
 from harness.resources import data_folder
 
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal[
     "linear", "conv1d", "embedding", "embedding-scaled", "conv2d", "conv2d-dilated", "conv2d-reflect", "conv2d-grouped",
     "conv2d-pointwise", "nn-conv1d", "conv3d", "conv3d-pointwise", "experts"
@@ -115,17 +115,17 @@ class MethodSuite(_Tolerant):
 
         With `wanted.full`, all combinations are tried, and then the cases of the last item below. Otherwise:
 
-        - The first kind of layer, which is the only one that many implementations support, is tried with every config
-          and every shape in one main dtype: float32 or, if float32 is not requested, the first requested dtype.
+        - The first kind of layer, which all implementations support, is tried with every config and every shape in one main
+          dtype: float32 or, if float32 is not requested, the first requested dtype.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
+        - Without `wanted.is_wide`, float64 tries the first config and shape only. Nobody trains adapters in float64.
         - The most ordinary case is tried again with each of `shapes_of_typical`, in `wide` models, and with a `tied` model.
           If no layer is linear or a base is judged, the models are `plain`, and there is no `tied` one.
         """
-        there = [dtype for dtype in self.dtypes if dtype in dtypes]
-        if not there:
+        if not (there := [dtype for dtype in self.dtypes if dtype in dtypes]):
             return
-        few = list(self._few(there))
+        few = list(self._few(there, wanted.is_wide))
         plain = [c for c in few if c.dtype == _main(there) and c.kind == self.layers[0] and not _is_random(c.config)]
         oblong = [c for c in plain if c.shape.inputs != c.shape.outputs]  # a square layer hides a transposed matrix
         typical = min(oblong or plain or few, key=lambda c: (*_oddness(c.config), c.shape.inputs * c.shape.outputs))
@@ -141,16 +141,16 @@ class MethodSuite(_Tolerant):
         if further:
             yield replace(typical, model="tied")
 
-    def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
+    def _few(self, dtypes: Sequence[Dtype], wide: bool) -> Iterator[MethodCase]:
         for dtype in dtypes:
-            shift, every = _share(self.dtypes, dtypes, dtype)
+            shift, every = _share(self.dtypes, dtypes, dtype, wide)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
-            if not any(c.get("dropout") for c in configs):  # only dropout makes training mode differ
+            if every != _ONE and not any(map(_is_random, configs)):  # only dropout makes training mode differ
                 configs = [*configs, *(c for c in self.configs if c.get("dropout"))][: len(configs) + 1]
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
                 yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
-            for number, kind in enumerate(self.layers[1:], start=1):
+            for number, kind in enumerate(self.layers[1:] if every != _ONE else (), start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue
                 if suitable := [config for config in self.configs if _fits(config, kind)]:
@@ -158,32 +158,8 @@ class MethodSuite(_Tolerant):
                     yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _CaseRole:
-    """Origin of a case, and which checks it tries. A loader's case has none of these roles."""
-
-    sampled: bool = False
-    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings. It tries only the checks
-    that depend on these, and checks of a Method only in the suite's last state, where they notice most."""
-    drawn: bool = False
-    """True if Hypothesis drew the case."""
-    typical: bool = False
-    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
-    representative: bool = False
-    """True for the first case of each kind of layer, and of each dtype among linear layers or an Operation's cases,
-    unless the typical case has that kind and dtype."""
-    minor: bool = False
-    """True for every other example of a suite. Without `--wide`, some checks leave it out."""
-    is_brief: bool = False
-    """True if the case tries fewer checks (`suite_run.run_case`)."""
-    is_large: bool = False
-    """True if a tensor is very large."""
-    has_many_rows: bool = False
-    """True if an Operation's input has more rows than 16 bits can count. Gradients sum as many terms."""
-
-
 @dataclass(frozen=True)
-class MethodCase(_CaseRole):
+class MethodCase(CaseRole):
     """One case of a Method's parity suite."""
 
     config: Values
@@ -223,7 +199,7 @@ class OperationSuite(_Tolerant):
             return
         typical = min(self.values, key=_oddness)
         for dtype in there:
-            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
+            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype, wanted.is_wide)[1]
             for values in self.values[every] or self.values:
                 yield OperationCase(values, dtype, typical=dtype == _main(there) and values is typical)
 
@@ -244,7 +220,7 @@ class LoaderSuite(_Tolerant):
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         for dtype in there if wanted.is_wide else there[:1]:
-            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
+            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype, wide=True)[1]
             yield from (LoaderCase(name, dtype) for name in corpus.names()[every])
 
 
@@ -253,7 +229,7 @@ _PlainSuite = TypeVar("_PlainSuite", OperationSuite, LoaderSuite)
 
 
 @dataclass(frozen=True)
-class OperationCase(_CaseRole):
+class OperationCase(CaseRole):
     """One case of an Operation's parity suite."""
 
     values: Values
@@ -267,7 +243,7 @@ class OperationCase(_CaseRole):
 
 
 @dataclass(frozen=True)
-class LoaderCase(_CaseRole):
+class LoaderCase(CaseRole):
     """One case of a loader: one adapter from suites/adapters, in one dtype of the base model."""
 
     adapter: str
@@ -313,17 +289,22 @@ def _fits(config: Values, kind: Kind) -> bool:
     return kind != "experts" or not config.get("dropout")
 
 
-def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
+_ONE = slice(1)
+
+
+def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype, wide: bool) -> tuple[int, slice]:
     """Return a number for `dtype`, and the slice of each list of the suite (such as its configs) to try in `dtype`.
 
     there: dtypes of the suite. wanted: requested dtypes. The main dtype (see `_main`) has the number n and tries whole
-    lists. The n other dtypes have the numbers 0 to n - 1, and number k tries the items k, k + n, k + 2n and so on.
+    lists. The other dtypes have the numbers 0, 1 and so on. They share the items: each of n dtypes tries every n-th item.
+    Unless `wide`, float64 is left out of them, and tries the first item.
     """
     whole = _main(wanted)
     others = [one for one in there if one != whole]
     if dtype == whole:
         return len(others), slice(None)
-    return others.index(dtype), slice(others.index(dtype), None, len(others))
+    sharing: list[Dtype] = [one for one in others if wide or one != "float64"]
+    return others.index(dtype), slice(sharing.index(dtype), None, len(sharing)) if dtype in sharing else _ONE
 
 
 def path_of(name: str) -> Path:

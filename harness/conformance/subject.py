@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.stacked_experts import fix_routing, one_by_one
+from harness.conformance.normal_noise import noise_for
 from harness.methods import checksums
 from harness.methods.module_copy import copied
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
@@ -104,6 +105,10 @@ class ReferenceLayer:
     layer: nn.Module
     tensors: dict[str, Tensor]
     adapted: Adapted
+
+    def copy(self) -> ReferenceLayer:
+        """Return a deep copy."""
+        return copied(self, [self.adapted.model, self.layer])
 
 
 @dataclass
@@ -220,8 +225,7 @@ class Subject:
         else:
             if (path, dtype) not in self.reference_cache:
                 self.reference_cache[path, dtype] = self._build_reference(path, dtype)
-            held = self.reference_cache[path, dtype]
-            reference = copied(held, [held.adapted.model, held.layer])
+            reference = self.reference_cache[path, dtype].copy()
         mine = self.tensors_of(path) | _select(path, self.state())
         with torch.no_grad():
             for name, tensor in (reference.tensors | _select("layer", reference.adapted.state())).items():
@@ -388,13 +392,3 @@ def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     """
     for tensor in tensors.values():
         tensor.copy_(noise_for(tensor, generator))
-
-
-def noise_for(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return normal noise in float64, in the tensor's shape.
-
-    For a matrix, the noise is scaled by 1 / sqrt(fan in). Multiplying a vector by the matrix then roughly keeps its
-    length.
-    """
-    spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread

@@ -22,6 +22,9 @@ from harness.process.forked_workers import ForkedWorker, WorkerServer
 from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
+_KEEPS_MEMORY = {f"MALLOC_{name}_THRESHOLD_": str(1 << 30) for name in ("MMAP", "TRIM")}
+"""Environment variables with which glibc keeps up to 1 GiB of freed memory. By default, it returns the memory of a large
+tensor to the kernel, which clears it for the next tensor."""
 _START_S = 120.0
 """Minimum time in seconds that a worker gets for its first event. It is long, because the worker imports torch
 first."""
@@ -112,7 +115,8 @@ class WorkerPool:
         with self._server_lock:
             if self._server is None and self._imports and not self.stopped:
                 with contextlib.suppress(OSError):
-                    self._server = WorkerServer(self._python, self._imports, _environment(), _TOKEN)
+                    environment = {**_KEEPS_MEMORY, **_environment()}
+                    self._server = WorkerServer(self._python, self._imports, environment, _TOKEN)
 
     def _ready_server(self) -> WorkerServer | None:
         """Return the process that forks workers. Return None if there is none; then the workers must be new processes."""

@@ -14,6 +14,7 @@ from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import judged, prefix_tensor
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import Subject
 from harness.errors import Unsupported
 from harness.records.record import CheckResult
@@ -79,7 +80,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
     generator = torch.Generator().manual_seed(seed)
 
     def like(t: Tensor) -> Tensor:
-        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        noise = normal_noise(t.shape, generator).to(t.device)
         # A matrix that is still zero after training must become random: the check would see nothing of a zero adapter.
         spread = float(t.double().std()) if t.numel() > 1 and bool(t.any()) else max(t.shape[-1], 1) ** -0.5
         return (noise * spread).to(t.dtype)

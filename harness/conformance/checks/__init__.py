@@ -92,7 +92,7 @@ class Check(Generic[_Subject]):
     """True if the result may change with the sizes of the layers or the settings of the Method or Operation. If False,
     the check is not tried in the sample of further cases that a wide selection adds to the suite's examples."""
     in_minor_examples: bool
-    """True if the check is tried in the suite's minor examples (`_CaseRole.minor`) even when the selection is not wide. By
+    """True if the check is tried in the suite's minor examples (`CaseRole.minor`) even when the selection is not wide. By
     default, this is `depends_on_sizes`."""
     only_wide: bool
     """True if the check is tried only when the selection of cases is wide (`CaseSelection.is_wide`)."""
@@ -101,11 +101,12 @@ class Check(Generic[_Subject]):
     case."""
     also_in_representative_cases: bool
     """True if a check with `only_wide` is also tried in the typical case and in each representative one
-    (`_CaseRole.representative`)."""
+    (`CaseRole.representative`)."""
     in_brief_cases: bool
-    """True if the check is tried in a brief case (`_CaseRole.is_brief`) when the selection is not wide."""
+    """True if the check is tried in a brief case (`CaseRole.is_brief`) when the selection is not wide."""
     calls_first: bool
-    """True if the check of an Operation must run before any other call. Its outcome keeps its place in the suite's list."""
+    """True if the check of an Operation must run before any other call. It is tried once, in the first case, and its
+    outcome keeps its place in the suite's list."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -120,13 +121,16 @@ class Check(Generic[_Subject]):
         representative: bool = False,
         minor: bool = False,
         brief: bool = False,
+        first: bool = False,
     ) -> bool:
         """Return whether the check is tried in a case.
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that is added to
-        the suite's examples. typical, representative, minor, brief: the case's fields in `_CaseRole`; `brief` is the field
-        `is_brief`.
+        the suite's examples. typical, representative, minor, brief: the case's fields in `CaseRole`; `brief` is the field
+        `is_brief`. first: whether the case has `first_dtype`.
         """
+        if self.calls_first:
+            return first
         if brief and not wide:
             return self.in_brief_cases
         also = self.also_in_typical_case and typical

@@ -25,6 +25,7 @@ from harness.conformance.comparison.tolerance_policies import (
     perturbed,
     worst_of,
 )
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
@@ -51,7 +52,7 @@ _LARGEST = 20_000
 """`check_budget`, which takes 24 steps, skips adapters with more elements."""
 
 
-@check(in_brief_cases=True)
+@check(States.WARM, in_brief_cases=True)
 def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
@@ -103,7 +104,7 @@ def check_unused(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "unused", _judge_averages(subject, case, "unused", *worlds))
 
 
-@check(in_brief_cases=True)
+@check(States.WARM, in_brief_cases=True)
 def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
@@ -271,7 +272,7 @@ def _set_gradients(
     rounded: dtype to which the gradients are rounded first. size: standard deviation of the gradients.
     """
     for _, tensor in sorted(adapted.tensors().items()):
-        drawn = size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        drawn = size * normal_noise(tensor.shape, generator)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
 
 
@@ -279,7 +280,7 @@ def _set_gradients(
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
     """Fill every tensor with random values, none of them zero. An optimizer step usually leaves no zeros either."""
     for _, tensor in sorted(adapted.tensors().items()):
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
+        drawn = normal_noise(tensor.shape, generator).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
 
 

@@ -6,7 +6,6 @@ model.
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections.abc import Collection, Iterable, Mapping
@@ -226,7 +225,7 @@ def _expected(subject: Subject, path: str, x: Tensor) -> dict[tuple[bool, bool],
     all paths do not fit into memory together.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    half = copy.deepcopy(whole)
+    half = whole[0].copy(), whole[1].copy()
     for reference in half:
         for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
             reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
@@ -239,7 +238,7 @@ def _expected(subject: Subject, path: str, x: Tensor) -> dict[tuple[bool, bool],
 
     quantises, found = method_info(subject.method).spec.merge_quantises, dict[tuple[bool, bool], _Runs]()
     for is_halved, pair in ((False, whole), (True, half)):
-        merged = runs(*copy.deepcopy(pair), _merged_output) if quantises else None
+        merged = runs(pair[0].copy(), pair[1].copy(), _merged_output) if quantises else None
         found[False, is_halved] = runs(*pair, _output, *([] if quantises else [_merged(pair[1], x)]))
         found[True, is_halved] = merged or found[False, is_halved]
     return found
@@ -354,7 +353,7 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
 
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
     """Return the output of a merged copy of the reference. Merging rounds the weight to the reference's dtype."""
-    merged = copy.deepcopy(reference)
+    merged = reference.copy()
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
 

@@ -24,6 +24,7 @@ from harness.conformance.comparison.tolerance_policies import (
     rounded_once,
     worst_of,
 )
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject
 from harness.conformance.tolerance_constants import (
     EPSILON,
@@ -145,7 +146,7 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
 def _of_a_steep_weight(subject: Subject, case: Case) -> Iterator[str]:
     """Yield a message if a randomised SVD leaves more of a weight with a steep spectrum than the reference's SVD leaves."""
     generator = case.generator(salt=81)
-    U, V = (torch.linalg.qr(torch.randn(n, _STEEP[1], generator=generator, dtype=torch.float64)).Q for n in _STEEP)
+    U, V = (torch.linalg.qr(normal_noise((n, _STEEP[1]), generator)).Q for n in _STEEP)
     W = (U * 10 ** (-torch.arange(_STEEP[1]) / _PER_DECADE)) @ V.T
     model = nn.ModuleDict({"steep": _linear(W, subject.own[0])})
     try:
@@ -186,7 +187,7 @@ def _of_zeros(fresh: Subject) -> dict[str, Tensor]:
 def _graded(generator: torch.Generator, rank: int) -> tuple[Tensor, Tensor]:
     """Return a `_LARGE` weight in float64 whose singular values fall slowly, and its best approximation of this rank."""
     number = min(rank + _TAIL, *_LARGE)
-    U, V = (torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in _LARGE)
+    U, V = (torch.linalg.qr(normal_noise((n, number), generator)).Q for n in _LARGE)
     S = _FALL ** torch.arange(number)
     return (U * S) @ V.T, (U[:, :rank] * S[:rank]) @ V[:, :rank].T
 

@@ -15,6 +15,7 @@ from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import unchanged
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject
 from harness.methods.spec import method_info
@@ -108,7 +109,7 @@ def _use(subject: Subject | None, case: Case) -> None:
     # GaLore's SVD takes long, so only one layer gets gradients.
     tensors = adapted.parameters() if optimizer is None else subject.tensors_of(next(iter(adapted.layers))).values()
     for number, tensor in enumerate(tensors):
-        drawn = torch.randn(tensor.shape, generator=case.generator(number), dtype=torch.float64)
+        drawn = normal_noise(tensor.shape, case.generator(number))
         tensor.grad = drawn.to(tensor.device, tensor.dtype)
     if optimizer is not None:
         optimizer.step()

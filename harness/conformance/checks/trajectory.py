@@ -13,6 +13,7 @@ from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.optimizer_steps import DECAY, AdamW, bitsandbytes_problem, optimizer_of
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, perturbed, worst_of
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import Subject, attach_reference, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR
 from harness.methods.spec import Adapted
@@ -106,7 +107,7 @@ def _trained(
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * RATES[(step - 1) % len(RATES)]
         optimizer.zero_grad()
         y = forward(model)
-        dy = torch.randn(y.shape, generator=case.generator(salt=90 + step), dtype=torch.float64)
+        dy = normal_noise(y.shape, case.generator(salt=90 + step))
         term = adapted.regularizer()
         y.backward(dy.to(y.device, y.dtype))
         if term is not None:

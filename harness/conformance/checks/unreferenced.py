@@ -18,7 +18,8 @@ from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import from_problems, judged, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
-from harness.conformance.subject import Subject, is_small, noise_for
+from harness.conformance.normal_noise import noise_for, normal_noise
+from harness.conformance.subject import Subject, is_small
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
 from harness.methods.spec import Adapted
@@ -136,7 +137,7 @@ def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
     trains = {id(t) for t in adapted.tensors().values()}
     for parameter in adapted.model.parameters():
         if id(parameter) not in trains and parameter.is_floating_point() and not bool(parameter.any()):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _NUDGE
+            noise = normal_noise(parameter.shape, generator) * _NUDGE
             parameter.copy_(noise.to(parameter))
     return replace(subject, model=adapted.model, adapted=adapted)
 
@@ -240,7 +241,7 @@ def _observed(subject: Subject, case: Case) -> dict[str, Tensor]:
     subject.model.eval()
     tensors = subject.adapted.tensors()
     logits = _forward(case, subject.model)
-    dy = torch.randn(logits.shape, generator=case.generator(salt=3), dtype=torch.float64).to(logits)
+    dy = normal_noise(logits.shape, case.generator(salt=3)).to(logits)
     gradients = torch.autograd.grad(logits, list(tensors.values()), dy, allow_unused=True)
     seen = {f"grad {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
     return {"logits": logits.detach(), **seen}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject
 from reference.galore import Projector, galore_step, projector
 
@@ -92,10 +93,10 @@ def gradient_of(weight: Tensor, seed: int, decay: float) -> Tensor:
 def _drawn(shape: tuple[int, ...], seed: int, decay: float) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if len(shape) != 2:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return normal_noise(shape, generator)
     number = min(*shape, _SINGULAR_VALUES)
     # The factors Q of two random matrices are singular vectors; an SVD would cost ten times as much.
-    U, V = (torch.linalg.qr(torch.randn(n, number, generator=generator, dtype=torch.float64)).Q for n in shape)
+    U, V = (torch.linalg.qr(normal_noise((n, number), generator)).Q for n in shape)
     graded: Tensor = (U * decay ** torch.arange(number)) @ V.T
     return graded
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.magnitudes import vary
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES
 from reference.shared.layers import Convolution, kind_of
 
@@ -44,18 +45,18 @@ def inputs(
             x[1::2] = x[: len(x) // 2 * 2 : 2]  # an entry that occurs twice gets another gradient
         if layer.padding_idx is not None:
             x[1:][-1:] = layer.padding_idx
-        dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
+        dy = normal_noise((tokens, layer.embedding_dim), generator)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
     if isinstance(base, Convolution):
         sides = [SIDE] * len(base.kernel_size)
-        x = torch.randn(min(tokens, images), layer.in_channels, *sides, generator=generator, dtype=torch.float64)
+        x = normal_noise((min(tokens, images), layer.in_channels, *sides), generator)
         with torch.no_grad():
             shape = base(x[:1].to(layer.weight.device, layer.weight.dtype)).shape
-        dy = torch.randn(len(x), *shape[1:], generator=generator, dtype=torch.float64)
+        dy = normal_noise((len(x), *shape[1:]), generator)
     else:
         D, E = features(base)
-        x = torch.randn(tokens, D, generator=generator, dtype=torch.float64)
-        dy = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
+        x = normal_noise((tokens, D), generator)
+        dy = normal_noise((tokens, E), generator)
     device = next(base.parameters()).device
     return vary(x, magnitude, dtype).to(device, dtype), dy.to(device, dtype)
 

@@ -20,6 +20,7 @@ from harness.conformance.comparison.tolerance_policies import (
     with_error_of_float64,
     worst_of,
 )
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import Arguments, Judge, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import (
@@ -169,7 +170,7 @@ def incoming_gradients(outputs: Mapping[str, Tensor], case: Case, layout: Layout
     generator, dys = case.generator(salt=3), dict[str, Tensor]()
     for name, y in outputs.items():
         drawn = (1,) * y.dim() if layout == "expanded" else y.shape
-        dy = torch.randn(drawn, generator=generator, dtype=torch.float64).to(y.device, y.dtype).expand(y.shape)
+        dy = normal_noise(drawn, generator).to(y.device, y.dtype).expand(y.shape)
         if layout == "transposed" and y.dim() > 1:
             dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
         dys[name] = dy

@@ -20,6 +20,7 @@ from harness.conformance.comparison.inputs import HALF, is_large, safe_factor
 from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
@@ -77,7 +78,8 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield judge(OperationForm.LEAVES, _detached(outputs))
     if not subject.operation.differentiable and (recorded := _recorded(subject, outputs)):
         yield Judgement(False, None, None, recorded[0], OperationForm.NO_GRAPH, "exact", 0)
-    yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, _with_other_numbers(subject.arguments))
+    others = mapped(dict(subject.arguments), lambda one: one * HALF if type(one) is float else one)
+    yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, others)
     yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=list(subject.arguments))
     for name in subject.arguments:
         if operation_call.flatten(subject.arguments[name]):
@@ -249,7 +251,7 @@ def _second_order(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
             [*used.values()], [*leaves.values()], [*dys.values()], create_graph=True, allow_unused=True
         )
         generator = case.generator(salt=78)
-        weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in leaves.values()]
+        weights = [normal_noise(t.shape, generator) for t in leaves.values()]
         terms = [(g * w.to(g)).sum() for g, w in zip(first, weights, strict=True) if g is not None]
         total, given = sum(terms, torch.zeros(())), leaves | {f"the gradient of {n}": dy for n, dy in dys.items()}
         if not total.requires_grad:
@@ -386,10 +388,6 @@ def _judge_changed(
 def _change(tensor: Tensor) -> Tensor:
     """Halve a floating-point tensor in place, or shift codes by one place, without a change of `_version`."""
     return tensor.data.mul_(HALF) if tensor.is_floating_point() else tensor.data.copy_(tensor.roll(1, 0))
-
-
-def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return mapped(dict(arguments), lambda one: one * HALF if type(one) is float else one)
 
 
 def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact
 from harness.conformance.drawing.factors import Block, Factor, Shape
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
@@ -35,7 +36,7 @@ def values(
     blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `huge`: up to the largest
     float32, or that of a narrower `dtype`. `nan` and `infinity`: one such element, in the second block if there is one.
     """
-    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    drawn = normal_noise(shape, generator)
     if not drawn.numel():
         return drawn.to(dtype)  # without elements, all kinds are equal
     flat = drawn.flatten()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.stacked_experts import one_by_one
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject, attach_reference
 from harness.methods import module_copy
 from reference.shared.layers import replace
@@ -104,7 +105,7 @@ def observe(
             tensor.grad = None
         logits = forward(model)
         generator = torch.Generator().manual_seed(0)
-        dy = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.device, logits.dtype)
+        dy = normal_noise(logits.shape, generator).to(logits.device, logits.dtype)
         if logits.requires_grad:
             logits.backward(dy)
         seen = {"logits": logits.detach().clone()}

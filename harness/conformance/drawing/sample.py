@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
 
+import torch
 from hypothesis import strategies as st
 
 from harness.conformance import operations
@@ -66,9 +67,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     """Yield the examples of the parity suite, and variants of the typical example: up to two by `_of_typical`, and up to two
     with very large tensors.
 
-    A factor is a setting of a case, and its levels are the values to try. For a Method without `wanted.is_wide`, also yield
-    the cases of `_of_missing_values`. Otherwise, also yield a sample that covers pairs of levels. A factor is optional if an
-    implementation may lack it, such as an option of the Method or another kind of layer. The sample has five parts:
+    A factor is a setting of a case, and its levels are the values to try. Without `wanted.is_wide`, also yield the cases of
+    `_of_missing_values` and, for an Operation, those of `_of_some_pairs`. Otherwise, also yield a sample that covers pairs
+    of levels. A factor is optional if an implementation may lack it, such as an option of the Method or another kind of
+    layer. The sample has five parts:
 
     - Every pair of levels of two factors that are not optional. Optional factors have their plainest level.
     - Every pair of levels of two settings, optional or not. The kind of layer and the dtype count as settings, a size does
@@ -78,41 +80,74 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     - Each extreme value once, beside plain values.
     - The combinations of `drawing.combinations`.
     """
-    # 16 bits first, so that what a first call caches in its dtype shows in the wider ones. Of each dtype, first the case
-    # that tries most checks, because `first_call` must precede all other calls.
+    # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes), *_of_typical(plan, dtypes)]
     marked = [*_with_representatives(sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize))]
-    if isinstance(plan, OperationSuite):
-        marked.sort(
-            key=lambda case: (DTYPES[case.dtype].itemsize, case.dtype, not (case.typical or case.representative))
-        )
-    yield from marked
     if isinstance(plan, LoaderSuite):
+        yield from marked
         return
     there = factors(plan, dtypes)
     if not there["dtype"].levels:
         return
+    if isinstance(plan, OperationSuite):
+        marked[0] = replace(marked[0], first_dtype=there["dtype"].levels[0])
+    yield from marked
     yield from _large(plan, examples, there)
 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
 
-    if not wanted.is_wide and isinstance(plan, MethodSuite):
-        yield from _of_missing_values(plan, there, examples, valid)
+    if not wanted.is_wide:
+        further = [*_of_some_pairs(plan, there, valid)] if isinstance(plan, OperationSuite) else []
+        yield from further
+        yield from _of_missing_values(plan, there, [*examples, *further], valid)
         return
     levels = {name: factor.levels for name, factor in there.items()}
-    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in there.items()}
-    first = covering(plain, every_pair(plain), valid)
-    further = every_pair({name: levels[name] for name in levels if wanted.full or name not in _SIZES})
+    valued = _pairs(there, levels, [name for name in levels if wanted.full or name not in _SIZES], valid)
     optional = [name for name, factor in there.items() if factor.optional]
-    alone = [row for row in one_at_a_time(levels, optional) if valid(values(row, levels))]
-    rows = [*first, *covering(levels, further, valid, given=first)]
-    rows += [row for row in alone if row not in rows]
-    valued = [values(row, levels) for row in rows]
-    plainest = {name: factor.levels[0] for name, factor in there.items()}
-    together = [one for one in (plainest | some for some in combinations(there)) if valid(one) and one not in valued]
+    alone = [values(row, levels) for row in one_at_a_time(levels, optional)]
+    valued += [one for one in alone if valid(one) and one not in valued]
+    together = [one for one in _together(there, valid) if one not in valued]
     for chosen in [*valued, *_extremes(there, valued, valid), *together]:
-        yield replace(case_of(plan, chosen), sampled=True, is_brief=not wanted.is_wide)
+        yield replace(case_of(plan, chosen), sampled=True)
+
+
+def _pairs(
+    there: Mapping[str, Factor],
+    levels: Mapping[str, Sequence[Any]],
+    settings: Collection[str],
+    valid: Callable[[dict[str, Any]], bool],
+) -> list[dict[str, Any]]:
+    """Return valid cases, as values of all factors, that cover every pair of levels of two factors that are not optional,
+    and every pair of levels of two factors in `settings`. levels: the levels to try of every factor.
+    """
+    plain = {name: levels[name][:1] if there[name].optional else levels[name] for name in there}
+    first = covering(plain, every_pair(plain), valid)
+    further = every_pair({name: levels[name] for name in settings})
+    return [values(row, levels) for row in [*first, *covering(levels, further, valid, given=first)]]
+
+
+def _together(there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+    """Yield the valid cases of `drawing.combinations`, as values of all factors."""
+    plain = {name: factor.levels[0] for name, factor in there.items()}
+    yield from filter(valid, (plain | some for some in combinations(there)))
+
+
+def _of_some_pairs(
+    plan: OperationSuite, there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]
+) -> Iterator[AnyCase]:
+    """Yield cases of an Operation that cover pairs of few levels: all words, but the first and the last of several numbers
+    or lists. Nobody trains adapters in float64, so it is left out if there is another dtype. Also yield the cases of
+    `_together`.
+    """
+    levels = dict[str, Sequence[Any]]()
+    for name, factor in there.items():
+        is_word = all(isinstance(level, str | bool) for level in factor.levels)
+        levels[name] = factor.levels if is_word else (factor.levels[0], factor.levels[-1])[: len(factor.levels)]
+    levels["dtype"] = [dtype for dtype in levels["dtype"] if dtype != "float64"] or levels["dtype"]
+    valued = _pairs(there, levels, [*levels], valid)
+    for chosen in [*valued, *(one for one in _together(there, valid) if one not in valued)]:
+        yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
 
 
 def _large(
@@ -137,7 +172,7 @@ def _large(
 
 
 def _of_missing_values(
-    plan: MethodSuite,
+    plan: MethodSuite | OperationSuite,
     there: Mapping[str, Factor],
     examples: Sequence[AnyCase],
     valid: Callable[[dict[str, Any]], bool],
@@ -146,12 +181,13 @@ def _of_missing_values(
 
     A case has such a value for several sizes, or for several other numbers, at once. A word, a zero and the value of an
     optional factor each have a case of their own: a word or a zero may hide the other values, and an implementation may
-    lack an option. Some values are left out: other magnitudes, forms of the model and shares of dropout, because many
-    checks would have to try them, and very wide outputs, because the ParityModel has a square weight of this side.
+    lack an option. Some values of a Method are left out: other magnitudes, forms of the model and shares of dropout, because
+    many checks would have to try them, and very wide outputs, because the ParityModel has a square weight of this side.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
-    for name in [name for name in there if name not in ("dtype", *LEFT_OUT)]:
+    left_out = ("dtype", *(LEFT_OUT if isinstance(plan, MethodSuite) else ()))
+    for name in [name for name in there if name not in left_out]:
         factor, tried = there[name], {plain[name], *(value_of(plan, case, name) for case in examples)}
         for value in [one for one in (*factor.levels, *factor.extremes) if one not in tried]:
             if name == "sides" and value[1] > _WIDEST_OUTPUT:
@@ -186,16 +222,17 @@ def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> An
 
 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
-    """Mark the first example of each kind of layer, and the first of each dtype among linear layers and Operations.
+    """Mark the first example of each kind of layer, and of linear layers and Operations the first in 32 and in 16 bits.
 
-    The typical example stands for its own kind and dtype. All other examples are marked as minor ones.
+    The typical example stands for its own kind and number of bits. Nobody trains adapters in float64, so no example is
+    marked for being in float64. All other examples are marked as minor ones.
     """
 
-    def represents(case: AnyCase) -> tuple[str, str]:
+    def represents(case: AnyCase) -> tuple[str, int]:
         kind = case.kind if isinstance(case, MethodCase) else "linear"
-        return kind, case.dtype if kind == "linear" else ""
+        return kind, DTYPES[case.dtype].itemsize if kind == "linear" else 0
 
-    seen = {represents(case) for case in examples if case.typical}
+    seen = {("linear", torch.float64.itemsize), *(represents(case) for case in examples if case.typical)}
     for case in examples:
         if isinstance(case, LoaderCase) or case.typical:
             yield case

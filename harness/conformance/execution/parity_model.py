@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from harness.conformance.comparison.inputs import SIDE
 from harness.conformance.comparison.observations import inference
 from harness.conformance.comparison.stacked_experts import fixed_choice
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.parity_suite import GROUPS, CaseShape, Kind, ModelForm, WeightSize
 
 _PAIRS = 4
@@ -97,7 +98,7 @@ class ParityModel(nn.Module):
         size = _TINY_IN_FLOAT16 if weights == "tiny" and dtype == torch.float16 else _WEIGHT_SIZES[weights]
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            drawn = normal_noise(parameter.shape, generator)
             fan_in = D if kind.startswith("embedding") else max(1, parameter.numel() // max(parameter.shape[0], 1))
             fan_in = parameter.shape[-1] if parameter.dim() == 3 and kind == "experts" else fan_in
             own_size = 1.0 if name.startswith("other.") else size
@@ -227,7 +228,7 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
         return ids
     dimensions = _dimensions(kind)
     shape = (2, _channels(kind, D), *[SIDE] * dimensions) if dimensions else (2, 5, D)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return normal_noise(shape, generator).to(dtype)
 
 
 def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:

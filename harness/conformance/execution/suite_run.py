@@ -133,7 +133,8 @@ def run_case(
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
-    tried = [name for name, one in every.items() if one.is_tried(wide=wide, brief=of.is_brief, **role)]
+    role |= {"brief": of.is_brief, "first": of.first_dtype is not None}
+    tried = [name for name, one in every.items() if one.is_tried(wide=wide, **role)]
     wide = wide and not of.is_brief
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)
@@ -210,6 +211,7 @@ def _run_method(
     if not of.sampled and of.dtype in ("float64", "float32") and (wide or of.typical):  # 16 bits would overflow
         case = dataclasses.replace(case, other_settings=sample.other_settings(plan, of))
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
+    is_last_only = of.sampled or (of.minor and not wide)
     for state in plan.states:
         in_state = dataclasses.replace(case, state=state)
         if state == "warm":
@@ -219,7 +221,7 @@ def _run_method(
                 return
         for name in tried:
             states = checks.every()[name].states
-            if of.sampled and states is States.ALL and state != plan.states[-1]:
+            if is_last_only and states is States.ALL and state != plan.states[-1]:
                 continue
             if states.include(state, plan.states):
                 yield runner.check(name, subject, in_state)
@@ -230,12 +232,14 @@ def _run_operation(
 ) -> Iterator[CheckOutcome]:
     subject, case = call(runner.implementation, plan, of, device)
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
-    early = [name for name in tried if checks.every()[name].calls_first]
-    if of.drawn:  # such a case comes after others
-        tried = [name for name in tried if name not in early]
-    found = {name: runner.check(name, subject, case) for name in tried if name in early}
+    early = dict[str, CheckOutcome]()
+    if of.first_dtype is not None:
+        first = call(runner.implementation, plan, dataclasses.replace(of, dtype=of.first_dtype), device)
+        runner_of_first = dataclasses.replace(runner, dtype=of.first_dtype)
+        for name in [name for name in tried if checks.every()[name].calls_first]:
+            early[name] = runner_of_first.check(name, *first)
     for name in tried:
-        yield found[name] if name in found else runner.check(name, subject, case)
+        yield early[name] if name in early else runner.check(name, subject, case)
 
 
 def _run_loader(runner: CaseRunner, plan: LoaderSuite, of: LoaderCase, tried: Sequence[str]) -> Iterator[CheckOutcome]:

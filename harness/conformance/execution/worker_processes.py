@@ -35,19 +35,8 @@ from harness.records import environment
 
 PATIENCE = 120.0
 """Seconds without a result after which an implementation counts as hanging. A check normally takes milliseconds."""
-_SHARED = (
-    "torch._dynamo",  # the first optimizer imports it
-    "torch._decomp.decompositions_for_jvp",  # this and the next two: the first call of a compiled function imports them
-    "torch._dynamo.backends.common",
-    "torch._inductor.pattern_matcher",
-    "transformers.pytorch_utils",
-    "transformers.models.mixtral",  # this and the next two: the classes of stacked experts import them
-    "transformers.activations",
-    "transformers.loss.loss_utils",
-    "harness.conformance.execution.suite_run",
-    "harness.conformance.execution.worker",
-)
-"""Modules that nearly every worker imports."""
+_PRELOADED = "harness.conformance.execution.preload"
+"""Module that imports what nearly every worker needs."""
 
 
 @dataclass
@@ -157,7 +146,7 @@ def worker_pool(device: str, python: Path | None = None) -> WorkerPool:
     libraries under test are not among these modules: each worker imports them itself, and reports what their import
     changes. python: interpreter of the workers; by default, that of the caller.
     """
-    pool = WorkerPool(python, _SHARED if forks(device) else ())
+    pool = WorkerPool(python, (_PRELOADED,) if forks(device) else ())
     pool.start_server()
     return pool
 

@@ -27,6 +27,7 @@ from functools import cache
 from typing import Any
 
 from harness.conformance import parity_suite
+from harness.conformance.case_role import Dtype
 from harness.conformance.case_selection import Values
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.methods.registry import TargetKind
@@ -40,7 +41,7 @@ class FaultCase:
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
-    dtype: parity_suite.Dtype = "float32"
+    dtype: Dtype = "float32"
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.conformance.comparison.optimizer_steps import optimizer_of
+from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import load
 from harness.methods.spec import Adapted
 
@@ -147,7 +148,7 @@ class Program:
 def incoming(y: Tensor, seed: int) -> Tensor:
     """Return a random gradient for the output y. It is drawn in float64, so that every dtype gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+    return normal_noise(y.shape, generator).to(y.device, y.dtype)
 
 
 def _with_gradients(program: Program, forward: Forward) -> dict[str, Tensor]:

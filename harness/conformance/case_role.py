@@ -1,0 +1,34 @@
+"""Role of a case: why `check` tries it, and so which checks it tries. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRole:
+    """Origin of a case, and which checks it tries. A loader's case has none of these roles."""
+
+    sampled: bool = False
+    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings. It tries only the checks
+    that depend on these, and checks of a Method only in the suite's last state, where they notice most."""
+    drawn: bool = False
+    """True if Hypothesis drew the case."""
+    typical: bool = False
+    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
+    representative: bool = False
+    """True for the first case of each kind of layer, and for the first of a linear layer or an Operation in 16 and in 32
+    bits, unless the typical case has that kind and number of bits."""
+    minor: bool = False
+    """True for every other example of a suite. Without `--wide`, some checks leave it out."""
+    is_brief: bool = False
+    """True if the case tries fewer checks (`suite_run.run_case`)."""
+    is_large: bool = False
+    """True if a tensor is very large."""
+    first_dtype: Dtype | None = None
+    """Dtype of the checks that must precede all others (`Check.calls_first`). None except in an Operation's first case."""
+    has_many_rows: bool = False
+    """True if an Operation's input has more rows than 16 bits can count. Gradients sum as many terms."""
