@@ -172,13 +172,13 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
         dtypes.setdefault(str(case), []).append(case.dtype)
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}"
-    yield "(most checks run in the first of each kind of layer and dtype, fewer in the others):"
+    yield "(most checks run in the first of each kind of layer, of 16 bits and of 32 bits, fewer in the others):"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
+    further = "  and, with the fewest checks, every further value below once"
     if isinstance(plan, MethodSuite):
-        left_out = f"{', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
-        yield f"  and, with the fewest checks, every further value below once, except of {left_out}"
+        yield f"{further}, except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
     else:
-        yield "  and, with the fewest checks, a sample in which every two of the values below occur together"
+        yield f"{further}, and every two words, switches or last values together"
 
 
 _MEANINGS = {

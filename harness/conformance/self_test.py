@@ -8,7 +8,7 @@ calls. The checks also try the correct reference in the same case, and must not 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -157,6 +157,8 @@ def _failures(
     names: the checks that are tried; None for all of the suite or, for a loader, the expected ones.
     """
     case, plan = fault.case.of_kind(implementation.kind), _plan(implementation.target)
+    if any(checks.every()[name].calls_first for name in fault.expected):
+        case = replace(case, first_dtype=case.dtype)
     if names is None and isinstance(plan, parity_suite.LoaderSuite) and fault.expected:
         names = fault.expected  # all checks of a loader would take too long: each builds models of its own
     if names is not None:

@@ -79,6 +79,7 @@ def runs_of(
     *,
     run: RunLayer = observe,
     narrow: Callable[[], ReferenceLayer] | None = None,
+    reordered: bool = False,
 ) -> tuple[dict[str, Tensor], PlausibleResults]:
     """Return output and gradients of the float64 reference, and then plausible results in `dtype`.
 
@@ -88,9 +89,9 @@ def runs_of(
     The layer `own` gives the first plausible result, which may happen to have almost no rounding error. For every
     further result, each number in the input and in the layer is moved by up to half a unit in the last place of
     `dtype`, as rounding might move it. If `dtype` has 16 bits, the layer then runs in float64. Otherwise it runs in
-    `dtype`, so that its sums are rounded differently, too; for the last results, the numbers are moved further
-    (REORDERED_ULPS). Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is given, the second
-    result shows the errors of the float64 reference itself; see `with_error_of_float64`.
+    `dtype`, so that its sums are rounded differently, too; for the last results, or for all if `reordered`, the numbers
+    are moved further (REORDERED_ULPS). Afterwards the layers hold moved numbers. If `dtype` is float64 and `narrow` is
+    given, the second result shows the errors of the float64 reference itself; see `with_error_of_float64`.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = run(wide.layer, wide.tensors, *exactly)
@@ -105,7 +106,7 @@ def runs_of(
         held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
         for seed in range(LAYER_DRAWS):
             generator = torch.Generator().manual_seed(seed)
-            is_last = seed >= LAYER_DRAWS - REORDERED_DRAWS
+            is_last = reordered or seed >= LAYER_DRAWS - REORDERED_DRAWS
             ulps = REORDERED_ULPS if dtype in ROUNDED_SUMS and is_last else ROUNDED_ULPS
             with torch.no_grad():
                 for tensor, value in held:

@@ -76,12 +76,14 @@ def noise_floor(
     rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
     dtype: str,
     factor: float = NOISE_FACTOR,
+    *,
+    jumps: bool = False,
 ) -> Judgement:
     """Judge the subject's errors by the errors that the reference makes in the subject's dtype.
 
     truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several plausible
     results. If there are several, the largest of their errors is used, and no further result is computed once the
-    judgement passes.
+    judgement passes. jumps: whether a rounding error may change a result by much, as before a quantiser.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
     eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the
@@ -97,7 +99,11 @@ def noise_floor(
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     distances = Distances(subject, truth)
     return _by_draws(
-        rounded, distances, policy, lambda drawn: _within_noise(subject, distances, drawn, dtype, factor, policy)
+        rounded,
+        distances,
+        policy,
+        lambda drawn: _within_noise(subject, distances, drawn, dtype, factor, policy),
+        jumps=jumps,
     )
 
 
@@ -106,18 +112,20 @@ def _by_draws(
     distances: Distances,
     policy: str,
     judge: Callable[[Sequence[Mapping[str, Distance]]], Judgement],
+    *,
+    jumps: bool = False,
 ) -> Judgement:
     """Judge with one draw, then with two and so on, and return the first judgement that passes.
 
     The errors of the draws decide how large the subject's errors may be. If no judgement passes, return the last one.
-    Stop early if the subject's error is too large to be explained by further draws.
+    Unless `jumps`, stop early if the subject's error is too large to be explained by further draws.
     """
     drawn: list[dict[str, Distance]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
         drawn.append({name: distances.of(name, draw[name]) for name in distances.truth})
         verdict = judge(drawn)
-        if verdict.passed or (len(drawn) > PERTURBED_DRAWS and verdict.ratio > HOPELESS):
+        if verdict.passed or (not jumps and len(drawn) > PERTURBED_DRAWS and verdict.ratio > HOPELESS):
             break
     return verdict
 

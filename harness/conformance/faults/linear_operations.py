@@ -93,7 +93,7 @@ FAULTS = [
         "        cross, own = ((W0_ED @ A.T) * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)\n"
         "        norm = (W0_ED.square().sum(1) + 2 * s * cross + s**2 * own).clamp(min=0).sqrt()\n"
         "        g = self.gain",
-        values={**_PLAIN, "kind": "cancelled"}),
+        values={"shape": [48, 128], "rows": [9], "rank": 3, "kind": "cancelled"}),
     _vera("swaps_b_and_d", ["outputs", "backward"], "h_TR = self.d *", "h_TR = self.b *",
         "+ self.b * (h_TR @", "+ self.d * (h_TR @", values=_SQUARE),
     _vera("leaves_out_d", ["outputs", "backward"],
