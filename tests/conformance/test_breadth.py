@@ -7,7 +7,7 @@ import importlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,36 @@ def test_the_default_cases_have_every_value_of_every_setting(target: str) -> Non
         for value in (*factor.levels, *factor.extremes):
             if is_accepted(plan, sample.case_of(plan, plain | {name: value})):
                 assert value in tried, (name, value)
+
+
+@pytest.mark.parametrize("target", ["lora_mlp", "adamw8bit_step", "loraplus_groups"])
+def test_the_default_cases_of_an_operation_have_every_two_words_together(target: str) -> None:
+    plan = parity_suite.load_operation(target)
+    factors = {
+        name: [level for level in factor.levels if level != "float64"]
+        for name, factor in sample.factors(plan, DTYPES).items()
+        if all(isinstance(level, str | bool) for level in factor.levels)
+    }
+    values_of = [
+        {name: case.dtype if name == "dtype" else sample.value_of(plan, case, name) for name in factors}
+        for case in sample.fixed(plan, FEW, DTYPES)
+        if isinstance(case, parity_suite.OperationCase)
+    ]
+    for (one, some), (other, others) in itertools.combinations(factors.items(), 2):
+        wanted = {*itertools.product(some, others)}
+        assert wanted <= {(found[one], found[other]) for found in values_of}, (one, other)
+
+
+@pytest.mark.parametrize("target", ["lora", "dora_linear"])
+def test_float64_has_one_example_except_where_it_is_the_only_dtype(target: str) -> None:
+    plan = parity_suite.load_plan(target)
+
+    def examples(breadth: CaseSelection, dtypes: Collection[str]) -> int:
+        return sum(case.dtype == "float64" for case in plan.cases(breadth, dtypes))
+
+    assert examples(FEW, DTYPES) == 1
+    assert examples(WIDE, DTYPES) > 1
+    assert examples(FEW, ["float64"]) > 1
 
 
 def test_an_operation_that_is_wrong_for_some_lengths_fails_in_the_default_cases() -> None:

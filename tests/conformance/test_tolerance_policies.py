@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 
 def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:
@@ -153,3 +154,15 @@ def test_equal_infinities_are_equal_and_a_tiny_truth_divides_nothing_by_zero() -
     tiny = {"A": torch.full((3,), 1e-170, dtype=torch.float64)}
     assert noise_floor(tiny, tiny, tiny, "float64").passed
     assert not noise_floor({"A": 2 * tiny["A"]}, tiny, tiny, "float64").passed
+
+
+def test_a_result_before_which_a_rounding_error_jumps_is_compared_with_all_plausible_results() -> None:
+    jumped = RIGHT.double() * 1.01
+
+    def draws() -> Iterator[dict[str, torch.Tensor]]:
+        yield from [{"y": RIGHT.float()}] * (PERTURBED_DRAWS + 5)
+        yield {"y": jumped.float()}
+
+    for jumps in (False, True):
+        verdict = noise_floor({"y": jumped.float()}, {"y": RIGHT.double()}, draws(), "float32", jumps=jumps)
+        assert verdict.passed == jumps
