@@ -172,7 +172,7 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
         dtypes.setdefault(str(case), []).append(case.dtype)
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}"
-    yield "(most checks run in the first of each kind of layer, of 16 bits and of 32 bits, fewer in the others):"
+    yield "(most checks run in the first case of each kind of layer, and in the first one of 16 and of 32 bits):"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
     further = "  and, with the fewest checks, every further value below once"
     if isinstance(plan, MethodSuite):

@@ -114,7 +114,13 @@ class FourBit:
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
-        """Return random arguments for quantising a tensor. kind: sort of values, such as `ties`; `values` lists them."""
+        """Return random arguments for quantising a tensor.
+
+        kind: what its elements are. `levels`: the values of the codes. `ties`: values halfway between them. `scales`:
+        blocks of very different magnitudes. `tiny`: numbers near 3e-40. `huge`: up to the largest number of the dtype.
+        `nan`, `infinity`: one such element among normal numbers. `zeros` and `zero-blocks`: every element is 0, or every
+        element of every second block.
+        """
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,10 @@ def arguments(
 def reference(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
 ) -> tuple[Tensor, ...]:
-    """Return p, m, m_absmax, v and v_absmax after the step. how: step, lr, betas, eps and weight_decay."""
+    """Return p, m, m_absmax, v and v_absmax after the step. how: step, lr, betas, eps and weight_decay.
+
+    Numbers of a whole step, such as 1 - beta^step, are computed in float64, as Python does.
+    """
     state = {"m": m.clone(), "m_absmax": m_absmax.clone(), "v": v.clone(), "v_absmax": v_absmax.clone()}
     p = p.clone()
     adamw8bit.adamw8bit_step(p, g, state, **how)

@@ -16,7 +16,10 @@ from reference.operations import lamb8bit
 def reference(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
 ) -> tuple[Tensor, ...]:
-    """Return p, m, m_absmax, v and v_absmax after the step. how: step, lr, betas, eps and weight_decay."""
+    """Return p, m, m_absmax, v and v_absmax after the step. how: step, lr, betas, eps and weight_decay.
+
+    Numbers of a whole step, such as 1 - beta^step, are computed in float64, as Python does.
+    """
     state = {"m": m, "m_absmax": m_absmax, "v": v, "v_absmax": v_absmax}
     p, after = lamb8bit.lamb8bit_step(p, g, state, **how)
     return p, *(after[name] for name in state)
