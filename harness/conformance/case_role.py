@@ -20,8 +20,8 @@ class CaseRole:
     typical: bool = False
     """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
     representative: bool = False
-    """True for the first case of each kind of layer, and for the first of a linear layer or an Operation in 16 and in 32
-    bits, unless the typical case has that kind and number of bits."""
+    """True for the first case of each kind of layer, for the first of a linear layer or an Operation in 16 and in 32 bits,
+    and for the first of an Operation with each value of a switch, unless the typical case is like that."""
     minor: bool = False
     """True for every other example of a suite. Without `--wide`, some checks leave it out."""
     is_brief: bool = False

@@ -105,7 +105,7 @@ def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> No
             assert case.shape.inputs != case.shape.outputs  # a square layer hides a transposed matrix
 
 
-@pytest.mark.parametrize("target", ["lora", "qlora", "lora_linear"])
+@pytest.mark.parametrize("target", ["lora", "qlora", "nf4_quantize"])
 def test_other_ways_to_call_are_tried_in_one_example_of_16_and_of_32_bits_and_of_each_kind_of_layer(
     target: str,
 ) -> None:
@@ -119,6 +119,15 @@ def test_other_ways_to_call_are_tried_in_one_example_of_16_and_of_32_bits_and_of
     one = checks.every()["calls"]
     assert one.is_tried(wide=False, sampled=False, typical=False, representative=True)
     assert not one.is_tried(wide=False, sampled=False, typical=False)
+
+
+@pytest.mark.parametrize(("target", "switch"), [("nf4_linear", "training"), ("lora_mlp", "dora")])
+def test_other_ways_to_call_are_tried_with_both_values_of_an_operations_switch(target: str, switch: str) -> None:
+    plan = parity_suite.load_operation(target)
+    tried = [case for case in sample.fixed(plan, FEW, DTYPES) if case.typical or case.representative]
+    default = sample.factors(plan, DTYPES)[switch].levels[0]
+    given = {getattr(case, "values", {}).get(switch, default) for case in tried}
+    assert given == {True, False}
 
 
 def test_some_long_checks_are_tried_in_the_typical_example_alone() -> None:

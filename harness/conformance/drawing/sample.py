@@ -222,24 +222,27 @@ def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> An
 
 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
-    """Mark the first example of each kind of layer, and of linear layers and Operations the first in 32 and in 16 bits.
+    """Mark the first example of each kind of layer, and of linear layers and Operations the first in 32 and in 16 bits. Of
+    an Operation, also mark the first example with each value of a switch, such as `training`.
 
-    The typical example stands for its own kind and number of bits. Nobody trains adapters in float64, so no example is
-    marked for being in float64. All other examples are marked as minor ones.
+    The typical example stands for its own kind, number of bits and switches. Nobody trains adapters in float64, so no
+    example is marked for being in float64. All other examples are marked as minor ones.
     """
 
-    def represents(case: AnyCase) -> tuple[str, int]:
+    def represents(case: AnyCase) -> set[tuple[str, int]]:
         kind = case.kind if isinstance(case, MethodCase) else "linear"
-        return kind, DTYPES[case.dtype].itemsize if kind == "linear" else 0
+        given = case.values if isinstance(case, OperationCase) and case.dtype != "float64" else {}
+        switches = {(name, int(value)) for name, value in given.items() if isinstance(value, bool)}
+        return {(kind, DTYPES[case.dtype].itemsize if kind == "linear" else 0), *switches}
 
-    seen = {("linear", torch.float64.itemsize), *(represents(case) for case in examples if case.typical)}
+    seen = {("linear", torch.float64.itemsize)}.union(*(represents(case) for case in examples if case.typical))
     for case in examples:
         if isinstance(case, LoaderCase) or case.typical:
             yield case
-        elif represents(case) in seen:
+        elif represents(case) <= seen:
             yield replace(case, minor=True)
         else:
-            seen.add(represents(case))
+            seen |= represents(case)
             yield replace(case, representative=True)
 
 

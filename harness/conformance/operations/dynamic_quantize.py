@@ -16,6 +16,7 @@ from reference.operations import nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 Block = Literal[256, 64, 128, 512, 1024, 2048, 4096]
+_COLUMNS = 64
 
 
 def arguments(
@@ -27,13 +28,17 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`."""
-    x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
+    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`.
+
+    A multiple of 64 elements has two dimensions, as the state of a weight has.
+    """
+    shape = [numel // _COLUMNS, _COLUMNS] if numel % _COLUMNS == 0 else [numel]
+    x = values(kind, shape, block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
 
 
 def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax), in uint8 and float32."""
+    """Return (codes, absmax): uint8 in the order of x.flatten(), and one float32 for each block."""
     return quantize_blockwise(x, dynamic_map(signed), block)
 
 

@@ -84,7 +84,7 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
     codes, absmax = kernels_8bit_quant.quantize_blockwise_triton(
         x.contiguous(), create_dynamic_map(signed=signed), block
     )
-    return codes, absmax.float()
+    return codes.flatten(), absmax.float()
 
 
 @implements("adamw8bit_step", **_OPERATION)

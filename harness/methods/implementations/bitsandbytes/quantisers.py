@@ -77,4 +77,4 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
     codes, state = quantize_blockwise(x, code=create_dynamic_map(signed=signed).to(x.device), blocksize=block)
-    return codes, state.absmax
+    return codes.flatten(), state.absmax
