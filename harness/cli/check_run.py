@@ -354,8 +354,7 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
 def _size(plan: ParitySuite) -> int:
     """Return the approximate duration of a suite, in an arbitrary unit.
 
-    A check of an Operation calls one function; a check of a Method runs several layers, but is tried in fewer other cases
-    than the examples counted here.
+    A check of a Method runs several layers and takes longer. An Operation has more cases beside the examples counted here.
     """
     return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)
 

@@ -172,13 +172,14 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
         dtypes.setdefault(str(case), []).append(case.dtype)
     shape = ", with rows x inputs x outputs" if isinstance(plan, MethodSuite) else ""
     yield f"cases that `check` tries without an option{shape}"
-    yield "(most checks run in the first case of each kind of layer, and in the first one of 16 and of 32 bits):"
+    rest = "of each kind of layer" if isinstance(plan, MethodSuite) else "with each value of a switch"
+    yield f"(most checks run in the typical case, in one of 16 bits, and in one {rest}):"
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
     further = "  and, with the fewest checks, every further value below once"
     if isinstance(plan, MethodSuite):
         yield f"{further}, except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
     else:
-        yield f"{further}, and every two words, switches or last values together"
+        yield f"{further}, and pairs of values: all words and switches, the first and last of the numbers"
 
 
 _MEANINGS = {

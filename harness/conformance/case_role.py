@@ -23,12 +23,14 @@ class CaseRole:
     """True for the first case of each kind of layer, for the first of a linear layer or an Operation in 16 and in 32 bits,
     and for the first of an Operation with each value of a switch, unless the typical case is like that."""
     minor: bool = False
-    """True for every other example of a suite. Without `--wide`, some checks leave it out."""
+    """True for every other example of a suite. Without `--wide`, some checks leave it out, and those of a Method run only in
+    the suite's last state."""
     is_brief: bool = False
     """True if the case tries fewer checks (`suite_run.run_case`)."""
     is_large: bool = False
     """True if a tensor is very large."""
-    first_dtype: Dtype | None = None
-    """Dtype of the checks that must precede all others (`Check.calls_first`). None except in an Operation's first case."""
+    first: CaseRole | None = None
+    """The suite's typical case, in which the checks run that must precede all others (`Check.calls_first`). None except in
+    the first case of an Operation."""
     has_many_rows: bool = False
     """True if an Operation's input has more rows than 16 bits can count. Gradients sum as many terms."""

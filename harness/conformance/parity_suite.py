@@ -268,8 +268,8 @@ def _oddness(values: Values) -> tuple[int, int]:
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
-    """Return the main dtype of a suite: float32 if it is in `dtypes`, otherwise the first of `dtypes`."""
-    return "float32" if "float32" in dtypes else dtypes[0]
+    """Return the main dtype of a suite: float32 if it is in `dtypes`, otherwise the first of `dtypes`, and float64 last."""
+    return min(dtypes, key=lambda dtype: (dtype != "float32", dtype == "float64"))
 
 
 def _fits(config: Values, kind: Kind) -> bool:
@@ -296,8 +296,8 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype, wide: 
     """Return a number for `dtype`, and the slice of each list of the suite (such as its configs) to try in `dtype`.
 
     there: dtypes of the suite. wanted: requested dtypes. The main dtype (see `_main`) has the number n and tries whole
-    lists. The other dtypes have the numbers 0, 1 and so on. They share the items: each of n dtypes tries every n-th item.
-    Unless `wide`, float64 is left out of them, and tries the first item.
+    lists. The other dtypes have the numbers 0, 1 and so on, and share the items: if there are two, each tries every second
+    item. Unless `wide`, float64 does not share them, and tries the first item.
     """
     whole = _main(wanted)
     others = [one for one in there if one != whole]

@@ -158,7 +158,7 @@ def _failures(
     """
     case, plan = fault.case.of_kind(implementation.kind), _plan(implementation.target)
     if any(checks.every()[name].calls_first for name in fault.expected):
-        case = replace(case, first_dtype=case.dtype)
+        case = replace(case, first=case)
     if names is None and isinstance(plan, parity_suite.LoaderSuite) and fault.expected:
         names = fault.expected  # all checks of a loader would take too long: each builds models of its own
     if names is not None:

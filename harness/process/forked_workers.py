@@ -128,8 +128,8 @@ def _skip_inherited_exit_functions() -> None:
 def _end() -> NoReturn:
     """End this process as Python ends a program, except that no object is destroyed, which would take half a second.
 
-    Threads are awaited. Functions that Python or C libraries have registered for the end of the process run, and open
-    files are written out.
+    Threads are awaited. Functions run that Python has registered for the end of the process, and those that C libraries
+    have registered since the fork. Open files are written out.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

@@ -129,11 +129,19 @@ with event_writer(int(sys.argv[1]), int(sys.argv[2])) as emit:
         time.sleep(600)
 """
 
+# At the end of the process, a function of C that is registered on import removes a file.
+SLOW_LIBRARY = """
+import ctypes
+calls, path, libc = 0, ctypes.create_string_buffer({path!r}), ctypes.CDLL(None)
+libc.__cxa_atexit(ctypes.cast(libc.unlink, ctypes.c_void_p), path, None)
+"""
+
 
 @pytest.fixture
 def forking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
     (tmp_path / "forked_worker.py").write_text(FORKED)
-    (tmp_path / "slow_library.py").write_text("calls = 0")
+    (tmp_path / "kept").touch()
+    (tmp_path / "slow_library.py").write_text(SLOW_LIBRARY.format(path=str(tmp_path / "kept").encode()))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(worker_pool.__file__).parents[2]}")
     monkeypatch.delenv(fork_server.COLD_START, raising=False)
     with WorkerPool(imports=["slow_library"]) as pool:
@@ -173,6 +181,14 @@ def test_a_fork_ends_as_a_program_does(forking: WorkerPool, tmp_path: Path) -> N
     assert (tmp_path / "end write text").read_text() == "a last word"
     assert run_forked(forking, tmp_path, "close")[1] == ""
     assert run_forked(forking, tmp_path, "abort")[1] == "the process died of SIGABRT"
+
+
+@linux
+def test_a_fork_does_not_run_the_exit_functions_of_libraries_that_the_server_imported(
+    forking: WorkerPool, tmp_path: Path
+) -> None:
+    assert run_forked(forking, tmp_path)[1] == ""
+    assert (tmp_path / "kept").exists()
 
 
 GUARDED = """

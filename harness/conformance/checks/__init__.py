@@ -105,8 +105,8 @@ class Check(Generic[_Subject]):
     in_brief_cases: bool
     """True if the check is tried in a brief case (`CaseRole.is_brief`) when the selection is not wide."""
     calls_first: bool
-    """True if the check of an Operation must run before any other call. It is tried once, in the first case, and its
-    outcome keeps its place in the suite's list."""
+    """True if the check of an Operation must run before any other call. It is tried once, in the suite's typical case,
+    before the first case. The other fields then do not matter. Its outcome keeps its place in the suite's list."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -121,16 +121,16 @@ class Check(Generic[_Subject]):
         representative: bool = False,
         minor: bool = False,
         brief: bool = False,
-        first: bool = False,
+        has_first: bool = False,
     ) -> bool:
         """Return whether the check is tried in a case.
 
         wide: whether the selection of cases is wide. sampled: whether the case belongs to the sample that is added to
         the suite's examples. typical, representative, minor, brief: the case's fields in `CaseRole`; `brief` is the field
-        `is_brief`. first: whether the case has `first_dtype`.
+        `is_brief`. has_first: whether the case has `first`.
         """
         if self.calls_first:
-            return first
+            return has_first
         if brief and not wide:
             return self.in_brief_cases
         also = self.also_in_typical_case and typical

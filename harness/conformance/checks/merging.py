@@ -236,10 +236,10 @@ def _expected(subject: Subject, path: str, x: Tensor) -> dict[tuple[bool, bool],
     x = x.clone()  # the subject may write to the one that it gets
 
     def runs(wide: ReferenceLayer, own: ReferenceLayer, run: RunLayer, *first: dict[str, Tensor]) -> _Runs:
-        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=run, reordered=quantises)
-        is_small = subject.reference_cache is not None
-        # If a sum near a tie of the quantiser decides the error, few draws move it across the tie.
-        made = PlausibleResults(chain(first, islice(draws, None if quantises and is_small else DRAWS_AT_ONCE)))
+        jumps, is_small = run is _merged_output, subject.reference_cache is not None
+        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=run, reordered=jumps)
+        # Few draws move a sum across a tie of the quantiser, so all of them may be needed.
+        made = PlausibleResults(chain(first, islice(draws, None if jumps and is_small else DRAWS_AT_ONCE)))
         return truth, made if is_small else list(made)
 
     quantises, found = method_info(subject.method).spec.merge_quantises, dict[tuple[bool, bool], _Runs]()

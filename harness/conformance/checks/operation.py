@@ -29,15 +29,15 @@ _FORK_LIMITS = forks.Limits(cpu_s=11, memory_b=8 << 30)
 """The limit of wall time, ten times this CPU time, is below the time that `check` waits for a result."""
 
 
-@check(depends_on_sizes=False, calls_first=True)
+@check(calls_first=True)
 def check_first_call(subject: OperationSubject, case: Case) -> CheckResult:
     """A call returns the right outputs and gradients after a call under the default dtype bfloat16.
 
     transformers loads a model while the model's dtype is torch's default dtype. A table that the first call of a process
     computes and keeps must not take that dtype. If another Operation shares the table and was called before, the check
-    shows nothing. It runs once, before all other checks, and in float32 if possible, because 16 bits hide that a table was
-    rounded to them. Its calls are in a fork, so that a wrong table does not harm other checks. Only Linux forks safely, and
-    only if no library can have used a GPU.
+    shows nothing. It runs once, before all other checks, in the typical case: in float32 if possible, because 16 bits hide
+    that a table was rounded to them. Its calls are in a fork, so that a wrong table does not harm other checks. Only Linux
+    forks safely, and only if no library can have used a GPU.
     """
     if sys.platform != "linux" or subject.device.type != "cpu" or environment.gpus():
         return skipped(subject, case, "first_call", "it needs a forked process: Linux, and no GPU")

@@ -39,7 +39,7 @@ class Factor:
     """A setting of a case, with the values that cases try."""
 
     levels: tuple[Any, ...]
-    """Representative values, the plainest first. The fixed sample covers every pair of levels of two factors."""
+    """Representative values, the plainest first. `check --wide` covers every pair of levels of two factors."""
     extremes: tuple[Any, ...] = ()
     """Further values, such as very large ones. The fixed sample tries each of them once, beside plain values of the other
     factors."""

@@ -90,7 +90,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     if not there["dtype"].levels:
         return
     if isinstance(plan, OperationSuite):
-        marked[0] = replace(marked[0], first_dtype=there["dtype"].levels[0])
+        marked[0] = replace(marked[0], first=next(case for case in marked if case.typical))
     yield from marked
     yield from _large(plan, examples, there)
 
@@ -107,8 +107,8 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     optional = [name for name, factor in there.items() if factor.optional]
     alone = [values(row, levels) for row in one_at_a_time(levels, optional)]
     valued += [one for one in alone if valid(one) and one not in valued]
-    together = [one for one in _together(there, valid) if one not in valued]
-    for chosen in [*valued, *_extremes(there, valued, valid), *together]:
+    more = [one for one in _valid_combinations(there, valid) if one not in valued]
+    for chosen in [*valued, *_extremes(there, valued, valid), *more]:
         yield replace(case_of(plan, chosen), sampled=True)
 
 
@@ -127,7 +127,9 @@ def _pairs(
     return [values(row, levels) for row in [*first, *covering(levels, further, valid, given=first)]]
 
 
-def _together(there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+def _valid_combinations(
+    there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]
+) -> Iterator[dict[str, Any]]:
     """Yield the valid cases of `drawing.combinations`, as values of all factors."""
     plain = {name: factor.levels[0] for name, factor in there.items()}
     yield from filter(valid, (plain | some for some in combinations(there)))
@@ -136,9 +138,9 @@ def _together(there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], boo
 def _of_some_pairs(
     plan: OperationSuite, there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]
 ) -> Iterator[AnyCase]:
-    """Yield cases of an Operation that cover pairs of few levels: all words, but the first and the last of several numbers
-    or lists. Nobody trains adapters in float64, so it is left out if there is another dtype. Also yield the cases of
-    `_together`.
+    """Yield cases of an Operation that cover pairs of few levels: all words and switches, but only the first and the last of
+    several numbers or lists. Nobody trains adapters in float64, so it is left out if there is another dtype. Also yield the
+    cases of `_valid_combinations`, and each extreme magnitude in each of these dtypes.
     """
     levels = dict[str, Sequence[Any]]()
     for name, factor in there.items():
@@ -146,7 +148,12 @@ def _of_some_pairs(
         levels[name] = factor.levels if is_word else (factor.levels[0], factor.levels[-1])[: len(factor.levels)]
     levels["dtype"] = [dtype for dtype in levels["dtype"] if dtype != "float64"] or levels["dtype"]
     valued = _pairs(there, levels, [*levels], valid)
-    for chosen in [*valued, *(one for one in _together(there, valid) if one not in valued)]:
+    more = [one for one in _valid_combinations(there, valid) if one not in valued]
+    plain = {name: factor.levels[0] for name, factor in there.items()}
+    for name in filter(there.__contains__, _IN_EVERY_DTYPE):
+        changes = itertools.product(there[name].extremes, levels["dtype"])
+        more += [one for value, dtype in changes if valid(one := plain | {name: value, "dtype": dtype})]
+    for chosen in [*valued, *more]:
         yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
 
 
@@ -226,7 +233,7 @@ def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:
     an Operation, also mark the first example with each value of a switch, such as `training`.
 
     The typical example stands for its own kind, number of bits and switches. Nobody trains adapters in float64, so no
-    example is marked for being in float64. All other examples are marked as minor ones.
+    example is marked for being in float64, nor for its switches there. All other examples are marked as minor ones.
     """
 
     def represents(case: AnyCase) -> set[tuple[str, int]]:
@@ -317,7 +324,8 @@ def case_of(plan: MethodSuite | OperationSuite, chosen: Mapping[str, Any]) -> Me
 
 def factors(plan: MethodSuite | OperationSuite, dtypes: Collection[str]) -> dict[str, Factor]:
     """Return all factors of a suite's cases, by name."""
-    there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
+    there = [dtype for dtype in plan.dtypes if dtype in dtypes]
+    there.sort(key=lambda dtype: (dtype != "float32", dtype == "float64"))
     if isinstance(plan, OperationSuite):
         operation = operations.every()[plan.operation]
         varied = {"magnitude": _MAGNITUDES} if operation.inputs else {}

@@ -64,7 +64,7 @@ class ParityModel(nn.Module):
     `more.0` to `more.7`. The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and
     freezes every parameter.
 
-    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64. weights: name of the factor by which
+    Weights are normal with standard deviation 1/sqrt(inputs), the same in every dtype. weights: name of the factor by which
     the weights of all layers except `other` are multiplied.
     """
 

@@ -12,17 +12,17 @@ __all__ = ["LOADED", "suite_run", "worker"]
 
 LOADED = (
     import_module("torch._dynamo"),  # the first optimizer imports it
-    import_module(
-        "torch._decomp.decompositions_for_jvp"
-    ),  # this and the next two: the first call of a compiled function
+    # The first call of a compiled function imports this and the next two.
+    import_module("torch._decomp.decompositions_for_jvp"),
     import_module("torch._dynamo.backends.common"),
     import_module("torch._inductor.pattern_matcher"),
     import_module("transformers.pytorch_utils"),
-    import_module("transformers.models.mixtral"),  # this and the next two: the classes of stacked experts
+    # The classes of stacked experts import this and the next two.
+    import_module("transformers.models.mixtral"),
     import_module("transformers.activations"),
     import_module("transformers.loss.loss_utils"),
     checks.every(),
     operations.every(),
     registry.targets(),
 )
-"""Modules and tables that a worker would otherwise load when it first needs them, as the comments say."""
+"""Modules and tables that a worker would otherwise load when it first needs them."""

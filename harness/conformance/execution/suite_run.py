@@ -7,7 +7,7 @@ import functools
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -133,7 +133,7 @@ def run_case(
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
-    role |= {"brief": of.is_brief, "first": of.first_dtype is not None}
+    role |= {"brief": of.is_brief, "has_first": of.first is not None}
     tried = [name for name, one in every.items() if one.is_tried(wide=wide, **role)]
     wide = wide and not of.is_brief
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
@@ -233,11 +233,10 @@ def _run_operation(
     subject, case = call(runner.implementation, plan, of, device)
     case = case if wide else dataclasses.replace(case, walks=0, is_brief=not of.typical)
     early = dict[str, CheckOutcome]()
-    if of.first_dtype is not None:
-        first = call(runner.implementation, plan, dataclasses.replace(of, dtype=of.first_dtype), device)
-        runner_of_first = dataclasses.replace(runner, dtype=of.first_dtype)
-        for name in [name for name in tried if checks.every()[name].calls_first]:
-            early[name] = runner_of_first.check(name, *first)
+    for name in [name for name in tried if checks.every()[name].calls_first]:
+        first = cast("OperationCase", of.first)
+        before = dataclasses.replace(runner, case=str(first), dtype=first.dtype)
+        early[name] = before.check(name, *call(runner.implementation, plan, first, device))
     for name in tried:
         yield early[name] if name in early else runner.check(name, subject, case)
 

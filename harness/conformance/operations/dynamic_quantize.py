@@ -30,7 +30,7 @@ def arguments(
 ) -> Arguments:
     """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`.
 
-    A multiple of 64 elements has two dimensions, as the state of a weight has.
+    If `numel` is a multiple of 64, the tensor has 64 columns, like the state of a weight.
     """
     shape = [numel // _COLUMNS, _COLUMNS] if numel % _COLUMNS == 0 else [numel]
     x = values(kind, shape, block, dynamic_map(signed), dtype, generator)
@@ -38,7 +38,7 @@ def arguments(
 
 
 def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(), and one float32 for each block."""
+    """Return (codes, absmax): uint8 (numel,) in the order of x.flatten(), and one float32 for each block."""
     return quantize_blockwise(x, dynamic_map(signed), block)
 
 

@@ -146,7 +146,7 @@ class Program:
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
-    """Return a random gradient for the output y. It is drawn in float64, so that every dtype gets the same numbers."""
+    """Return a random gradient for the output y. Every dtype gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return normal_noise(y.shape, generator).to(y.device, y.dtype)
 
