@@ -354,7 +354,7 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
 def _size(plan: ParitySuite) -> int:
     """Return the approximate duration of a suite, in an arbitrary unit.
 
-    A check of a Method runs several layers and takes longer. An Operation has more cases beside the examples counted here.
+    Only the examples are counted. A Method's check takes longer than an Operation's, but an Operation has more other cases.
     """
     return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)
 

@@ -145,12 +145,12 @@ class MethodSuite(_Tolerant):
         for dtype in dtypes:
             shift, every = _share(self.dtypes, dtypes, dtype, wide)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
-            if every != _ONE and not any(map(_is_random, configs)):  # only dropout makes training mode differ
+            if every != _FIRST_ITEM and not any(map(_is_random, configs)):  # only dropout makes training mode differ
                 configs = [*configs, *(c for c in self.configs if c.get("dropout"))][: len(configs) + 1]
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
                 yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
-            for number, kind in enumerate(self.layers[1:] if every != _ONE else (), start=1):
+            for number, kind in enumerate(self.layers[1:] if every != _FIRST_ITEM else (), start=1):
                 if every.step is not None and (number + shift) % every.step:
                     continue
                 if suitable := [config for config in self.configs if _fits(config, kind)]:
@@ -289,7 +289,8 @@ def _fits(config: Values, kind: Kind) -> bool:
     return kind != "experts" or not config.get("dropout")
 
 
-_ONE = slice(1)
+_FIRST_ITEM = slice(1)
+"""Part of each list of a suite that float64 tries, unless the selection is wide."""
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype, wide: bool) -> tuple[int, slice]:
@@ -304,7 +305,7 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype, wide: 
     if dtype == whole:
         return len(others), slice(None)
     sharing: list[Dtype] = [one for one in others if wide or one != "float64"]
-    return others.index(dtype), slice(sharing.index(dtype), None, len(sharing)) if dtype in sharing else _ONE
+    return others.index(dtype), slice(sharing.index(dtype), None, len(sharing)) if dtype in sharing else _FIRST_ITEM
 
 
 def path_of(name: str) -> Path:

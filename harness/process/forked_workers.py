@@ -112,10 +112,11 @@ def _run(events: int, lifeline: int) -> NoReturn:
 
 
 def _skip_inherited_exit_functions() -> None:
-    """Let this process end after the exit functions of C that are registered from now on.
+    """Make the end of this process skip the exit functions of C that the server registered.
 
-    Those of the libraries that the server imported destroy their objects, which takes a fifth of a second. The C library
-    runs exit functions in reverse order, so those registered here run after all that are registered later.
+    The libraries that the server imported destroy their objects in such functions, which takes a fifth of a second. C runs
+    exit functions in reverse order. So the two that are registered here run after all later ones, and before the inherited
+    ones, and the last of the two ends the process.
     """
     c = ctypes.CDLL(None)
     if not hasattr(c, "on_exit"):  # only glibc has it

@@ -83,7 +83,7 @@ def noise_floor(
 
     truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several plausible
     results. If there are several, the largest of their errors is used, and no further result is computed once the
-    judgement passes. jumps: whether a rounding error may change a result by much, as before a quantiser.
+    judgement passes. jumps: True if a tiny rounding error may change the result a lot, because a quantiser follows it.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
     eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the

@@ -138,21 +138,23 @@ def _valid_combinations(
 def _of_some_pairs(
     plan: OperationSuite, there: Mapping[str, Factor], valid: Callable[[dict[str, Any]], bool]
 ) -> Iterator[AnyCase]:
-    """Yield cases of an Operation that cover pairs of few levels: all words and switches, but only the first and the last of
-    several numbers or lists. Nobody trains adapters in float64, so it is left out if there is another dtype. Also yield the
-    cases of `_valid_combinations`, and each extreme magnitude in each of these dtypes.
+    """Yield cases of an Operation in which every two levels of two factors occur together. Of a word or a switch, all levels
+    count. Of a number or a list, only the first and the last level count. float64 counts only if there is no other dtype,
+    because nobody trains adapters in float64.
+
+    Also yield the cases of `_valid_combinations`, and each extreme magnitude in each of these dtypes.
     """
     levels = dict[str, Sequence[Any]]()
     for name, factor in there.items():
         is_word = all(isinstance(level, str | bool) for level in factor.levels)
-        levels[name] = factor.levels if is_word else (factor.levels[0], factor.levels[-1])[: len(factor.levels)]
+        levels[name] = factor.levels if is_word else [*dict.fromkeys((factor.levels[0], factor.levels[-1]))]
     levels["dtype"] = [dtype for dtype in levels["dtype"] if dtype != "float64"] or levels["dtype"]
     valued = _pairs(there, levels, [*levels], valid)
     more = [one for one in _valid_combinations(there, valid) if one not in valued]
-    plain = {name: factor.levels[0] for name, factor in there.items()}
-    for name in filter(there.__contains__, _IN_EVERY_DTYPE):
-        changes = itertools.product(there[name].extremes, levels["dtype"])
-        more += [one for value, dtype in changes if valid(one := plain | {name: value, "dtype": dtype})]
+    if "magnitude" in there:
+        plain = {name: factor.levels[0] for name, factor in there.items()}
+        extremes = itertools.product(there["magnitude"].extremes, levels["dtype"])
+        more += filter(valid, (plain | {"magnitude": size, "dtype": dtype} for size, dtype in extremes))
     for chosen in [*valued, *more]:
         yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
 

@@ -28,7 +28,8 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: sort of values, such as `ties`.
+    """Draw a tensor to quantise. If `signed` is False, no element is negative. kind: as for
+    `nf4_quantize`, whose `explain` lists them.
 
     If `numel` is a multiple of 64, the tensor has 64 columns, like the state of a weight.
     """
