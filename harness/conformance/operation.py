@@ -61,13 +61,16 @@ class Operation:
     def named(self, returned: object) -> dict[str, Tensor]:
         """Map the names of the outputs to the tensors that a call returned.
 
-        Raises TypeError if the number of outputs is wrong, or if an output is not a tensor.
+        A single output is returned alone. Raises TypeError for a tuple with a single output, for a wrong number of
+        outputs, and for an output that is not a tensor.
         """
-        several = (returned,) if isinstance(returned, Tensor) else returned
+        several = (returned,) if len(self.outputs) == 1 else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
-            raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {type(returned).__name__}")
-        if odd := [n for n, t in zip(self.outputs, several, strict=True) if not isinstance(t, Tensor)]:
-            raise TypeError(f"{self.name}: {', '.join(odd)} should be a tensor")
+            got = f"{len(several)} outputs" if isinstance(several, tuple | list) else type(several).__name__
+            raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {got}")
+        for name, one in zip(self.outputs, several, strict=True):
+            if not isinstance(one, Tensor):
+                raise TypeError(f"{self.name}: {name} should be a tensor; got {type(one).__name__}")
         return dict(zip(self.outputs, several, strict=True))
 
 

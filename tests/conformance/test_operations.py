@@ -293,6 +293,16 @@ def test_an_operation_that_returns_something_else_is_told_what_it_should_return(
     assert "nf4_quantize should return packed, absmax" in first.result.detail
 
 
+def test_a_single_output_is_returned_alone_and_not_in_a_tuple() -> None:
+    def in_a_tuple(*arguments: Any, **settings: Any) -> tuple[Any]:
+        return (operations.every()["lora_linear"].reference(*arguments, **settings),)
+
+    results = suite_run.run(Implementation("mine", "operation", "lora_linear", in_a_tuple, dtypes=("float32",)))
+    first = next(iter(results))
+    assert first.status.value == "fail"
+    assert "y should be a tensor; got tuple" in first.result.detail
+
+
 @pytest.mark.slow
 def test_a_fault_of_later_calls_is_reported_with_the_number_of_calls() -> None:
     plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["calls"]})
