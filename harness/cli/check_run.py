@@ -201,7 +201,10 @@ def _judge_with(
         one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
     untried = [name for name in request.implementations if name not in compared and name not in broken]
-    report = CheckReport(marked, skipped, complaints, broken, known, plans, software, interrupted, untried)
+    options = [*request.breadth.options, *(["--device cuda"] if request.device == "cuda" else [])]
+    report = CheckReport(
+        marked, skipped, complaints, broken, known, plans, software, interrupted, untried, options=options
+    )
     if environment is not None:
         checked = CheckedEnvironment(
             label=label,

@@ -30,5 +30,11 @@ class CaseSelection:
         """True if `wide` or `full` is set, or if `drawn` is above 0: each of them adds everything that `wide` adds."""
         return self.wide or self.full or self.drawn > 0
 
+    @property
+    def options(self) -> list[str]:
+        """Return the options of `check` that make this selection."""
+        chosen = {"--full": self.full, "--wide": self.wide, f"--drawn {self.drawn} --seed {self.seed}": self.drawn > 0}
+        return [option for option, is_given in chosen.items() if is_given]
+
 
 FEW = CaseSelection()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
 from harness.errors import plural
+from harness.methods.registry import DTYPES
+from harness.records.check import CheckId
 from harness.report import check_settings, check_versions
 
 if TYPE_CHECKING:
@@ -48,8 +51,23 @@ def lines(report: CheckReport) -> list[str]:
     counts = {status: report.count(status) for status in CheckStatus}
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     found.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
+    found += _next_commands(report)
     if report.untried:
         found.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
         found.append("interrupted: results so far")
+    return found
+
+
+def _next_commands(report: CheckReport) -> list[str]:
+    """Return the commands that explain and repeat the first failure. If no check failed, return no line."""
+    first = next((one for one in report.tried if one.status is CheckStatus.FAIL and not one.environment), None)
+    if first is None:
+        return []
+    found = ["next, for the first failure:", f"  peft-harness explain {CheckId.parse(first.result.check).check}"]
+    if report.options is not None:
+        option = {"operation": [f"--op {first.target}"], "loader": []}.get(first.kind, [f"--method {first.target}"])
+        dtype = [f"--dtype {first.dtype}"] if first.dtype in DTYPES else []
+        options = [shlex.quote(first.implementation), *option, *dtype, *report.options]
+        found.append(f"  peft-harness check {' '.join(options)}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -28,7 +29,7 @@ from harness.methods.registry import DTYPES, Implementation, Registry
 from harness.process.worker_pool import WorkerPool
 from harness.records import files
 from harness.records.record import CheckResult, Outcome
-from harness.report import check_junit, check_page
+from harness.report import check_junit, check_page, check_terminal
 from support.processes import eventually
 from support.report_page import Page
 from support.sandbox import ForkSandbox, Sandbox
@@ -74,6 +75,22 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
         defects=[known],
         software={"acme": "1.4"},
     )
+
+
+# ---- the terminal
+
+
+def test_the_terminal_ends_with_commands_that_explain_and_repeat_the_first_failure(report: CheckReport) -> None:
+    def last(options: list[str] | None) -> list[str]:
+        return check_terminal.lines(dataclasses.replace(report, options=options))[-3:]
+
+    # The first failure that no known defect explains, in the fixture: `gradient` of the implementation `acme`.
+    explain, repeat = "  peft-harness explain gradient", "  peft-harness check acme --method lora --dtype float32"
+    assert last([])[1:] == [explain, repeat]
+    assert last(["--wide"])[1:] == [explain, f"{repeat} --wide"]
+    assert last(None)[1:] == ["next, for the first failure:", explain]
+    passed = dataclasses.replace(report, tried=report.tried[:1])
+    assert not [line for line in check_terminal.lines(passed) if "next" in line]
 
 
 # ---- the page

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
+from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import noise_floor, rounded_once
 from harness.conformance.drawing import sample
@@ -64,6 +65,39 @@ def test_an_overflow_of_a_scaled_product_is_excused_for_huge_inputs_and_infiniti
     assert {one.result.outcome for one in suite_run.run_case(mine, plan, case)} == {Outcome.PASS}
     usual = replace(case, magnitude="normal")
     assert failures("lora_linear", lambda y: y.masked_fill(y == y.min(), torch.inf), usual) >= {"outputs"}
+
+
+@pytest.mark.parametrize("layout", ["plain", "expanded", "transposed"])
+def test_an_overflow_in_a_gradient_is_excused_for_huge_inputs_and_not_for_usual_ones(layout: str) -> None:
+    def infinity_passes(magnitude: str) -> bool:
+        values = {"shape": [1, 3008], "rows": [16], "rank": 257, "scaling": 1.0}
+        case = parity_suite.OperationCase(values, "float16", magnitude=magnitude, drawn=True)
+        mine = Implementation("mine", "operation", "lora_linear", operations.every()["lora_linear"].reference)
+        subject, state = suite_run.call(mine, parity_suite.load_operation("lora_linear"), case)
+        seen = operation_call.gradients(subject, subject.function, torch.float16, state, layout=layout)
+        seen["grad B"].view(-1)[:1] = torch.inf
+        return operation_call.judge_gradients(subject, state, 2.0, mine=seen, layout=layout).passed
+
+    assert infinity_passes("huge")
+    assert not infinity_passes("normal")
+
+
+@pytest.mark.parametrize("target", ["galore_step", "galore8bit_step"])
+def test_a_step_may_leave_out_an_update_whose_learning_rate_is_zero(target: str) -> None:
+    """BLAS, for example, does not read the factors of a product that it multiplies by 0."""
+    reference = operations.every()[target].reference
+
+    def step(**given: Any) -> Any:
+        outputs = reference(**given)
+        return (torch.where(outputs[0].isnan(), given["W"], outputs[0]), *outputs[1:]) if given["lr"] == 0 else outputs
+
+    plan = parity_suite.load_operation(target).model_copy(update={"checks": ["nonfinite"]})
+    mine = Implementation("mine", "operation", target, step, dtypes=("float32",))
+    case = next(case for case in plan.cases(FEW, ["float32"]) if isinstance(case, parity_suite.OperationCase))
+    case = replace(case, values={**case.values, "lr": 0.0})
+    assert not [
+        one.result for one in suite_run.run_case(mine, plan, case, wide=True) if one.result.outcome is Outcome.FAIL
+    ]
 
 
 def test_either_number_is_right_near_the_middle_of_two_16_bit_numbers_only() -> None:

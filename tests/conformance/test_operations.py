@@ -84,7 +84,7 @@ def on_output(target: str, index: int, wrong: Callable[[torch.Tensor], torch.Ten
     def call(**given: Any) -> Any:
         outputs = list(operations.every()[target].named(right(target)(**given)).values())
         outputs[index] = wrong(outputs[index])
-        return tuple(outputs)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     return call
 
@@ -181,8 +181,9 @@ def in_float64(target: str) -> Function:
 
     def call(**given: Any) -> Any:
         outputs = right(target)(**given)
-        several = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        return tuple(t.double() if t.is_floating_point() else t for t in several)
+        if isinstance(outputs, torch.Tensor):
+            return outputs.double()
+        return tuple(t.double() if t.is_floating_point() else t for t in outputs)
 
     return call
 

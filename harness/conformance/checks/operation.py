@@ -194,7 +194,8 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     training. In bfloat16 alone, a matrix product of oneDNN may spread a NaN to other rows. The Operation may also raise
     LinAlgError, as torch.linalg.pinv does for a NaN.
     """
-    if 0 in (subject.arguments.get("scaling"), *subject.arguments.get("scalings", ())):
+    scalars = [subject.arguments.get(name) for name in ("scaling", "lr")]
+    if 0 in (*scalars, *subject.arguments.get("scalings", ())):
         return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")
     odd: list[str] = []
     for name, tensor in operation_call.flatten(subject.arguments).items():

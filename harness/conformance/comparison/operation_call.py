@@ -274,9 +274,9 @@ def judge_gradients(
     if (odd := ill_formed(mine, rounded)) is not None:
         return odd
     verdict = noise_floor(mine, truth, draws(), subject.dtype, factor)
-    if verdict.passed or not verdict.nonfinite or case.magnitude == "normal" or how:
+    if verdict.passed or not verdict.nonfinite or case.magnitude == "normal":
         return verdict
-    bounds = _gradients_of_absolutes(subject, case)
+    bounds = _gradients_of_absolutes(subject, case, how.get("layout", "plain"))
     return noise_floor(_without_overflows(mine, truth, bounds), truth, draws(), subject.dtype, factor)
 
 
@@ -306,10 +306,13 @@ def _absolute(subject: OperationSubject) -> OperationSubject:
     return replace(subject, arguments=absolute)
 
 
-def _gradients_of_absolutes(subject: OperationSubject, case: Case) -> dict[str, Tensor]:
-    """Return the reference's gradients for absolute arguments and absolute gradients of the outputs."""
+def _gradients_of_absolutes(subject: OperationSubject, case: Case, layout: Layout) -> dict[str, Tensor]:
+    """Return the reference's gradients for absolute arguments and absolute gradients of the outputs.
+
+    layout: that of `incoming_gradients`, which decides the numbers.
+    """
     outputs, leaves = forward(_absolute(subject), subject.operation.reference, DTYPES[subject.dtype])
-    incoming = {name: dy.abs() for name, dy in incoming_gradients(outputs, case).items()}
+    incoming = {name: dy.abs() for name, dy in incoming_gradients(outputs, case, layout).items()}
     return backward(outputs, leaves, case, incoming=incoming)
 
 

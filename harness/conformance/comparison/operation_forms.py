@@ -18,6 +18,7 @@ from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF, is_large, safe_factor
 from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak
+from harness.conformance.comparison.operation_autocast import under_autocast
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.normal_noise import normal_noise
@@ -73,7 +74,9 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 
     for form, seen in _in_modes(subject):
         yield judge(form, seen)
-    yield from _under_autocast(subject, plain, case)
+    yield from (
+        prefix_tensor(OperationForm.AUTOCAST.format(dtype), one) for dtype, one in under_autocast(subject, plain, case)
+    )
     outputs = subject.call(**_leaves(subject.arguments))
     yield judge(OperationForm.LEAVES, _detached(outputs))
     if not subject.operation.differentiable and (recorded := _recorded(subject, outputs)):
@@ -119,28 +122,6 @@ def _in_modes(subject: OperationSubject) -> Iterator[tuple[str, _Named]]:
     with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
         seen = subject.call()
     yield OperationForm.NO_AUTOCAST, seen
-
-
-def _under_autocast(subject: OperationSubject, plain: _Named, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the outputs under autocast, for a float32 Operation that has a gradient.
-
-    The Operation may compute products in 16 bits, or in float32 as before. It may also refuse arguments that autocast
-    leaves in several dtypes. Wrong results fail.
-    """
-    if subject.dtype != "float32" or not subject.operation.differentiable:
-        return
-    exactly = cloned(subject.arguments, {torch.float32: torch.float64})
-    truth = subject.operation.named(subject.operation.reference(**exactly))
-    for dtype in ("bfloat16", "float16"):
-        with torch.autocast(subject.device.type, DTYPES[dtype]):
-            try:
-                seen = subject.call()
-            except RuntimeError:
-                return
-            rounded = subject.operation.named(subject.operation.reference(**cloned(subject.arguments)))
-        if not exact(seen, plain).passed:
-            verdict = noise_floor(seen, truth, rounded, dtype, case.factor("calls"))
-            yield prefix_tensor(OperationForm.AUTOCAST.format(dtype), verdict)
 
 
 def _after_overwriting(subject: OperationSubject, judge: Callable[[str, _Named], Judgement]) -> Iterator[Judgement]:

@@ -40,6 +40,8 @@ class CheckReport:
     """Environments in which checks ran, other than the Python that runs the harness."""
     settings: Sequence[SettingFound] = ()
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
+    options: Sequence[str] | None = None
+    """Options of `check` that decide how cases are tried, e.g. `--wide`. None for a check of a training loop."""
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
@@ -56,6 +58,7 @@ class CheckReport:
             interrupted=any(report.interrupted for report in reports),
             untried=list(dict.fromkeys(name for report in reports for name in report.untried)),
             environments=[one for report in reports for one in report.environments],
+            options=first.options,
         )
 
     def labelled(self, environment: CheckedEnvironment) -> CheckReport:

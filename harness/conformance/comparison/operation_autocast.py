@@ -1,0 +1,52 @@
+"""Judge an Operation under autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.comparison.operation_call import map_floats
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed
+from harness.conformance.operation import OperationSubject, cloned
+from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+
+
+def under_autocast(
+    subject: OperationSubject, plain: Mapping[str, Tensor], case: Case
+) -> Iterator[tuple[str, Judgement]]:
+    """Yield each dtype of autocast and a judgement of the outputs, for a float32 Operation that has a gradient.
+
+    The Operation may compute products in 16 bits, or in float32 as before. It may also refuse arguments that autocast
+    leaves in several dtypes. Wrong results fail. plain: the outputs without autocast.
+    """
+    if subject.dtype != "float32" or not subject.operation.differentiable:
+        return
+    exactly = cloned(subject.arguments, {torch.float32: torch.float64})
+    truth = subject.operation.named(subject.operation.reference(**exactly))
+    for dtype in ("bfloat16", "float16"):
+        with torch.autocast(subject.device.type, DTYPES[dtype]):
+            try:
+                seen = subject.call()
+            except RuntimeError:
+                return
+        if not exact(seen, dict(plain)).passed:
+            yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls"))
+
+
+def _plausible(subject: OperationSubject, dtype: str) -> Iterator[dict[str, Tensor]]:
+    """Yield the reference's outputs under autocast: for the arguments, then for arguments that are moved by rounding errors
+    of `dtype`.
+    """
+    moves = (
+        partial(perturbed, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in range(PERTURBED_DRAWS)
+    )
+    for arguments in chain([subject.arguments], (map_floats(subject.arguments, move) for move in moves)):
+        with torch.autocast(subject.device.type, DTYPES[dtype]):
+            outputs = subject.operation.named(subject.operation.reference(**cloned(arguments)))
+        yield outputs
