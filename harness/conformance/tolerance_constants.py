@@ -35,6 +35,10 @@ ROUNDED_ULPS = 0.5
 REORDERED_ULPS = 2.0
 REORDERED_DRAWS = 3
 
+# Torch may sum a tensor with gaps in memory one term after the other, in a single lane. So moves that are 16 times as far as
+# one rounding stand for 512 such terms.
+GAPPED_ULPS = 8.0
+
 # No further draw is made after 1 + PERTURBED_DRAWS of them if the error is this many times as large as the allowance. With a
 # factor of 2, a normal number is that far from zero, compared with eight others, once in a million cases.
 HOPELESS = 4.0

@@ -272,15 +272,7 @@ def _before_other_gradients(subject: OperationSubject, case: Case) -> Iterator[J
 
 def _as_usual(form: str, subject: OperationSubject, case: Case, mine: _Named) -> Judgement:
     """Judge the gradients `mine` by those that the reference computes in a plain call."""
-    own, reference = DTYPES[subject.dtype], subject.operation.reference
-
-    def draws() -> Iterator[_Named]:
-        yield operation_call.reference_gradients(subject, own, case)
-        for near, dtype in operation_call.perturbed_subjects(subject, case):
-            yield operation_call.gradients(near, reference, dtype, case)
-
-    truth = operation_call.reference_gradients(subject, torch.float64, case)
-    return prefix_tensor(form, noise_floor(mine, truth, draws(), subject.dtype, case.factor("calls")))
+    return prefix_tensor(form, operation_call.judge_gradients(subject, case, case.factor("calls"), mine=mine))
 
 
 def _alive_after_calls(subject: OperationSubject, case: Case) -> list[str]:
