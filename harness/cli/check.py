@@ -103,10 +103,11 @@ def check(
     or of the loaders that are named beside the path, are compared with those of the reference.
 
     Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
-    float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
-    Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
-    tested. With --with, the same checks run once per environment, and the output shows which results differ. An environment
-    that does not exist is made first.
+    float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins
+    continue. The exit code is 1 if a check fails or a plug-in cannot be imported, and 4 if no check of a named
+    IMPLEMENTATION can run. Ctrl-C or SIGTERM prints the results so far and exits with 4. With --with, the same checks
+    run once per environment, and the output shows which results differ. An environment that does not exist is made
+    first.
     """
     if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
         raise UsageError("applies to implementations only", where="--device", hint="leave it out")

@@ -201,7 +201,9 @@ def _judge_with(
         one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
     untried = [name for name in request.implementations if name not in compared and name not in broken]
-    options = [*request.breadth.options, *(["--device cuda"] if request.device == "cuda" else [])]
+    options = [f"--dtype {dtype}" for dtype in request.dtypes] + request.breadth.options
+    options += ["--device cuda"] if request.device == "cuda" else []
+    options += [f"--patience {request.patience:g}"] if request.patience != worker_processes.PATIENCE else []
     report = CheckReport(
         marked, skipped, complaints, broken, known, plans, software, interrupted, untried, options=options
     )

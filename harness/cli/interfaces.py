@@ -105,7 +105,7 @@ def _optimizer_state(adapted: Adapted) -> Iterator[str]:
 
 
 def _layers(plan: MethodSuite) -> Iterator[str]:
-    """Yield the kinds of layers in the Cases, and rules for implementations about copy.deepcopy and about caches."""
+    """Yield the kinds of layers in the Cases, and rules that every implementation must follow."""
     yield f"kinds of layers in its cases: {', '.join(plan.layers)}"
     if opt_in := [*optional_features(plan.method)]:
         yield f"tried only if the implementation names them in `offers`: {', '.join(opt_in)}"
@@ -115,6 +115,9 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
+    yield "an input that requires a gradient gets one, even if nothing in the layer is trained"
+    if "save" in plan.checks:
+        yield "after load_state_dict(assign=True), `tensors()` and `parameters()` return the new parameters"
 
 
 def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from harness.conformance.comparison.tolerance_policies import Judgement
 from harness.conformance.normal_noise import normal_noise
+from harness.errors import plural
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
@@ -61,12 +62,12 @@ class Operation:
     def named(self, returned: object) -> dict[str, Tensor]:
         """Map the names of the outputs to the tensors that a call returned.
 
-        A single output is returned alone. Raises TypeError for a tuple with a single output, for a wrong number of
+        A single output is returned alone. Raises TypeError for a tuple around a single output, for a wrong number of
         outputs, and for an output that is not a tensor.
         """
         several = (returned,) if len(self.outputs) == 1 else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
-            got = f"{len(several)} outputs" if isinstance(several, tuple | list) else type(several).__name__
+            got = plural(len(several), "output") if isinstance(several, tuple | list) else type(several).__name__
             raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {got}")
         for name, one in zip(self.outputs, several, strict=True):
             if not isinstance(one, Tensor):

@@ -6,6 +6,7 @@ No torch here: an Implementation imports its libraries inside its function.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 import traceback
@@ -91,12 +92,22 @@ class Implementation:
         """Call the function.
 
         Raises Unsupported if the config or the model uses an optional feature of the Method that is not in `offers`.
-        Raises TypeError if a Method's function returns an object that is not an `Adapted`.
+        Raises TypeError if the function lacks a parameter, and if a Method's function returns an object that is not an
+        `Adapted`.
         """
         if self.kind == "method":
             given = {**dict(zip(("model", "config"), args, strict=False)), **kwargs}
             self._require_offered(given.get("model"), given.get("config"))
-        returned = self.function(*args, **kwargs)
+        try:
+            returned = self.function(*args, **kwargs)
+        except TypeError as error:
+            if why := _why_not_called(self.function, *args, **kwargs):
+                names = ", ".join([*(f"{len(args)} by position" for _ in args[:1]), *kwargs])
+                raise TypeError(
+                    f"{self.target} gets the arguments {names}; {_name_of(self.function)}{inspect.signature(self.function)} "
+                    f"cannot take them: {why} (`peft-harness explain {self.target}`)"
+                ) from error
+            raise
         if self.kind == "method" and (missing := [name for name in _ADAPTED if not hasattr(returned, name)]):
             kind = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
             raise TypeError(
@@ -263,7 +274,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
                 offered = list(_offered(point.load()))
         # A plug-in may raise anything, SystemExit included; the others must still load.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            reasons.append(format_error(error))
+            reasons.append(format_error(error) + _place(error))
             offered = []
         distribution, version = _provider(point)
         for implementation in offered:
@@ -279,6 +290,15 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
     return Registry(tuple(found.values()), broken)
 
 
+def _place(error: BaseException) -> str:
+    """Return ` (FILE:LINE)` of the last line of a file that was running, or an empty text."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
+    inside = [
+        one for one in frames if Path(one.filename) != Path(__file__) and "importlib" not in Path(one.filename).parts
+    ]
+    return f" ({inside[-1].filename}:{inside[-1].lineno})" if inside else ""
+
+
 def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
     """Return an error message if the target, kind or `offers` is invalid, or an empty string. known: target -> kind."""
     target, kind = implementation.target, implementation.kind
@@ -291,6 +311,21 @@ def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str
         hint = did_you_mean(unknown[0], possible, "there are") if possible else "leave `offers` out"
         return f"{implementation}: `offers` has {unknown[0]!r}, which is no optional feature of {target}; {hint}"
     return ""
+
+
+def _why_not_called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return why `function` cannot be called with these arguments, or an empty text."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a function in C may have no signature
+        return ""
+    return ""
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", "the function"))
 
 
 def _is_word(value: object) -> bool:
@@ -324,6 +359,11 @@ def _offered(loaded: object) -> Iterator[Implementation]:
     `loaded` is one Implementation, several, or a function that returns either.
     """
     if callable(loaded) and not isinstance(loaded, Implementation):
+        if _why_not_called(loaded):
+            raise TypeError(
+                f"{_name_of(loaded)} is no Implementation, because @implements(TARGET, name=NAME) does not decorate it; a "
+                "function that returns Implementations takes no arguments"
+            )
         loaded = loaded()
     offered = [loaded] if isinstance(loaded, Implementation) else loaded
     if not isinstance(offered, Iterable):

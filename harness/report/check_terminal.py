@@ -10,7 +10,6 @@ from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
 from harness.errors import plural
-from harness.methods.registry import DTYPES
 from harness.records.check import CheckId
 from harness.report import check_settings, check_versions
 
@@ -60,14 +59,17 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def _next_commands(report: CheckReport) -> list[str]:
-    """Return the commands that explain and repeat the first failure. If no check failed, return no line."""
+    """Return the commands that explain and repeat the first failure.
+
+    Return no line if nothing failed, for a training loop (`check --loop`), and if the checks ran in several environments.
+    """
     first = next((one for one in report.tried if one.status is CheckStatus.FAIL and not one.environment), None)
-    if first is None:
+    if first is None or report.options is None:
         return []
-    found = ["next, for the first failure:", f"  peft-harness explain {CheckId.parse(first.result.check).check}"]
-    if report.options is not None:
-        option = {"operation": [f"--op {first.target}"], "loader": []}.get(first.kind, [f"--method {first.target}"])
-        dtype = [f"--dtype {first.dtype}"] if first.dtype in DTYPES else []
-        options = [shlex.quote(first.implementation), *option, *dtype, *report.options]
-        found.append(f"  peft-harness check {' '.join(options)}")
-    return found
+    option = "--op" if first.kind == "operation" else "--method"
+    options = [shlex.quote(first.implementation), option, first.target, *report.options]
+    return [
+        "next, for the first failure:",
+        f"  peft-harness explain {CheckId.parse(first.result.check).check}",
+        f"  peft-harness check {' '.join(options)}",
+    ]

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import psutil
@@ -19,6 +20,7 @@ from harness import resources
 from harness.cli import check_run as command
 from harness.cli import main
 from harness.conformance import parity_suite
+from harness.conformance.case_selection import CaseSelection
 from harness.conformance.execution import worker_protocol as protocol
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.defects import Defect
@@ -81,16 +83,27 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
 
 
 def test_the_terminal_ends_with_commands_that_explain_and_repeat_the_first_failure(report: CheckReport) -> None:
-    def last(options: list[str] | None) -> list[str]:
-        return check_terminal.lines(dataclasses.replace(report, options=options))[-3:]
+    def last(options: list[str] | None, **changed: Any) -> list[str]:
+        outcomes = [one.model_copy(update=changed) for one in report.tried]
+        return check_terminal.lines(dataclasses.replace(report, tried=outcomes, options=options))[-3:]
 
     # The first failure that no known defect explains, in the fixture: `gradient` of the implementation `acme`.
-    explain, repeat = "  peft-harness explain gradient", "  peft-harness check acme --method lora --dtype float32"
-    assert last([])[1:] == [explain, repeat]
-    assert last(["--wide"])[1:] == [explain, f"{repeat} --wide"]
-    assert last(None)[1:] == ["next, for the first failure:", explain]
-    passed = dataclasses.replace(report, tried=report.tried[:1])
-    assert not [line for line in check_terminal.lines(passed) if "next" in line]
+    title, explain = "next, for the first failure:", "  peft-harness explain gradient"
+    assert last([]) == [title, explain, "  peft-harness check acme --method lora"]
+    assert last(["--wide"]) == [title, explain, "  peft-harness check acme --method lora --wide"]
+    assert last([], kind="operation", target="lora_linear")[2] == "  peft-harness check acme --op lora_linear"
+    assert last([], kind="loader", target="adapter_files")[2] == "  peft-harness check acme --method adapter_files"
+    assert title not in last(None)
+    assert title not in last([], environment="acme 1.4")
+    passed = dataclasses.replace(report, tried=report.tried[:1], options=[])
+    assert title not in check_terminal.lines(passed)
+
+
+def test_the_report_has_the_options_that_decide_which_cases_are_tried() -> None:
+    request = command.CheckRequest(
+        ["reference"], operations=["double_quantize"], dtypes=["float32"], breadth=CaseSelection(drawn=1, seed=3)
+    )
+    assert command.judge(request).options == ["--dtype float32", "--drawn 1 --seed 3"]
 
 
 # ---- the page

@@ -83,21 +83,41 @@ def test_an_overflow_in_a_gradient_is_excused_for_huge_inputs_and_not_for_usual_
 
 
 @pytest.mark.parametrize("target", ["galore_step", "galore8bit_step"])
-def test_a_step_may_leave_out_an_update_whose_learning_rate_is_zero(target: str) -> None:
+def test_a_step_with_a_learning_rate_of_zero_may_keep_a_nan_from_the_parameter_but_not_from_a_moment(
+    target: str,
+) -> None:
     """BLAS, for example, does not read the factors of a product that it multiplies by 0."""
     reference = operations.every()[target].reference
-
-    def step(**given: Any) -> Any:
-        outputs = reference(**given)
-        return (torch.where(outputs[0].isnan(), given["W"], outputs[0]), *outputs[1:]) if given["lr"] == 0 else outputs
-
     plan = parity_suite.load_operation(target).model_copy(update={"checks": ["nonfinite"]})
-    mine = Implementation("mine", "operation", target, step, dtypes=("float32",))
     case = next(case for case in plan.cases(FEW, ["float32"]) if isinstance(case, parity_suite.OperationCase))
     case = replace(case, values={**case.values, "lr": 0.0})
-    assert not [
-        one.result for one in suite_run.run_case(mine, plan, case, wide=True) if one.result.outcome is Outcome.FAIL
-    ]
+
+    def keeping(index: int) -> Any:
+        def step(**given: Any) -> Any:
+            outputs = list(reference(**given))
+            outputs[index] = outputs[index].nan_to_num() if outputs[index].is_floating_point() else outputs[index]
+            return tuple(outputs)
+
+        return Implementation("mine", "operation", target, step, dtypes=("float32",))
+
+    def outcomes(mine: Implementation) -> list[Outcome]:
+        return [one.result.outcome for one in suite_run.run_case(mine, plan, case, wide=True)]
+
+    assert outcomes(keeping(0)) == [Outcome.PASS]
+    for index, name in enumerate(operations.every()[target].outputs):
+        if name == {"galore_step": "M", "galore8bit_step": "M_absmax"}[target]:
+            assert outcomes(keeping(index)) == [Outcome.FAIL]
+
+
+def test_an_infinite_gradient_of_an_output_that_is_not_used_is_not_excused() -> None:
+    plan = parity_suite.load_operation("lora_qkv")
+    case = next(case for case in plan.cases(FEW, ["float16"]) if isinstance(case, parity_suite.OperationCase))
+    mine = Implementation("mine", "operation", "lora_qkv", operations.every()["lora_qkv"].reference)
+    subject, state = suite_run.call(mine, plan, replace(case, magnitude="huge"))
+    seen = operation_call.gradients(subject, subject.function, torch.float16, state, used=["q"])
+    assert operation_call.judge_gradients(subject, state, 2.0, mine=seen, used=["q"]).passed
+    seen["grad As[1]"].view(-1)[:1] = torch.inf  # a factor of k
+    assert not operation_call.judge_gradients(subject, state, 2.0, mine=seen, used=["q"]).passed
 
 
 def test_either_number_is_right_near_the_middle_of_two_16_bit_numbers_only() -> None:

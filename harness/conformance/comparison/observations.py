@@ -26,11 +26,14 @@ def observe(
     missing. The gradients that the layer's tensors had before are restored.
 
     x: (..., D), or token numbers. dy: gradient of y, (..., E). training: run in training mode, otherwise in eval mode.
-    tensors: short name -> trainable tensor of the layer. call: function that gets the layer and x, and returns y.
+    tensors: short name -> trainable tensor of the layer. call: function that gets the layer and x, and returns y. Raises
+    TypeError if y is no tensor.
     """
     leaf = strided_copy(x).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
         y = call(layer, leaf)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"an adapted layer should return a tensor; {type(layer).__name__} returned {type(y).__name__}")
         if y.requires_grad and y.shape == dy.shape:
             y.backward(dy)
         seen = {"y": y.detach().clone()}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.operation_call import map_floats
+from harness.conformance.comparison.operation_call import map_floats, reference_outputs
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed
-from harness.conformance.operation import OperationSubject, cloned
+from harness.conformance.operation import Arguments, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
@@ -20,10 +19,10 @@ from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 def under_autocast(
     subject: OperationSubject, plain: Mapping[str, Tensor], case: Case
 ) -> Iterator[tuple[str, Judgement]]:
-    """Yield each dtype of autocast and a judgement of the outputs, for a float32 Operation that has a gradient.
+    """Yield each dtype of autocast in which the outputs are others than without autocast, and a judgement of the outputs.
 
-    The Operation may compute products in 16 bits, or in float32 as before. It may also refuse arguments that autocast
-    leaves in several dtypes. Wrong results fail. plain: the outputs without autocast.
+    A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
+    arguments that autocast leaves in several dtypes. Wrong results fail. plain: the outputs without autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
@@ -40,13 +39,17 @@ def under_autocast(
 
 
 def _plausible(subject: OperationSubject, dtype: str) -> Iterator[dict[str, Tensor]]:
-    """Yield the reference's outputs under autocast: for the arguments, then for arguments that are moved by rounding errors
-    of `dtype`.
+    """Yield outputs that a correct program may give under autocast: those of the reference and, if they differ from its
+    outputs without autocast, those for arguments that are moved by rounding errors of `dtype`.
     """
-    moves = (
-        partial(perturbed, dtype=dtype, generator=torch.Generator().manual_seed(n)) for n in range(PERTURBED_DRAWS)
-    )
-    for arguments in chain([subject.arguments], (map_floats(subject.arguments, move) for move in moves)):
+
+    def computed(arguments: Arguments) -> dict[str, Tensor]:
         with torch.autocast(subject.device.type, DTYPES[dtype]):
-            outputs = subject.operation.named(subject.operation.reference(**cloned(arguments)))
-        yield outputs
+            return subject.operation.named(subject.operation.reference(**cloned(arguments)))
+
+    rounded = computed(subject.arguments)
+    yield rounded
+    if not exact(rounded, reference_outputs(subject, torch.float32)).passed:
+        for seed in range(PERTURBED_DRAWS):
+            generator = torch.Generator().manual_seed(seed)
+            yield computed(map_floats(subject.arguments, partial(perturbed, dtype=dtype, generator=generator)))

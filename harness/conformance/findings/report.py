@@ -41,7 +41,7 @@ class CheckReport:
     settings: Sequence[SettingFound] = ()
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
     options: Sequence[str] | None = None
-    """Options of `check` that decide how cases are tried, e.g. `--wide`. None for a check of a training loop."""
+    """Options of `check` that decide which cases are tried and how, e.g. `--wide`. None for a check of a training loop."""
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
