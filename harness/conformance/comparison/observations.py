@@ -33,7 +33,9 @@ def observe(
     with preserved_state(layer, tensors, training):
         y = call(layer, leaf)
         if not isinstance(y, Tensor):
-            raise TypeError(f"an adapted layer should return a tensor; {type(layer).__name__} returned {type(y).__name__}")
+            raise TypeError(
+                f"an adapted layer should return a tensor; {type(layer).__name__} returned {type(y).__name__}"
+            )
         if y.requires_grad and y.shape == dy.shape:
             y.backward(dy)
         seen = {"y": y.detach().clone()}
