@@ -17,6 +17,7 @@ from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS
 from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
+from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.execution import suite_run
 from harness.conformance.faults.call_histories import overwrites_the_output_of_its_last_call
@@ -282,3 +283,12 @@ def test_stacks_that_need_no_large_offset_are_left_alone() -> None:
         drawn = OperationCase({"shape": [16, 12], "experts": experts, "rank": 2}, dtype)  # type: ignore[arg-type]
         subject, case = suite_run.call(Implementation("mine", "operation", "lora_experts", reference), plan, drawn)
         assert list(on_distant_weights(subject, case)) == []
+
+
+def test_a_layer_that_returns_no_tensor_is_told_what_it_returned() -> None:
+    class Pair(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x, None
+
+    with pytest.raises(TypeError, match="should return a tensor; Pair returned tuple"):
+        observe(Pair(), {}, torch.ones(2, 3), torch.ones(2, 3))

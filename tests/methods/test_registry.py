@@ -66,12 +66,15 @@ def test_entry_points_may_return_several_implementations(install, code: str) -> 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name' (/"),
         ("attach = 7", "TypeError: expected an Implementation, several"),
         ("attach = [7]", "TypeError: expected an Implementation, got 7"),
         ("attach = ['lora']", "TypeError: expected an Implementation, got 'lora'"),
         ("def attach(): raise RuntimeError('no licence key')", "RuntimeError: no licence key"),
-        ("def attach(model): return model", "TypeError: attach() missing 1 required positional argument: 'model'"),
+        (
+            "def attach(model): return model",
+            "attach is no Implementation, because @implements(TARGET, name=NAME) does not",
+        ),
         ("import sys; sys.exit('bye')", "SystemExit: bye"),
         ("def (", "SyntaxError"),
         ("", "AttributeError"),
@@ -163,3 +166,12 @@ def test_implementations_cannot_be_changed() -> None:
 def test_harness_has_no_other_attribute() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         _ = harness.nothing
+
+
+def test_a_function_with_a_wrong_parameter_is_told_the_arguments() -> None:
+    def linear(x: object, W: object, scale: float) -> object:
+        return x
+
+    mine = Implementation("acme", "operation", "lora_linear", linear)
+    with pytest.raises(TypeError, match=r"lora_linear gets the arguments x, W, scaling; linear\(.*cannot take them"):
+        mine(x=1, W=2, scaling=3.0)
