@@ -102,7 +102,7 @@ class Implementation:
             returned = self.function(*args, **kwargs)
         except TypeError as error:
             if why := _why_not_called(self.function, *args, **kwargs):
-                names = ", ".join([*(f"{len(args)} by position" for _ in args[:1]), *kwargs])
+                names = ", ".join([f"{len(args)} by position", *kwargs] if args else kwargs)
                 raise TypeError(
                     f"{self.target} gets the arguments {names}; {_name_of(self.function)}{inspect.signature(self.function)} "
                     f"cannot take them: {why} (`peft-harness explain {self.target}`)"

@@ -24,8 +24,7 @@ from harness.process.supervisor import Subprocess, module_arguments, signal_name
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
 _KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 """Environment variables that make glibc keep up to 1 GiB of freed memory. By default, it returns the memory of a large
-tensor to the kernel, which clears it for the next tensor. Some versions keep no tensor above
-32 MiB."""
+tensor to the kernel, which clears it for the next tensor. Some versions of glibc accept no larger MMAP threshold."""
 _START_S = 120.0
 """Minimum time in seconds that a worker gets for its first event. It is long, because the worker imports torch
 first."""

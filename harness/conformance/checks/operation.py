@@ -244,7 +244,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _unchanged(subject: OperationSubject) -> list[str]:
-    """Return the names of the outputs that equal an argument."""
+    """Return the names of the outputs that equal an argument, such as a parameter that a step leaves as it is."""
     given = [*operation_call.flatten(subject.arguments).values()]
     outputs = operation_call.reference_outputs(subject, DTYPES[subject.dtype])
     return [name for name, output in outputs.items() if any(torch.equal(output, one) for one in given)]

@@ -33,10 +33,10 @@ def inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return an input x and an incoming gradient dy for the layer `base`.
 
-    Every dtype gets the same numbers. A linear layer gets x (T, D) and dy (T, E). An
-    embedding gets token numbers (T,) and dy (T, dim). If the embedding has a padding entry and T is above 1, the last
-    token is the padding entry. A convolution gets at most `images` images, e.g. (N, C, H, W). Stacked experts get x and
-    dy (T, D). magnitude: size of the numbers in x, such as `large`; `magnitudes.vary` lists the names.
+    Every dtype gets the same numbers. A linear layer gets x (T, D) and dy (T, E). An embedding gets token numbers (T,)
+    and dy (T, dim). If the embedding has a padding entry and T is above 1, the last token is the padding entry. A
+    convolution gets at most `images` images, e.g. (N, C, H, W). Stacked experts get x and dy (T, D). magnitude: size of
+    the numbers in x, such as `large`; `magnitudes.vary` lists the names.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):

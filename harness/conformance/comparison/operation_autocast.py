@@ -19,15 +19,14 @@ from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 def under_autocast(
     subject: OperationSubject, plain: Mapping[str, Tensor], case: Case
 ) -> Iterator[tuple[str, Judgement]]:
-    """Yield each dtype of autocast in which the outputs are others than without autocast, and a judgement of the outputs.
+    """Yield each dtype of autocast in which the outputs differ from those without autocast, and a judgement of the outputs.
 
     A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
     arguments that autocast leaves in several dtypes. Wrong results fail. plain: the outputs without autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
-    exactly = cloned(subject.arguments, {torch.float32: torch.float64})
-    truth = subject.operation.named(subject.operation.reference(**exactly))
+    truth = reference_outputs(subject, torch.float64)
     for dtype in ("bfloat16", "float16"):
         with torch.autocast(subject.device.type, DTYPES[dtype]):
             try:
