@@ -19,6 +19,10 @@ from harness.resources import user_path
 @click.option("--op", "operations", multiple=True, metavar="O", help=f"Check only this operation. {options.AGAIN}")
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
 @click.option(
+    "--case", default="", metavar="TEXT",
+    help="Check only cases whose name and dtype contain this text, e.g. 'rank=160 bfloat16'.",
+)  # fmt: skip
+@click.option(
     "--full", is_flag=True,
     help="Check every combination of config, shape and layer, and all of --wide.  [default: each one at least once]",
 )  # fmt: skip
@@ -90,7 +94,7 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, device: Literal["cpu", "cuda"],
+    case: str, full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, device: Literal["cpu", "cuda"],
     jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
     loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
@@ -119,6 +123,7 @@ def check(
         if any(
             (
                 *names,
+                case,
                 full,
                 wide,
                 drawn,
@@ -145,7 +150,19 @@ def check(
 
         return check_loop.check(loop, "".join(environments), index(offline, find_links), patience, as_json, junit, html)
     if served is not None:
-        of_implementations = (implementations, methods, operations, full, wide, drawn, jobs, environments, junit, html)
+        of_implementations = (
+            implementations,
+            methods,
+            operations,
+            case,
+            full,
+            wide,
+            drawn,
+            jobs,
+            environments,
+            junit,
+            html,
+        )
         if any(of_implementations) or self_test or power or mutants is not None:
             raise UsageError(
                 "checks a server, not an implementation", where="--served",
@@ -171,7 +188,7 @@ def check(
         if given and not self_test:
             raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
     if self_test:
-        if implementations or dtypes or full or wide or drawn or junit or html or environments:
+        if implementations or dtypes or case or full or wide or drawn or junit or html or environments:
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
                 hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
@@ -197,8 +214,8 @@ def check(
         return run.check(mutants or None, seed or 0, jobs, targets, as_json)
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
-            "--method": methods, "--op": operations, "--dtype": dtypes, "--full": full, "--wide": wide, "--drawn": drawn,
-            "--seed": seed is not None, "--with": environments, "--html": html, "a second path": paths[1:],
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case, "--full": full, "--wide": wide,
+            "--drawn": drawn, "--seed": seed is not None, "--with": environments, "--html": html, "a second path": paths[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
@@ -224,7 +241,7 @@ def check(
         raise UsageError(
             "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
         )
-    breadth = CaseSelection(full, drawn, seed or 0, wide)
+    breadth = CaseSelection(full, drawn, seed or 0, wide, case)
     request = command.CheckRequest(
         implementations,
         methods,

@@ -6,10 +6,8 @@ A parity suite is a file in suites/parity with the cases and checks of one targe
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,21 +17,21 @@ from harness.assets.environments import homes
 from harness.assets.environments.folder import MadeEnvironment
 from harness.assets.environments.packages import IndexOptions
 from harness.bench.gpu import no_gpu
-from harness.cli import environments
+from harness.cli import check_tasks, environments
 from harness.conformance import checks, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
-from harness.conformance.execution.worker_protocol import Target, WorkerTask
+from harness.conformance.execution.worker_protocol import Target
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
 from harness.conformance.findings.versions import CheckedEnvironment
-from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
+from harness.conformance.parity_suite import ParitySuite, path_of
 from harness.console import print_json, print_lines, print_note
 from harness.errors import Exit, HarnessError, Problem, SuiteError, usage_error
 from harness.methods.known_names import NameOption
-from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
+from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.signals import handle_termination
 from harness.process.worker_pool import WorkerPool
@@ -41,9 +39,6 @@ from harness.records.check import CheckId
 from harness.records.environment import code_version, describe
 from harness.records.files import refuse_unwritable
 from harness.report import check_terminal, check_versions
-
-_TASKS_PER_JOB = 12
-"""Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +173,7 @@ def _judge_with(
     wanted = [i for i in registry.implementations if _is_requested(i, request)]
     plans, known = _read(wanted)
     jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    tasks, skipped = _tasks(wanted, request, plans, jobs)
+    tasks, skipped = check_tasks.tasks(wanted, request, plans, jobs)
 
     def progress(line: str) -> None:
         print_note(f"{label}: {line}" if label else line)
@@ -191,6 +186,10 @@ def _judge_with(
     # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
+    if text := request.breadth.case:
+        named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
+        none = f"no case contains {text!r}; without --case, --json lists the cases, to which this option adds the dtype"
+        skipped |= {f"{name} {target}": none for name, _, target in sorted(done - named)}
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
     marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
@@ -232,10 +231,14 @@ def _was_fully_tried(
         or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
         for dtype in DTYPES
     )
-    return (by_dtype or not request.dtypes) and all(
-        (i.name, i.kind, i.target) in done
-        for i in registry.implementations
-        if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
+    return (
+        (by_dtype or not request.dtypes)
+        and not request.breadth.case
+        and all(
+            (i.name, i.kind, i.target) in done
+            for i in registry.implementations
+            if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
+        )
     )
 
 
@@ -286,82 +289,6 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
     if not request.methods and not request.operations:
         return True
     return implementation.target in (request.operations if implementation.kind == "operation" else request.methods)
-
-
-def _tasks(
-    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
-) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return the worker tasks, and the skipped targets: target -> reason.
-
-    A task has only targets of one entry point, so that its process imports one plug-in. If an entry point has more to do
-    than its share of a process, its targets are divided into several tasks of similar size.
-    """
-    grouped: dict[str, list[Implementation]] = {}
-    skipped = {}
-    for one in wanted:
-        if one.target not in plans:
-            none = f"there is no parity suite {path_of(one.target).name}"
-            skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
-        elif why := _why_no_case(one, plans[one.target], request):
-            skipped[f"{one.name} {one.target}"] = why
-        else:
-            grouped.setdefault(one.point, []).append(one)
-    sizes = {target: _size(plan) for target, plan in plans.items()}
-
-    def total(several: Iterable[Implementation]) -> int:
-        return sum(sizes[one.target] for one in several)
-
-    number = jobs * (_TASKS_PER_JOB if jobs > 1 and worker_processes.forks(request.device) else 1)
-    share = max(1, total(itertools.chain(*grouped.values())) / number)
-    tasks = [
-        WorkerTask(
-            point=point,
-            targets=[(i.name, i.kind, i.target) for i in part],
-            breadth=request.breadth,
-            dtypes=tuple(request.dtypes),
-            device=request.device,
-        )
-        for point, several in grouped.items()
-        for part in _parts(several, math.ceil(total(several) / share), sizes)
-    ]
-    # The longest tasks come first, so that no core is idle for long at the end.
-    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
-
-
-def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
-    """Divide implementations into at most `number` lists of similar size, and return the lists. No list is empty."""
-    parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
-    for one in sorted(several, key=lambda one: -sizes[one.target]):
-        min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
-    return parts
-
-
-def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return why an implementation has no case in its parity suite for the requested dtypes and device.
-
-    If it has a case, return an empty string.
-    """
-    if request.device not in one.devices:
-        option = "--op" if one.kind == "operation" else "--method"
-        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
-        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
-    if request.device == "cuda" and one.kind == "loader":
-        return "files are judged on the CPU: run `check` without --device cuda"
-    possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
-    if set(one.dtypes) & set(possible):
-        return ""
-    if not possible:
-        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
-    requested = "of the requested dtypes, its" if request.dtypes else "its"
-    return f"offers {', '.join(one.dtypes)}; {requested} parity suite has cases in {', '.join(possible)}"
-
-
-def _size(plan: ParitySuite) -> int:
-    """Return the approximate duration of a suite, in an arbitrary unit.
-
-    Only the examples are counted. A Method's check takes longer than an Operation's, but an Operation has more other cases.
-    """
-    return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)
 
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:

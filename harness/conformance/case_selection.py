@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,13 @@ class CaseSelection:
     random walks and of NaN, runs the check `calls` in every case instead of a few, and all other checks in every example
     of a suite. See `is_wide`."""
 
+    case: str = ""
+    """Only cases are tried whose name and dtype contain this text, e.g. `rank=160 bfloat16`."""
+
+    def includes(self, name: str) -> bool:
+        """Return whether a case is tried. name: its name and dtype, e.g. `shape=[64, 64] rows=[1] rank=1 bfloat16`."""
+        return self.case in name
+
     @property
     def is_wide(self) -> bool:
         """True if `wide` or `full` is set, or if `drawn` is above 0: each of them adds everything that `wide` adds."""
@@ -34,7 +42,8 @@ class CaseSelection:
     def options(self) -> list[str]:
         """Return the options of `check` that make this selection."""
         chosen = {"--full": self.full, "--wide": self.wide, f"--drawn {self.drawn} --seed {self.seed}": self.drawn > 0}
-        return [option for option, is_given in chosen.items() if is_given]
+        of_case = [f"--case {shlex.quote(self.case)}"] if self.case else []
+        return [*(option for option, is_given in chosen.items() if is_given), *of_case]
 
 
 FEW = CaseSelection()

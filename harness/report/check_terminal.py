@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from harness.conformance.findings import summary
+from harness.conformance.findings import common_settings, summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
 from harness.errors import plural
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from harness.conformance.findings.report import CheckReport
 
 _MOST_LINES = 40
+_MOST_SUMMARIES = 12
 
 
 def matrix(report: CheckReport) -> list[str]:
@@ -48,6 +49,7 @@ def lines(report: CheckReport) -> list[str]:
     found += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
     found += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
     counts = {status: report.count(status) for status in CheckStatus}
+    found += _in_common(report)
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     found.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     found += _next_commands(report)
@@ -56,6 +58,18 @@ def lines(report: CheckReport) -> list[str]:
     if report.interrupted:
         found.append("interrupted: results so far")
     return found
+
+
+def _in_common(report: CheckReport) -> list[str]:
+    """Return a line for each failing check of each implementation: in how many cases it fails, and what they share.
+
+    Return no line for a training loop (`check --loop`), whose cases have no settings.
+    """
+    found = common_settings.find(report.tried) if report.options is not None else []
+    lines = [f"{one.implementation} {one.target}: {one.check} {one}" for one in found[:_MOST_SUMMARIES]]
+    if more := len(found) - len(lines):
+        lines.append(f"... and {plural(more, 'more failing check')}; --html lists all")
+    return lines
 
 
 def _next_commands(report: CheckReport) -> list[str]:
@@ -68,6 +82,9 @@ def _next_commands(report: CheckReport) -> list[str]:
         return []
     option = "--op" if first.kind == "operation" else "--method"
     options = [shlex.quote(first.implementation), option, first.target, *report.options]
+    # A drawn case was reduced to a smaller one, and a crash has no case.
+    if first.dtype != "-" and not any(one.startswith(("--case", "--drawn")) for one in report.options):
+        options.append(f"--case {shlex.quote(f'{first.case} {first.dtype}')}")
     return [
         "next, for the first failure:",
         f"  peft-harness explain {CheckId.parse(first.result.check).check}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -228,6 +229,19 @@ def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> An
         return case.shape.tokens
     fields = _fields(plan.method)
     return case.config.get(name, fields[name].default) if name in fields else getattr(case, name)
+
+
+def settings_of(plan: ParitySuite, case: AnyCase) -> dict[str, Any]:
+    """Return every setting and size of a case, also those with default values. For a loader's case, return none."""
+    if isinstance(case, OperationCase) and isinstance(plan, OperationSuite):
+        parameters = inspect.signature(operations.every()[plan.operation].arguments).parameters.values()
+        defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+        return defaults | case.values | {"magnitude": case.magnitude}
+    if isinstance(case, MethodCase) and isinstance(plan, MethodSuite):
+        defaults = {name: field.default for name, field in _fields(plan.method).items() if not field.is_list}
+        sizes = {"layer": case.kind, **case.shape.model_dump(), "model": case.model}
+        return defaults | case.config | sizes | {"magnitude": case.magnitude, "weights": case.weights}
+    return {}
 
 
 def _with_representatives(examples: Sequence[AnyCase]) -> Iterator[AnyCase]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -103,7 +103,9 @@ def stream(
                 return
 
     for case in sample.fixed(plan, breadth, wanted):
-        for outcome in tried(case):
+        # The first case also runs some checks in the typical case.
+        named = [f"{one} {one.dtype}" for one in (case, cast("AnyCase | None", case.first)) if one is not None]
+        for outcome in tried(case) if any(map(breadth.includes, named)) else ():
             report(outcome)
         if lost:
             raise lost[0]
@@ -130,7 +132,7 @@ def run_case(
     `check --wide` tries in this case. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
     seed: decides the random walks, together with the case.
     """
-    runner = CaseRunner(implementation, str(of), of.dtype)
+    runner = CaseRunner(implementation, str(of), of.dtype, sample.settings_of(plan, of))
     every = {name: checks.every()[name] for name in plan.checks}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
     role |= {"brief": of.is_brief, "has_first": of.first is not None}
@@ -154,6 +156,8 @@ class CaseRunner:
     case: str
     """Name of the case."""
     dtype: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Every setting and size of the case."""
 
     def check(self, name: str, subject: Subject | OperationSubject | LoaderSubject, case: Case) -> CheckOutcome:
         """Run one check and return its outcome. Process-wide settings that the check has changed are restored."""
@@ -183,7 +187,7 @@ class CaseRunner:
         it = self.implementation
         return CheckOutcome(
             implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=self.case, result=result,
-            execution=execution, traceback=trace,
+            execution=execution, traceback=trace, settings=dict(self.settings),
         )  # fmt: skip
 
 
@@ -235,7 +239,8 @@ def _run_operation(
     early = dict[str, CheckOutcome]()
     for name in [name for name in tried if checks.every()[name].calls_first]:
         first = cast("OperationCase", of.first)
-        before = dataclasses.replace(runner, case=str(first), dtype=first.dtype)
+        settings = sample.settings_of(plan, first)
+        before = dataclasses.replace(runner, case=str(first), dtype=first.dtype, settings=settings)
         early[name] = before.check(name, *call(runner.implementation, plan, first, device))
     for name in tried:
         yield early[name] if name in early else runner.check(name, subject, case)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
 
 from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
@@ -47,6 +50,9 @@ class CheckOutcome(FrozenModel):
     dtype: str
     case: str
     """The case in words: config and shape."""
+    settings: dict[str, Any] = Field(default={})
+    """Every setting and size of the case, also those with default values: name -> number, word or list. Empty for a
+    loader."""
     result: CheckResult
     defect: str = ""
     """Id of the known defect that explains the failure. Empty if no known defect explains it."""

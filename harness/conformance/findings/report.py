@@ -114,7 +114,11 @@ class CheckReport:
     def document(self) -> dict[str, object]:
         """Return the document that `--json` prints."""
         rows = [
-            {**one.model_dump(mode="json", exclude={"execution"}), "standing": one.status.value, "share": one.share}
+            {
+                **one.model_dump(mode="json", exclude={"execution", "settings"}),
+                "standing": one.status.value,
+                "share": one.share,
+            }
             for one in self.tried
         ]
         return {

@@ -1,0 +1,97 @@
+"""Divide the work of `check` into tasks, one per worker process. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from harness.conformance.case_selection import FEW
+from harness.conformance.execution import worker_processes
+from harness.conformance.execution.worker_protocol import WorkerTask
+from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
+from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
+from harness.methods.registry import DTYPES, Implementation
+
+if TYPE_CHECKING:
+    from harness.cli.check_run import CheckRequest
+
+_TASKS_PER_JOB = 12
+"""Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
+
+
+def tasks(
+    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
+) -> tuple[list[WorkerTask], dict[str, str]]:
+    """Return the worker tasks, and the skipped targets: target -> reason.
+
+    A task has only targets of one entry point, so that its process imports one plug-in. If an entry point has more to do
+    than its share of a process, its targets are divided into several tasks of similar size.
+    """
+    grouped: dict[str, list[Implementation]] = {}
+    skipped = {}
+    for one in wanted:
+        if one.target not in plans:
+            none = f"there is no parity suite {path_of(one.target).name}"
+            skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
+        elif why := _why_no_case(one, plans[one.target], request):
+            skipped[f"{one.name} {one.target}"] = why
+        else:
+            grouped.setdefault(one.point, []).append(one)
+    sizes = {target: _size(plan) for target, plan in plans.items()}
+
+    def total(several: Iterable[Implementation]) -> int:
+        return sum(sizes[one.target] for one in several)
+
+    number = jobs * (_TASKS_PER_JOB if jobs > 1 and worker_processes.forks(request.device) else 1)
+    share = max(1, total(itertools.chain(*grouped.values())) / number)
+    tasks = [
+        WorkerTask(
+            point=point,
+            targets=[(i.name, i.kind, i.target) for i in part],
+            breadth=request.breadth,
+            dtypes=tuple(request.dtypes),
+            device=request.device,
+        )
+        for point, several in grouped.items()
+        for part in _parts(several, math.ceil(total(several) / share), sizes)
+    ]
+    # The longest tasks come first, so that no core is idle for long at the end.
+    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
+
+
+def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
+    """Divide implementations into at most `number` lists of similar size, and return the lists. No list is empty."""
+    parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
+    for one in sorted(several, key=lambda one: -sizes[one.target]):
+        min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
+    return parts
+
+
+def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
+    """Return why an implementation has no case in its parity suite for the requested dtypes and device.
+
+    If it has a case, return an empty string.
+    """
+    if request.device not in one.devices:
+        option = "--op" if one.kind == "operation" else "--method"
+        command = f"peft-harness check {one.name} {option} {one.target} --device {one.devices[0]}"
+        return f"runs on {', '.join(one.devices)} only; there, `{command}` checks it"
+    if request.device == "cuda" and one.kind == "loader":
+        return "files are judged on the CPU: run `check` without --device cuda"
+    possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
+    if set(one.dtypes) & set(possible):
+        return ""
+    if not possible:
+        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
+    requested = "of the requested dtypes, its" if request.dtypes else "its"
+    return f"offers {', '.join(one.dtypes)}; {requested} parity suite has cases in {', '.join(possible)}"
+
+
+def _size(plan: ParitySuite) -> int:
+    """Return the approximate duration of a suite, in an arbitrary unit.
+
+    Only the examples are counted. A Method's check takes longer than an Operation's, but an Operation has more other cases.
+    """
+    return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)

@@ -1,0 +1,168 @@
+"""Settings that the failing cases of a check have in common, such as `rank >= 130`. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from harness.conformance.findings import summary
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+
+_FEWEST = 3
+"""Smallest number of failing cases, and of other cases, that are searched for common settings. Fewer cases always have
+some in common."""
+_MOST_CONDITIONS = 2
+_MOST_WORDS = 3
+"""Largest number of values of a word in a condition such as `side=left or right`."""
+_DIVISORS = (2, 4, 8, 16, 32, 64, 128, 256)
+_MOST_SHARE = 0.5
+"""Each condition leaves at most this share of the passing cases that meet the conditions before it."""
+
+_Features = Mapping[str, Any]
+"""Name -> word, switch or number. A list gives its length, its product and its extremes."""
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """The failing cases of one check of one implementation, and what they have in common."""
+
+    implementation: str
+    target: str
+    check: str
+    failing: int
+    """Number of cases in which the check failed."""
+    compared: int
+    """Number of cases in which the check passed or failed."""
+    conditions: tuple[str, ...] = ()
+    """Conditions that every failing case meets, such as `rank >= 130`. Empty if none tells them from the other cases."""
+    others: int = 0
+    """Number of cases that meet all conditions and in which the check passed."""
+
+    def __str__(self) -> str:
+        if self.failing == self.compared:
+            return f"fails in every case ({self.compared})"
+        words = f"fails in {self.failing} of {self.compared} cases"
+        if not self.conditions:
+            return words
+        condition = " and ".join(self.conditions)
+        if not self.others:
+            return f"{words}: exactly those with {condition}"
+        return (
+            f"{words}, all with {condition} ({self.others} such {'case passes' if self.others == 1 else 'cases pass'})"
+        )
+
+
+def find(tried: Sequence[CheckOutcome]) -> list[CommonSettings]:
+    """Return one object per failing check of each implementation and target. The check that fails most often comes first.
+
+    Failures of an implementation as a whole, such as crashes, have no case and are left out.
+    """
+    found = list[CommonSettings]()
+    for (target, implementation), several in summary.rows(tried).items():
+        checks = dict.fromkeys(one.check for one in several if one.status is CheckStatus.FAIL and one.dtype != "-")
+        of_target = [_of_check(implementation, target, check, several) for check in checks]
+        found += sorted(of_target, key=lambda one: -one.failing)
+    return found
+
+
+def _of_check(implementation: str, target: str, check: str, tried: Sequence[CheckOutcome]) -> CommonSettings:
+    failing, passing = dict[tuple[str, str], _Features](), dict[tuple[str, str], _Features]()
+    for one in tried:
+        if one.check == check and one.status in (CheckStatus.FAIL, CheckStatus.PASS):
+            cases = failing if one.status is CheckStatus.FAIL else passing
+            cases[one.case, one.dtype] = _features({**one.settings, "dtype": one.dtype})
+    for case in failing:
+        passing.pop(case, None)  # it passed in another state
+    total = len(failing) + len(passing)
+    conditions, others = _conditions([*failing.values()], [*passing.values()])
+    return CommonSettings(implementation, target, check, len(failing), total, conditions, others)
+
+
+def _features(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict[str, Any]()
+    for name, value in settings.items():
+        if not isinstance(value, list | tuple):
+            found[name] = value
+        elif all(isinstance(one, int) for one in value):
+            found |= {f"{name}[{index}]": one for index, one in enumerate(value)}
+            found |= {f"largest of {name}": max(value, default=0), f"product of {name}": math.prod(value)}
+            found[f"length of {name}"] = len(value)
+    return found
+
+
+@dataclass(frozen=True)
+class _Condition:
+    feature: str
+    words: str
+    test: Callable[[Any], object]
+
+    def holds(self, case: _Features) -> bool:
+        return self.feature in case and bool(self.test(case[self.feature]))
+
+
+def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> tuple[tuple[str, ...], int]:
+    """Return conditions that all failing cases meet and few passing cases, and the number of passing cases that meet them.
+
+    Return none if the cases are too few, or if even the best condition excludes too few passing cases.
+    """
+    chosen, left = list[str](), list(passing)
+    if len(failing) < _FEWEST or len(passing) < _FEWEST:
+        return (), 0
+    candidates = [*_of_numbers(failing), *_of_words(failing)]
+    while left and len(chosen) < _MOST_CONDITIONS:
+        remaining = {one.words: [case for case in left if one.holds(case)] for one in candidates}
+        best = min(remaining, key=lambda words: len(remaining[words]), default="")  # the first of equal ones
+        if not best or len(remaining[best]) > _MOST_SHARE * len(left):
+            break
+        chosen.append(best)
+        left = remaining[best]
+    return tuple(chosen), len(left) if chosen else 0
+
+
+def _of_numbers(failing: Sequence[_Features]) -> Iterator[_Condition]:
+    """Yield conditions on the size of a number that all failing cases meet, then those on its divisors."""
+    numbers = dict[str, list[Any]]()
+    for name in failing[0]:
+        values = [case.get(name) for case in failing]
+        if all(map(_is_number, values)):
+            numbers[name] = values
+    for name, values in numbers.items():
+        least, most = min(values), max(values)
+        if least == most:
+            yield _Condition(name, f"{name}={least}", partial(_is_between, least, most))
+        else:
+            yield _Condition(name, f"{name} >= {least}", partial(_is_between, least, math.inf))
+            yield _Condition(name, f"{name} <= {most}", partial(_is_between, -math.inf, most))
+    for name, values in numbers.items():
+        if divisors := [by for by in _DIVISORS if all(_is_multiple(by, value) for value in values)]:
+            by = divisors[-1]
+            yield _Condition(name, f"{name} a multiple of {by}", partial(_is_multiple, by))
+        if others := [by for by in _DIVISORS if not any(_is_multiple(by, value) for value in values)]:
+            yield _Condition(name, f"{name} not a multiple of {others[0]}", partial(_is_no_multiple, others[0]))
+
+
+def _of_words(failing: Sequence[_Features]) -> Iterator[_Condition]:
+    """Yield conditions on a word or a switch that all failing cases meet: it has one of a few values."""
+    for name in failing[0]:
+        values = dict.fromkeys(case.get(name) for case in failing)
+        if len(values) <= _MOST_WORDS and not any(map(_is_number, values)):
+            yield _Condition(name, f"{name}={' or '.join(map(str, values))}", values.__contains__)
+
+
+def _is_between(least: float, most: float, value: Any) -> bool:
+    return _is_number(value) and least <= value <= most
+
+
+def _is_multiple(by: int, value: Any) -> bool:
+    return _is_number(value) and value % by == 0
+
+
+def _is_no_multiple(by: int, value: Any) -> bool:
+    return _is_number(value) and value % by != 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
