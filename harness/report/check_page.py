@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.analysis.grouping import group
-from harness.conformance.findings import common_settings, defects, summary
-from harness.conformance.findings.common_settings import CommonSettings
+from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit, plural
 from harness.report import check_settings, check_versions, formatting, html
@@ -55,7 +54,7 @@ def build(report: CheckReport) -> dict[str, Any]:
         "heading": _OF_LOOP if report.settings else "Do implementations compute what the papers say?",
         "settings": check_settings.section(report),
         "versions": check_versions.section(report),
-        "in_common": [f"{one.implementation} {one.target}: {one.check} {one}" for one in _in_common(report)],
+        "in_common": [f"{one.implementation} {one.target}: {one.check} {one}" for one in report.in_common()],
         "failures": [_failed(one) for one in report.tried if one.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
@@ -81,10 +80,6 @@ def _reason(report: CheckReport) -> str:
         "interrupted: results so far" if report.interrupted else "",
     ]
     return formatting.sentence("; ".join(filter(None, parts)))
-
-
-def _in_common(report: CheckReport) -> list[CommonSettings]:
-    return [] if report.options is None else common_settings.find(report.tried)
 
 
 def _alerts(report: CheckReport) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from harness.conformance.findings import common_settings, summary
+from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
 from harness.errors import plural
@@ -61,14 +61,11 @@ def lines(report: CheckReport) -> list[str]:
 
 
 def _in_common(report: CheckReport) -> list[str]:
-    """Return a line for each failing check of each implementation: in how many cases it fails, and what they share.
-
-    Return no line for a training loop (`check --loop`), whose cases have no settings.
-    """
-    found = common_settings.find(report.tried) if report.options is not None else []
+    """Return a line for each failing check of each implementation: in how many cases it fails, and what they share."""
+    found = report.in_common()
     lines = [f"{one.implementation} {one.target}: {one.check} {one}" for one in found[:_MOST_SUMMARIES]]
     if more := len(found) - len(lines):
-        lines.append(f"... and {plural(more, 'more failing check')}; --html lists all")
+        lines.append(f"... and {plural(more, 'more failing check')}; --json and --html list all")
     return lines
 
 

@@ -120,7 +120,7 @@ def test_a_long_list_of_failing_checks_is_cut(report: CheckReport) -> None:
     several = [tried(found=result(f"lora/check{number}/float32/warm", Outcome.FAIL)) for number in range(20)]
     shown = check_terminal.lines(dataclasses.replace(report, tried=several, options=[]))
     assert sum("fails in every case" in line for line in shown) == 12
-    assert "... and 8 more failing checks; --html lists all" in shown
+    assert "... and 8 more failing checks; --json and --html list all" in shown
 
 
 def test_the_report_has_the_options_that_decide_which_cases_are_tried() -> None:

@@ -5,8 +5,10 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
+from harness.conformance.findings import common_settings
+from harness.conformance.findings.common_settings import CommonSettings
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.loop_settings import SettingFound
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, in_environment
@@ -87,6 +89,10 @@ class CheckReport:
         """Return the number of outcomes with this status."""
         return sum(one.status is status for one in self.tried)
 
+    def in_common(self) -> list[CommonSettings]:
+        """Return what the failing cases of each check have in common; nothing for a training loop, whose cases have no settings."""
+        return [] if self.options is None else common_settings.find(self.tried)
+
     def shown_defects(self) -> list[Defect]:
         """Return the known defects that explain a failure of this run."""
         ids = {one.defect for one in self.tried}
@@ -126,5 +132,6 @@ class CheckReport:
             "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),
             "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
             "environments": [one.model_dump(mode="json") for one in self.environments],
+            **({"in_common": [asdict(one) for one in self.in_common()]} if self.options is not None else {}),
             **({"settings": [one.model_dump(mode="json") for one in self.settings]} if self.settings else {}),
         }  # fmt: skip
