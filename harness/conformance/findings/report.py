@@ -90,7 +90,7 @@ class CheckReport:
         return sum(one.status is status for one in self.tried)
 
     def in_common(self) -> list[CommonSettings]:
-        """Return what the failing cases of each check have in common; nothing for a training loop, whose cases have no settings."""
+        """Return what the failing cases of each check have in common. A training loop gives none."""
         return [] if self.options is None else common_settings.find(self.tried)
 
     def shown_defects(self) -> list[Defect]:
