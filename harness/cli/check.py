@@ -212,6 +212,14 @@ def check(
         from harness.conformance.mutants import run
 
         return run.check(mutants or None, seed or 0, jobs, targets, as_json)
+    for name in implementations:
+        if name.endswith(".py"):
+            raise UsageError(
+                "is a Python file, not an implementation",
+                where=name,
+                hint="decorate a function in it with @conformance of harness.testing and run pytest, or register the "
+                "function with @implements and an entry point (`peft-harness explain plug-in`)",
+            )
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case, "--full": full, "--wide": wide,

@@ -317,10 +317,18 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
-    """Yield a problem for each requested implementation that implements none of the requested targets."""
-    for name in request.implementations:
-        offers = [i for i in registry.implementations if i.name == name]
-        if offers and not any(_is_requested(i, request) for i in offers):
-            wanted = ", ".join([*request.methods, *request.operations])
-            what = f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"
-            yield Problem("check", what, "`peft-harness list methods operations` shows who offers what")
+    """Yield a problem for each requested implementation that implements none of the requested targets.
+
+    If there is none, yield a problem for each requested target that no requested implementation implements.
+    """
+    hint = "`peft-harness list methods operations` shows who offers what"
+    requested = [*request.methods, *request.operations]
+    offered = {name: {i.target for i in registry.implementations if i.name == name} for name in request.implementations}
+    alone = [name for name, targets in offered.items() if targets and requested and not targets.intersection(requested)]
+    for name in alone:
+        what = f"{name} does not offer {', '.join(requested)}, only {', '.join(sorted(offered[name]))}"
+        yield Problem("check", what, hint)
+    if alone or not offered or not all(offered.values()):  # a broken entry point may offer the target
+        return
+    for target in set(requested).difference(*offered.values()):
+        yield Problem("check", f"none of the named implementations offers {target}", hint)

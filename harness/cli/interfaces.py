@@ -48,7 +48,8 @@ def of_operation(name: str) -> Iterator[str]:
         yield f"  may be None: {', '.join(dict.fromkeys(absent))}"
     yield from _returned(operation, arguments)
     if operation.differentiable:
-        yield f"compared gradients: of {', '.join(operation.differentiable)}"
+        again = "; a gradient must be differentiable again, or raise" if "calls" in plan.checks else ""
+        yield f"compared gradients: of {', '.join(operation.differentiable)}{again}"
     elif "calls" in plan.checks:
         graphs = _graphs(operation, arguments)
         yield f"no gradients are compared; outputs{f' other than {graphs}' if graphs else ''} must have no graph"

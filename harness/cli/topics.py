@@ -16,6 +16,7 @@ import click
 from harness import errors, yaml_validation
 from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
+from harness.cli.listing import KINDS
 from harness.conformance import checks
 from harness.conformance.adapter_files import corpus
 from harness.console import visible
@@ -70,6 +71,8 @@ def explain(name: str) -> str:
 def _hint(wanted: str, known: set[str]) -> str:
     from harness.claims import explain as explained
 
+    if wanted in KINDS:
+        return f"`peft-harness list {wanted}` lists them"
     words = wanted.split()
     if len(words) > 1 and {topic.lower() for topic in known}.issuperset(words):
         return f"explain one name at a time, e.g. `peft-harness explain {words[-1]}`"
@@ -99,10 +102,6 @@ def _topics() -> Iterator[Topic]:
     for part, text in PARTS.items():
         more = inspect.getdoc(activations) if part == "activations" else ""
         yield part, partial(_titled, f"{part}: part of the memory that `fit` predicts", f"{text}.\n\n{more}".strip())
-    for kind in vars(errors).values():
-        if inspect.isclass(kind) and issubclass(kind, HarnessError):
-            text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
-            yield kind.code, partial(_titled, f"error {kind.code}", text)
     for code, text in EXITS.items():
         yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
     defined = glossary()
@@ -123,6 +122,10 @@ def _topics() -> Iterator[Topic]:
         yield from _defined(defined[kind], title)
     for word, meant in defined["alias"].items():
         yield word, partial(_definition, meant, defined["term"][meant])
+    for kind in vars(errors).values():
+        if inspect.isclass(kind) and issubclass(kind, HarnessError):
+            text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
+            yield kind.code, partial(_titled, f"error {kind.code}", text)
 
 
 def _defined(definitions: Mapping[str, str], title: str) -> Iterator[Topic]:

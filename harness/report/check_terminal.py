@@ -52,6 +52,8 @@ def lines(report: CheckReport) -> list[str]:
     found += _in_common(report)
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     found.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
+    if counts[CheckStatus.SKIPPED]:
+        found.append("a check is skipped in a case to which it does not apply; --json and --html give each reason")
     found += _next_commands(report)
     if report.untried:
         found.append(f"requested, but not tried: {', '.join(report.untried)}")

@@ -195,6 +195,10 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("recipe", "a Cell without its seed"),
         ("cannot be told apart", "smaller than the run can detect"),
         ("parity", "the same numbers as the reference"),
+        ("conformance", "the same numbers as the reference"),
+        ("share of the truth", "the projection on the right result"),
+        ("plug-in", "the group harness.implementations"),
+        ("entry point", '@implements("lora", name="acme")'),
         ("conforms", "what its Method defines"),
         ("pass", "a verdict"),
         ("claims", "A claim file is YAML"),
@@ -239,6 +243,11 @@ def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_every_command_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert f"options: `peft-harness {name} --help`" in capsys.readouterr().out
+
+
+def test_a_kind_of_names_is_listed_by_another_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "operations"]) == Exit.USAGE
+    assert "hint: `peft-harness list operations` lists them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "near"), [("lorra", "lora"), ("lora-10000y", "lora-10000x"), ("foobar", "")])

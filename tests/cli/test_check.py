@@ -116,6 +116,13 @@ def test_the_terminal_says_before_the_counts_what_failing_cases_share(report: Ch
     )
 
 
+def test_the_terminal_says_why_a_check_is_skipped(report: CheckReport) -> None:
+    said = "a check is skipped in a case to which it does not apply; --json and --html give each reason"
+    skipped = tried(found=result("lora/dropout/float32/warm", Outcome.SKIPPED, detail="the config has no dropout"))
+    assert said in check_terminal.lines(dataclasses.replace(report, tried=[*report.tried, skipped]))
+    assert said not in check_terminal.lines(report)  # no check is skipped; one is unsupported
+
+
 def test_a_long_list_of_failing_checks_is_cut(report: CheckReport) -> None:
     several = [tried(found=result(f"lora/check{number}/float32/warm", Outcome.FAIL)) for number in range(20)]
     shown = check_terminal.lines(dataclasses.replace(report, tried=several, options=[]))
@@ -394,6 +401,12 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
         (["--op", "lora"], "did you mean `--method lora`?"),
         (["--method", "nf4_dequantise"], "did you mean `--op nf4_dequantize`?"),
         (["--method", "hf-peft"], "did you mean `check hf-peft`?"),
+        (
+            ["loralib", "--method", "lora", "--op", "galore_step"],
+            "none of the named implementations offers galore_step",
+        ),
+        (["./layer.py"], "decorate a function in it with @conformance"),
+        (["layer.py"], "layer.py: is a Python file, not an implementation"),
     ],
 )
 def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

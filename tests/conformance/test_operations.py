@@ -372,3 +372,13 @@ def test_only_an_example_of_the_suite_is_called_a_thousand_times_in_a_row() -> N
     values = {"shape": [8, 16], "rows": [3], "rank": 4}
     assert calls(parity_suite.OperationCase(values, "float32")) > LONG_RUN
     assert REPEATS < calls(parity_suite.OperationCase(values, "float32", drawn=True)) < LONG_RUN
+
+
+def test_an_exception_of_a_call_under_inference_mode_names_the_mode() -> None:
+    def by_version(absmax: torch.Tensor, block: int) -> Any:
+        assert absmax._version >= 0  # raises RuntimeError under inference_mode
+        return right("double_quantize")(absmax, block)
+
+    tried = suite_run.run(Implementation("mine", "operation", "double_quantize", by_version, dtypes=("float32",)))
+    said = {one.check: one.result.detail for one in tried if one.status.value == "fail"}
+    assert "in a call under inference_mode" in said["overlap"]

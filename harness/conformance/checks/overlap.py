@@ -84,8 +84,12 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield from (
             prefix_tensor(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case)
         )
-    with torch.inference_mode():
-        kept = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
+    try:
+        with torch.inference_mode():
+            kept = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
+    except Exception as error:
+        error.add_note("in a call under inference_mode")
+        raise
     for number, (one, mine, usual) in enumerate(zip(both, kept, outputs, strict=True), 1):
         yield operation_call.judge_form(f"call {number} under inference_mode", one, mine, usual, case)
     if not subject.operation.differentiable:
