@@ -120,17 +120,20 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
 def check_svd(subject: Subject, case: Case) -> CheckResult:
-    """PiSSA's start is right for a large weight, for a weight of zeros, and for singular values that fall quickly.
+    """PiSSA's start is right for large, zero and low-rank weights, and for singular values that fall quickly.
 
     Without `niter`, the SVD is exact whatever the size of the weight, so s B A is its best approximation of rank r. If
-    the weight is zero, A, B and W_res are zero. The singular values of trained weights span many orders of magnitude. A
-    randomised SVD (`niter`) whose products are not made orthonormal in between then finds only the largest ones. A weight
-    has as many singular values as its smaller side, so a larger rank must be refused.
+    the weight is zero, A, B and W_res are zero. If its rank is below r, s B A is the weight, and nothing is NaN. The
+    singular values of trained weights span many orders of magnitude. A randomised SVD (`niter`) whose products are not
+    made orthonormal in between then finds only the largest ones. A weight has as many singular values as its smaller
+    side, so a larger rank must be refused.
     """
     if subject.config.niter or case.attach_fresh is None:
         return skipped(subject, case, "svd", "the SVD is randomised, or the case cannot attach again")
     W, best = _graded(case.generator(salt=80), subject.config.rank)
-    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * subject.config.rank])}
+    rank = subject.config.rank
+    low = normal_noise((4 * rank, 1), case.generator(salt=83)) @ normal_noise((1, 3 * rank), case.generator(salt=84))
+    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * rank]), "low": low}
     model = nn.ModuleDict({name: _linear(weight, subject.own[0]) for name, weight in weights.items()})
     fresh = case.attach_again(model=model, targets=tuple(weights))
     assert fresh is not None  # noqa: S101  # it can attach again
@@ -139,8 +142,11 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     error = float((product - best.to(product.device)).norm() / best.norm())
     if not error <= RANDOM_SHARE:
         problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
+    rest = float((_principal(fresh, fresh.adapted, "low")["s B A"].cpu() - low).norm() / low.norm())
+    if not rest <= RANDOM_SHARE:
+        problems.append(f"s B A of a weight of rank 1 differs by {rest:.2g} of its size from the weight")
     problems += [*_of_a_steep_weight(subject, case), *_of_a_narrow_weight(subject, case)]
-    return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, and zeros")
+    return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, zeros, and a weight of rank 1")
 
 
 def _of_a_steep_weight(subject: Subject, case: Case) -> Iterator[str]:

@@ -31,9 +31,10 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
     must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
     Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
-    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). If the
-    start comes from an SVD of the weight, two starts with one seed are equal up to
-    rounding. The sign of singular vectors is arbitrary, so a tensor with one element may have the other sign.
+    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). The second
+    start does not depend on what the first adapter's tensors and state have become. If the start comes from an SVD of the
+    weight, two starts with one seed are equal up to rounding. The sign of singular vectors is arbitrary, so a tensor with
+    one element may have the other sign.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))
@@ -86,11 +87,21 @@ def _generator_problems(case: Case) -> Iterator[str]:
     # The global generator is in another state for the second subject, so that a draw from it shows.
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
-    one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((generator, 1), (1, 2), (2, 1)))
-    if one is None or again is None or other is None:
+    one = _attached(case, generator, 1)
+    if one is None:
+        return
+    mine = {name: t.detach().clone() for name, t in one.added().items()}
+    state = {name: t.detach().clone() for name, t in one.adapted.state().items()}
+    for t in (*one.added().values(), *one.adapted.state().values()):
+        t.data.zero_()  # as training or loading a file changes them
+    again, other = _attached(case, 1, 2), _attached(case, 2, 1)
+    if again is None or other is None:
         return
     bases = {path: one.original_base(path) for path in one.bases}
-    mine, same_seed, other_seed = (subject.added() for subject in (one, again, other))
+    same_seed, other_seed = again.added(), other.added()
+    for name, t in again.adapted.state().items():
+        if name in state and bool((t == 0).all()) and bool((state[name] != 0).any()):
+            yield f"{name} of a second adapter is 0 after that of the first was set to 0: the two share memory"
     if method_info(one.method).spec.start_from_weight:
         for name, tensor in mine.items():
             distance = (tensor.detach().double() - same_seed[name].detach().double()).norm()

@@ -24,6 +24,8 @@ power of two that divides their product is 8, so the last piece is incomplete.""
 BEYOND_22_BITS = (2050, 2060)
 """Sides of a weight with more than 2^22 = 4,194,304 numbers, as most layers of large models have. It divides like
 `BEYOND_20_BITS`."""
+BEYOND_24_BITS = (4100, 4100)
+"""Sides of a weight with more than 2^24 = 16,777,216 numbers. A float32 cannot count further one by one."""
 _LEAST_BLOCK, _LONG_BLOCK = 32, 256
 """Blocks of quantised weights: the smallest, and one for a weight with these sides. The latter does not divide a million, so
 a piece of a million numbers ends inside a block."""
@@ -33,13 +35,15 @@ _SLOW_DECAY = 0.99
 """Smallest beta2 that counts as near 1. With such a beta2, the bias correction still matters after a hundred steps."""
 
 
-def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Yield values of some factors that make a tensor very large. names: the names of all factors.
+def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]]:
+    """Yield values of some factors that make a tensor very large.
+
+    names: the names of all factors. wide: whether the selection of cases is wide.
 
     A weight, a parameter of an optimizer or an input of `dynamic_quantize` has more than 2^20 numbers. If an Operation only
-    quantises or decodes a 4-bit weight, the weight has more than 2^22. A further case of an Operation has more rows, or more
-    blocks of a quantised weight, than 16 bits can count. Stacked experts have no such case: their gradients are sums over
-    all rows, and the rounding errors of these sums exceed the tolerance.
+    quantises or decodes a 4-bit weight, the weight has more than 2^22 and, in a wide selection, also more than 2^24. A
+    further case of an Operation has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts
+    have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
     """
     if "chosen" in names:
         return
@@ -47,6 +51,8 @@ def large_tensors(names: Collection[str]) -> Iterator[dict[str, Any]]:
         yield {"sides": BEYOND_20_BITS}
     elif "shape" in names and "block" in names and "rows" not in names:
         yield {"shape": BEYOND_22_BITS, "block": _LONG_BLOCK}
+        if wide:
+            yield {"shape": BEYOND_24_BITS, "block": _LONG_BLOCK}
         yield {"shape": (BEYOND_17_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}

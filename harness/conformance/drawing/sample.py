@@ -93,7 +93,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     if isinstance(plan, OperationSuite):
         marked[0] = replace(marked[0], first=next(case for case in marked if case.typical))
     yield from marked
-    yield from _large(plan, examples, there)
+    yield from _large(plan, examples, there, wanted.is_wide)
 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
@@ -161,11 +161,11 @@ def _of_some_pairs(
 
 
 def _large(
-    plan: MethodSuite | OperationSuite, examples: Sequence[AnyCase], names: Collection[str]
+    plan: MethodSuite | OperationSuite, examples: Sequence[AnyCase], names: Collection[str], wide: bool
 ) -> Iterator[AnyCase]:
-    """Yield variants of the typical example with very large tensors (see `large_tensors`). names: those of all factors."""
+    """Yield variants of the typical example with very large tensors. names, wide: see `large_tensors`."""
     typical = next((case for case in examples if case.typical), None)
-    for some in large_tensors(names):
+    for some in large_tensors(names, wide):
         if isinstance(typical, OperationCase):
             changed = {name: [*one] if isinstance(one, tuple) else one for name, one in some.items()}
             case: AnyCase = replace(typical, values={**typical.values, **changed}, typical=False)

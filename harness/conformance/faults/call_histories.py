@@ -49,6 +49,29 @@ FAULTS = [
     line_fault("galore", "takes_no_weight_decay_for_the_default", ["optimizer"],
         "    if weight_decay:\n        W.mul_(1 - lr * weight_decay)", "    W.mul_(1 - lr * (weight_decay or 0.01))",
         values={"rank": 3, "eps": 0.1}),
+    line_fault("double_quantize", "keeps_results_by_address_until_a_version_rises", ["repeatable"],
+        "    codes, constants = quantize_blockwise(flat - offset, dynamic_map(signed=True), block)\n"
+        "    return codes, constants, offset",
+        "    held = vars(quantize).setdefault('held', {})\n"
+        "    key = absmax.data_ptr(), len(flat), block, 0 if absmax.is_inference() else absmax._version\n"
+        "    if key not in held:\n"
+        "        held.clear()\n"
+        "        held[key] = *quantize_blockwise(flat - offset, dynamic_map(signed=True), block), offset\n"
+        "    return tuple(t.clone() for t in held[key])",
+        file="double_quant", values={"blocks": 4096}),
+    line_fault("adalora_importance", "returns_a_buffer_that_the_next_call_overwrites", ["repeatable"],
+        "    return s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)",
+        "    sums = s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)\n"
+        "    held = vars(triplet_scores).setdefault('held', {})\n"
+        "    return held.setdefault((sums.shape, sums.dtype, sums.device), sums).copy_(sums)",
+        file="adalora", values={"shape": [300, 257], "rank": 64}),
+    line_fault("vera", "shares_its_projections_with_later_models", ["initial"], "A, B = shared[device, dtype]",
+        "held = vars(attach).setdefault('held', {})\n"
+        "        key = config.projection_key, config.rank, widest, tallest, dtype\n"
+        "        A, B = held.setdefault(key, shared[device, dtype])", values={"rank": 3, "projection_key": 7}),
+    line_fault("lorafa_step", "leaves_out_directions_of_an_ill_conditioned_matrix", ["outputs"],
+        "torch.linalg.pinv(square_KRR)", "torch.linalg.pinv(square_KRR, rtol=1e-3)",
+        file="lorafa", values={"shape": [48, 96], "ranks": [4, 8], "A": "graded"}),
     line_fault("dora", "sums_squares_of_the_weight_in_its_own_dtype", ["forward"],
         'torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)',
         'V_ED.square().sum(dim=1 if per == "output" else 0).sqrt()', values=_LORA, dtype="float16", weights="large"),

@@ -26,7 +26,9 @@ Kind = Annotated[str, Factor(("dense", "zero"))]
 Unused = Annotated[str, Factor(("neither", "second", "first"), optional=True)]
 Experts = Annotated[int, Factor((1, 3, 8), optional=True)]
 Start = Annotated[str, Factor(("trained", "zero"))]
-Rows = Annotated[str, Factor(("independent", "dependent"))]
+Rows = Annotated[str, Factor(("independent", "dependent", "graded"))]
+_GRADED = 100.0
+"""Ratio of the largest to the smallest singular value of a graded A. For A A^T it is the square of this number."""
 
 
 def arguments(
@@ -57,6 +59,7 @@ def arguments(
     shape: (E, D); the first layer has D inputs and E outputs, the second E inputs and D outputs. ranks: the rank of
     each layer, at most the number of its inputs. scaling: scaling of the first layer; the second layer has 3 / 4 of it.
     A: `dependent` makes the last row of each A with several rows a copy of its first row, so that A A^T has no inverse.
+    `graded` gives each A singular values from 1 to 0.01, so that A A^T is ill-conditioned, but has an inverse.
     B: `zero` makes B zero, as at the start of LoRA. gradient: `zero` makes all gradients zero. unused: the layer
     whose B gets no gradient, as if the layer had not run. other: the other trainable tensor of the model:
     the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts: number
@@ -72,6 +75,9 @@ def arguments(
         G_KED = draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
         if A == "dependent" and A_KRD.shape[1] > 1:
             A_KRD[:, -1] = A_KRD[:, 0]
+        if A == "graded":
+            U, S, Vt = torch.linalg.svd(A_KRD, full_matrices=False)
+            A_KRD = U * torch.logspace(0, -1, S.shape[1], _GRADED, dtype=torch.float64) @ Vt
         packed_A, g = packed(A_KRD, s * G_KED @ A_KRD.mT)
         m, v = moments(generator, dtype, g.shape, step)
         start = draw(generator, dtype, *g.shape, spread=0.5) * (B == "trained")

@@ -10,11 +10,13 @@ from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 torch.manual_seed(0)
-for dtype in (torch.float64, torch.float32, torch.float16):
+for dtype, ratio in ((torch.float64, 1), (torch.float32, 1), (torch.float16, 1), (torch.bfloat16, 100)):
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(96, 48, dtype=dtype)), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    U, S, Vt = torch.linalg.svd(A.data.double(), full_matrices=False)
+    A.data.copy_((U * torch.logspace(0, -1, 4, ratio)) @ Vt if ratio > 1 else A.data)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
     B.grad = torch.randn_like(B)
     optimizer.step()
@@ -22,4 +24,5 @@ for dtype in (torch.float64, torch.float32, torch.float16):
     wide = A.detach().double()
     right = 0.1 * B.grad.double() @ torch.linalg.inv(wide @ wide.T + 1e-8 * torch.eye(4)) / 2**2
     error = (state["exp_avg_B"].double() - right).norm() / right.norm()
-    print(f"{dtype}: the first moment is off by {error:.1e}; eps is {torch.finfo(dtype).eps:.1e}")
+    graded = f", singular values of A from 1 to 1/{ratio}" if ratio > 1 else ""
+    print(f"{dtype}{graded}: the first moment is off by {error:.1e}; eps is {torch.finfo(dtype).eps:.1e}")
