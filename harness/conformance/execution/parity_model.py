@@ -14,6 +14,8 @@ from harness.conformance.comparison.stacked_experts import fixed_choice
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.parity_suite import GROUPS, CaseShape, Kind, ModelForm, WeightSize
 
+_SIBLINGS = ("q_proj", "k_proj", "v_proj")
+"""Names of the layers with one input in a `wide` model."""
 _PAIRS = 4
 """Number of pairs of layers to adapt that a `deep` model has in addition to `first` and `second`."""
 EXPERTS = 3
@@ -60,9 +62,10 @@ class ParityModel(nn.Module):
     features, as `first` does.
 
     The form `wide` adds the layer `wide` (D + E to D + E features). It is never adapted, and is larger than every
-    adapted layer in both dimensions. In this form, every layer has a bias. The form `deep` adds the adapted layers
-    `more.0` to `more.7`. The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and
-    freezes every parameter.
+    adapted layer in both dimensions. In this form, every layer has a bias. If its layers are linear, it also adds the
+    adapted layers `attention.q_proj`, `attention.k_proj` and `attention.v_proj`, which get the same input as `first`. A
+    program may compute layers of these names together. The form `deep` adds the adapted layers `more.0` to `more.7`.
+    The form `tied` adds the adapted layer `again`, which has the same weight as `first`, and freezes every parameter.
 
     Weights are normal with standard deviation 1/sqrt(inputs), the same in every dtype. weights: name of the factor by which
     the weights of all layers except `other` are multiplied.
@@ -83,8 +86,11 @@ class ParityModel(nn.Module):
             D, E = min(D, E), max(D, E)
         self.first, self.other, self.second = _layers(kind, D, E)
         self.wide: nn.Linear | None = None
+        self.attention = nn.ModuleDict()
         if form == "wide":
             self.second, self.wide = _layers(kind, E, D)[0], nn.Linear(D + E, D + E)
+            if kind == "linear":
+                self.attention.update({name: nn.Linear(D, E) for name in _SIBLINGS})
         pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
         self.again: nn.Module | None = None
@@ -94,6 +100,7 @@ class ParityModel(nn.Module):
         if kind == "experts":
             self.more = nn.ModuleList([_ungated_experts(D, E)])
         further = ["again"] if self.again is not None else [f"more.{index}" for index in range(len(self.more))]
+        further += [f"attention.{name}" for name in self.attention]
         self.targets = ("first", "second", *further)
         size = _TINY_IN_FLOAT16 if weights == "tiny" and dtype == torch.float16 else _WEIGHT_SIZES[weights]
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +124,11 @@ class ParityModel(nn.Module):
             y = self.second(torch.tanh(self.other(self.first(rows, *choice))), *choice).view_as(x)
             y = y + self.more[0](rows, *choice).view_as(x)
         else:
-            h = torch.tanh(self.first(x) if self.again is None else self.first(x) + self.again(x.flip(-1)))
+            h = self.first(x) if self.again is None else self.first(x) + self.again(x.flip(-1))
+            if self.attention:
+                q, k, v = (layer(x) for layer in self.attention.values())
+                h = h + torch.tanh(q) * torch.tanh(k) + v
+            h = torch.tanh(h)
             y = self.second(torch.tanh(self.other(h)))
             if self.wide is not None:
                 y = y + self.wide(torch.cat([x, h], dim=-1))[..., : y.shape[-1]]
