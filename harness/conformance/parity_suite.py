@@ -29,8 +29,9 @@ Kind = Literal[
 GROUPS = 2
 """Number of groups in a convolution whose kind is `conv2d-grouped`."""
 ModelForm = Literal["plain", "wide", "deep", "tied"]
-"""Forms of the ParityModel. `plain` has two layers to adapt. `wide` adds a larger layer that must not be adapted, and three to
-adapt that have one input. `deep` has ten to adapt. `tied` has three, of which two share a weight; its parameters are frozen."""
+"""Forms of the ParityModel. `plain` has two layers to adapt. `wide` adds a larger layer that must not be adapted, and
+three to adapt that have one input. `deep` has ten to adapt. `tied` has three, of which two share a weight; all its
+parameters are frozen."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "huge", "tiny", "constant", "positive"]
 """Size of the values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 MAIN_MAGNITUDES = 5
