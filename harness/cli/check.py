@@ -19,7 +19,7 @@ from harness.resources import user_path
 @click.option("--op", "operations", multiple=True, metavar="O", help=f"Check only this operation. {options.AGAIN}")
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
 @click.option(
-    "--case", default="", metavar="TEXT",
+    "--case", metavar="TEXT",
     help="Check only cases whose name and dtype contain this text, e.g. 'rank=160 bfloat16'.",
 )  # fmt: skip
 @click.option(
@@ -94,8 +94,8 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    case: str, full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None, device: Literal["cpu", "cuda"],
-    jobs: int | None, patience: float,
+    case: str | None, full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None,
+    device: Literal["cpu", "cuda"], jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
     loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
     mutants: int | None, power: bool, as_json: bool,
@@ -123,7 +123,7 @@ def check(
         if any(
             (
                 *names,
-                case,
+                case is not None,
                 full,
                 wide,
                 drawn,
@@ -188,7 +188,7 @@ def check(
         if given and not self_test:
             raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
     if self_test:
-        if implementations or dtypes or case or full or wide or drawn or junit or html or environments:
+        if implementations or dtypes or case is not None or full or wide or drawn or junit or html or environments:
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
                 hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
@@ -222,8 +222,9 @@ def check(
             )
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
-            "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case, "--full": full, "--wide": wide,
-            "--drawn": drawn, "--seed": seed is not None, "--with": environments, "--html": html, "a second path": paths[1:],
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case is not None, "--full": full,
+            "--wide": wide, "--drawn": drawn, "--seed": seed is not None, "--with": environments, "--html": html,
+            "a second path": paths[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
@@ -249,7 +250,10 @@ def check(
         raise UsageError(
             "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
         )
-    breadth = CaseSelection(full, drawn, seed or 0, wide, case)
+    if case is not None and (not case or drawn):
+        what = "has no effect on --drawn" if drawn else "is empty, and so would select every case"
+        raise UsageError(what, where="--case", hint="leave out --drawn" if drawn else "e.g. --case 'rank=160 bfloat16'")
+    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "")
     request = command.CheckRequest(
         implementations,
         methods,

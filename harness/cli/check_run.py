@@ -188,8 +188,11 @@ def _judge_with(
     done = {target for task in tasks for target in task.targets} - omitted
     if text := request.breadth.case:
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
-        none = f"no case contains {text!r}; without --case, --json lists the cases, to which this option adds the dtype"
-        skipped |= {f"{name} {target}": none for name, _, target in sorted(done - named)}
+        none = f"no case that these options try has {text!r} in its name and dtype; `--json` without --case lists the cases"
+        without = [f"{name} {target}" for name, _, target in sorted(done - named)]
+        if not request.implementations and len(without) > 1:
+            without = [f"{len(without)} targets of implementations"]
+        skipped |= dict.fromkeys(without, none)
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
     marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
@@ -330,5 +333,5 @@ def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]
         yield Problem("check", what, hint)
     if alone or not offered or not all(offered.values()):  # a broken entry point may offer the target
         return
-    for target in set(requested).difference(*offered.values()):
+    for target in [one for one in dict.fromkeys(requested) if not any(one in there for there in offered.values())]:
         yield Problem("check", f"none of the named implementations offers {target}", hint)

@@ -27,6 +27,8 @@ class CaseRole:
     the suite's last state."""
     is_brief: bool = False
     """True if the case tries fewer checks (`suite_run.run_case`)."""
+    stays_brief: bool = False
+    """True if the case is brief also when the selection is wide: a tensor is so large that `calls` would take a minute."""
     is_large: bool = False
     """True if a tensor is very large."""
     first: CaseRole | None = None

@@ -167,7 +167,7 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 
     A call with other numbers in between changes nothing that the first call returned. If these numbers are then written
     into the tensors of the first call, by way of `.data`, a call with these tensors returns what it returned in between.
-    Other numbers are tried in the typical case, and in every case in float32.
+    Other numbers are tried in the typical case, in every case in float32 and, with `--wide`, in every example.
     """
     given = cloned(subject.arguments)
     first = subject.operation.named(subject.function(**given))

@@ -31,8 +31,8 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
     must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
     Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
-    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). The second
-    start does not depend on what the first adapter's tensors and state have become. If the start comes from an SVD of the
+    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). A
+    change of the first adapter does not change the start of a second one. If the start comes from an SVD of the
     weight, two starts with one seed are equal up to rounding. The sign of singular vectors is arbitrary, so a tensor with
     one element may have the other sign.
     """
@@ -101,7 +101,7 @@ def _generator_problems(case: Case) -> Iterator[str]:
     same_seed, other_seed = again.added(), other.added()
     for name, t in again.adapted.state().items():
         if name in state and bool((t == 0).all()) and bool((state[name] != 0).any()):
-            yield f"{name} of a second adapter is 0 after that of the first was set to 0: the two share memory"
+            yield f"setting {name} of one adapter to 0 also sets it to 0 in a second adapter: they share memory"
     if method_info(one.method).spec.start_from_weight:
         for name, tensor in mine.items():
             distance = (tensor.detach().double() - same_seed[name].detach().double()).norm()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
-from harness.conformance.drawing.combinations import combinations, large_tensors
+from harness.conformance.drawing.combinations import BEYOND_24_BITS, combinations, large_tensors
 from harness.conformance.drawing.covering import covering, each_value, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
@@ -177,8 +177,9 @@ def _large(
         else:
             return
         if is_accepted(plan, case):
+            huge = some.get("shape") == BEYOND_24_BITS
             many_rows = not {"rows", "tokens"}.isdisjoint(some)
-            yield replace(case, sampled=True, is_brief=True, is_large=True, has_many_rows=many_rows)
+            yield replace(case, sampled=True, is_brief=True, is_large=True, has_many_rows=many_rows, stays_brief=huge)
 
 
 def _of_missing_values(

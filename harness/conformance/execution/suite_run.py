@@ -103,10 +103,11 @@ def stream(
                 return
 
     for case in sample.fixed(plan, breadth, wanted):
-        # The first case also runs some checks in the typical case.
+        # An Operation's first case also runs `first_call`, with the arguments of the typical case.
         named = [f"{one} {one.dtype}" for one in (case, cast("AnyCase | None", case.first)) if one is not None]
         for outcome in tried(case) if any(map(breadth.includes, named)) else ():
-            report(outcome)
+            if breadth.includes(f"{outcome.case} {outcome.dtype}"):
+                report(outcome)
         if lost:
             raise lost[0]
     if breadth.drawn:
@@ -132,12 +133,11 @@ def run_case(
     `check --wide` tries in this case. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
     seed: decides the random walks, together with the case.
     """
-    runner = CaseRunner(implementation, str(of), of.dtype, sample.settings_of(plan, of))
+    runner = CaseRunner(implementation, str(of), of.dtype, {} if of.drawn else sample.settings_of(plan, of))
     every = {name: checks.every()[name] for name in plan.checks}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
     role |= {"brief": of.is_brief, "has_first": of.first is not None}
-    # `calls` of a very large tensor alone would take a minute.
-    tried = [name for name, one in every.items() if one.is_tried(wide=wide and not of.is_large, **role)]
+    tried = [name for name, one in every.items() if one.is_tried(wide=wide and not of.stays_brief, **role)]
     wide = wide and not of.is_brief
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)

@@ -11,9 +11,9 @@ from typing import Any
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
-_FEWEST = 3
-"""Smallest number of failing cases, and of other cases, that are searched for common settings. Fewer cases always have
-some in common."""
+_CHANCE = 0.01
+"""Largest probability with which conditions that hold by chance are reported. Among few cases, some setting always agrees
+by chance."""
 _MOST_CONDITIONS = 2
 _MOST_WORDS = 3
 """Largest number of values of a word in a condition such as `side=left or right`."""
@@ -22,7 +22,7 @@ _MOST_SHARE = 0.5
 """Each condition leaves at most this share of the passing cases that meet the conditions before it."""
 
 _Features = Mapping[str, Any]
-"""Name -> word, switch or number. A list gives its length, its product and its extremes."""
+"""Name -> word, switch, number or None. A list of whole numbers gives its items, its largest item, product and length."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class CommonSettings:
     failing: int
     """Number of cases in which the check failed."""
     compared: int
-    """Number of cases in which the check passed or failed."""
+    """Number of cases in which the check passed or failed. A known defect counts as a failure."""
     conditions: tuple[str, ...] = ()
     """Conditions that every failing case meets, such as `rank >= 130`. Empty if none tells them from the other cases."""
-    others: int = 0
-    """Number of cases that meet all conditions and in which the check passed."""
+    others: int | None = None
+    """Number of cases that meet all conditions and in which the check passed. None if there are no conditions."""
 
     def __str__(self) -> str:
         if self.failing == self.compared:
@@ -58,21 +58,21 @@ class CommonSettings:
 def find(tried: Sequence[CheckOutcome]) -> list[CommonSettings]:
     """Return one object per failing check of each implementation and target. The check that fails most often comes first.
 
-    Failures of an implementation as a whole, such as crashes, have no case and are left out.
+    A check with a single case is left out, and so are outcomes without settings: crashes, loaders, and random cases, which
+    the search for a small failing case does not draw evenly.
     """
     found = list[CommonSettings]()
-    for (target, implementation), several in summary.rows(tried).items():
-        checks = dict.fromkeys(one.check for one in several if one.status is CheckStatus.FAIL and one.dtype != "-")
-        of_target = [_of_check(implementation, target, check, several) for check in checks]
-        found += sorted(of_target, key=lambda one: -one.failing)
-    return found
+    for (target, implementation), several in summary.rows(one for one in tried if one.settings).items():
+        checks = dict.fromkeys(one.check for one in several if one.status is CheckStatus.FAIL)
+        found += [_of_check(implementation, target, check, several) for check in checks]
+    return sorted((one for one in found if one.compared > 1), key=lambda one: -one.failing)
 
 
 def _of_check(implementation: str, target: str, check: str, tried: Sequence[CheckOutcome]) -> CommonSettings:
     failing, passing = dict[tuple[str, str], _Features](), dict[tuple[str, str], _Features]()
     for one in tried:
-        if one.check == check and one.status in (CheckStatus.FAIL, CheckStatus.PASS):
-            cases = failing if one.status is CheckStatus.FAIL else passing
+        if one.check == check and one.status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT, CheckStatus.PASS):
+            cases = passing if one.status is CheckStatus.PASS else failing
             cases[one.case, one.dtype] = _features({**one.settings, "dtype": one.dtype})
     for case in failing:
         passing.pop(case, None)  # it passed in another state
@@ -84,12 +84,12 @@ def _of_check(implementation: str, target: str, check: str, tried: Sequence[Chec
 def _features(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = dict[str, Any]()
     for name, value in settings.items():
-        if not isinstance(value, list | tuple):
+        if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
             found[name] = value
-        elif all(isinstance(one, int) for one in value):
+        elif isinstance(value, list | tuple) and all(isinstance(one, int) for one in value):
             found |= {f"{name}[{index}]": one for index, one in enumerate(value)}
-            found |= {f"largest of {name}": max(value, default=0), f"product of {name}": math.prod(value)}
-            found[f"length of {name}"] = len(value)
+            found |= {f"product of {name}": math.prod(value), f"length of {name}": len(value)}
+            found |= {f"largest of {name}": max(value)} if value else {}
     return found
 
 
@@ -103,14 +103,12 @@ class _Condition:
         return self.feature in case and bool(self.test(case[self.feature]))
 
 
-def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> tuple[tuple[str, ...], int]:
+def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> tuple[tuple[str, ...], int | None]:
     """Return conditions that all failing cases meet and few passing cases, and the number of passing cases that meet them.
 
-    Return none if the cases are too few, or if even the best condition excludes too few passing cases.
+    Return none if such conditions are likely by chance, or if even the best excludes too few passing cases.
     """
     chosen, left = list[str](), list(passing)
-    if len(failing) < _FEWEST or len(passing) < _FEWEST:
-        return (), 0
     candidates = [*_of_numbers(failing), *_of_words(failing)]
     while left and len(chosen) < _MOST_CONDITIONS:
         remaining = {one.words: [case for case in left if one.holds(case)] for one in candidates}
@@ -119,7 +117,10 @@ def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> t
             break
         chosen.append(best)
         left = remaining[best]
-    return tuple(chosen), len(left) if chosen else 0
+    # The chance that as many random cases are among the first len(failing) + len(left) of some order, for every candidate.
+    number, total = len(failing), len(failing) + len(passing)
+    chance = len(candidates) ** len(chosen) * math.comb(number + len(left), number) / math.comb(total, number)
+    return (tuple(chosen), len(left)) if chosen and chance <= _CHANCE else ((), None)
 
 
 def _of_numbers(failing: Sequence[_Features]) -> Iterator[_Condition]:
@@ -132,10 +133,10 @@ def _of_numbers(failing: Sequence[_Features]) -> Iterator[_Condition]:
     for name, values in numbers.items():
         least, most = min(values), max(values)
         if least == most:
-            yield _Condition(name, f"{name}={least}", partial(_is_between, least, most))
+            yield _Condition(name, f"{name}={least:g}", partial(_is_between, least, most))
         else:
-            yield _Condition(name, f"{name} >= {least}", partial(_is_between, least, math.inf))
-            yield _Condition(name, f"{name} <= {most}", partial(_is_between, -math.inf, most))
+            yield _Condition(name, f"{name} >= {least:g}", partial(_is_between, least, math.inf))
+            yield _Condition(name, f"{name} <= {most:g}", partial(_is_between, -math.inf, most))
     for name, values in numbers.items():
         if divisors := [by for by in _DIVISORS if all(_is_multiple(by, value) for value in values)]:
             by = divisors[-1]
@@ -148,7 +149,7 @@ def _of_words(failing: Sequence[_Features]) -> Iterator[_Condition]:
     """Yield conditions on a word or a switch that all failing cases meet: it has one of a few values."""
     for name in failing[0]:
         values = dict.fromkeys(case.get(name) for case in failing)
-        if len(values) <= _MOST_WORDS and not any(map(_is_number, values)):
+        if all(name in case for case in failing) and len(values) <= _MOST_WORDS and not any(map(_is_number, values)):
             yield _Condition(name, f"{name}={' or '.join(map(str, values))}", values.__contains__)
 
 
@@ -157,7 +158,7 @@ def _is_between(least: float, most: float, value: Any) -> bool:
 
 
 def _is_multiple(by: int, value: Any) -> bool:
-    return _is_number(value) and value % by == 0
+    return _is_number(value) and value % by == 0 and value != 0
 
 
 def _is_no_multiple(by: int, value: Any) -> bool:

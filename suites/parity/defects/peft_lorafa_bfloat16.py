@@ -15,8 +15,9 @@ for dtype, ratio in ((torch.float64, 1), (torch.float32, 1), (torch.float16, 1),
     model = get_peft_model(nn.Sequential(nn.Linear(96, 48, dtype=dtype)), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    U, S, Vt = torch.linalg.svd(A.data.double(), full_matrices=False)
-    A.data.copy_((U * torch.logspace(0, -1, 4, ratio)) @ Vt if ratio > 1 else A.data)
+    if ratio > 1:
+        U, _, Vt = torch.linalg.svd(A.data.double(), full_matrices=False)
+        A.data.copy_((U * torch.logspace(0, -1, 4, ratio)) @ Vt)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
     B.grad = torch.randn_like(B)
     optimizer.step()
