@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
-_CHANCE = 0.01
-"""Largest probability with which conditions that hold by chance are reported. Among few cases, some setting always agrees
+_CHANCE = 0.02
+"""Largest probability with which a condition that holds by chance is reported. Among few cases, some setting always agrees
 by chance."""
 _MOST_CONDITIONS = 2
 _MOST_WORDS = 3
@@ -98,6 +98,8 @@ class _Condition:
     feature: str
     words: str
     test: Callable[[Any], object]
+    ways: int = 1
+    """Number of conditions of this form that could have been met instead."""
 
     def holds(self, case: _Features) -> bool:
         return self.feature in case and bool(self.test(case[self.feature]))
@@ -108,49 +110,67 @@ def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> t
 
     Return none if such conditions are likely by chance, or if even the best excludes too few passing cases.
     """
-    chosen, left = list[str](), list(passing)
-    candidates = [*_of_numbers(failing), *_of_words(failing)]
+    chosen, left, number = list[str](), list(passing), len(failing)
+    # The plainest come first: of equally good ones, the first is reported.
+    alone, several = (_of_words(failing, passing, numbers) for numbers in ((1,), range(2, _MOST_WORDS + 1)))
+    candidates = [*alone, *_of_sizes(failing), *several, *_of_divisors(failing)]
+    ways = sum(one.ways for one in candidates)
     while left and len(chosen) < _MOST_CONDITIONS:
         remaining = {one.words: [case for case in left if one.holds(case)] for one in candidates}
         best = min(remaining, key=lambda words: len(remaining[words]), default="")  # the first of equal ones
-        if not best or len(remaining[best]) > _MOST_SHARE * len(left):
+        after = len(remaining.get(best, left))
+        # If a condition is met by so many cases: the chance that all failing cases are among them, for every candidate.
+        chance = ways * math.comb(number + after, number) / math.comb(number + len(left), number)
+        if after > _MOST_SHARE * len(left) or chance > _CHANCE:
             break
         chosen.append(best)
         left = remaining[best]
-    # The chance that as many random cases are among the first len(failing) + len(left) of some order, for every candidate.
-    number, total = len(failing), len(failing) + len(passing)
-    chance = len(candidates) ** len(chosen) * math.comb(number + len(left), number) / math.comb(total, number)
-    return (tuple(chosen), len(left)) if chosen and chance <= _CHANCE else ((), None)
+    return (tuple(chosen), len(left)) if chosen else ((), None)
 
 
-def _of_numbers(failing: Sequence[_Features]) -> Iterator[_Condition]:
-    """Yield conditions on the size of a number that all failing cases meet, then those on its divisors."""
-    numbers = dict[str, list[Any]]()
-    for name in failing[0]:
-        values = [case.get(name) for case in failing]
-        if all(map(_is_number, values)):
-            numbers[name] = values
-    for name, values in numbers.items():
+def _numbers(failing: Sequence[_Features]) -> dict[str, list[Any]]:
+    """Map each feature that is a number in all failing cases to its values."""
+    found = {name: [case.get(name) for case in failing] for name in failing[0]}
+    return {name: values for name, values in found.items() if all(map(_is_number, values))}
+
+
+def _of_sizes(failing: Sequence[_Features]) -> Iterator[_Condition]:
+    """Yield conditions on the size of a number that all failing cases meet."""
+    for name, values in _numbers(failing).items():
         least, most = min(values), max(values)
         if least == most:
             yield _Condition(name, f"{name}={least:g}", partial(_is_between, least, most))
         else:
             yield _Condition(name, f"{name} >= {least:g}", partial(_is_between, least, math.inf))
             yield _Condition(name, f"{name} <= {most:g}", partial(_is_between, -math.inf, most))
-    for name, values in numbers.items():
+
+
+def _of_divisors(failing: Sequence[_Features]) -> Iterator[_Condition]:
+    """Yield conditions on the divisors of a whole number that all failing cases meet."""
+    ways = len(_DIVISORS)
+    for name, values in _numbers(failing).items():
+        if not all(isinstance(value, int) for value in values):
+            continue
         if divisors := [by for by in _DIVISORS if all(_is_multiple(by, value) for value in values)]:
             by = divisors[-1]
-            yield _Condition(name, f"{name} a multiple of {by}", partial(_is_multiple, by))
-        if others := [by for by in _DIVISORS if not any(_is_multiple(by, value) for value in values)]:
-            yield _Condition(name, f"{name} not a multiple of {others[0]}", partial(_is_no_multiple, others[0]))
+            yield _Condition(name, f"{name} a multiple of {by}", partial(_is_multiple, by), ways)
+        if others := [by for by in _DIVISORS if all(_is_no_multiple(by, value) for value in values)]:
+            yield _Condition(name, f"{name} not a multiple of {others[0]}", partial(_is_no_multiple, others[0]), ways)
 
 
-def _of_words(failing: Sequence[_Features]) -> Iterator[_Condition]:
-    """Yield conditions on a word or a switch that all failing cases meet: it has one of a few values."""
+def _of_words(
+    failing: Sequence[_Features], passing: Sequence[_Features], numbers: Collection[int]
+) -> Iterator[_Condition]:
+    """Yield conditions on a word or a switch that all failing cases meet: it has one of a few values.
+
+    numbers: permitted numbers of values.
+    """
     for name in failing[0]:
         values = dict.fromkeys(case.get(name) for case in failing)
-        if all(name in case for case in failing) and len(values) <= _MOST_WORDS and not any(map(_is_number, values)):
-            yield _Condition(name, f"{name}={' or '.join(map(str, values))}", values.__contains__)
+        if all(name in case for case in failing) and len(values) in numbers and not any(map(_is_number, values)):
+            there = {case.get(name) for case in (*failing, *passing)}
+            text = f"{name}={' or '.join(map(str, values))}"
+            yield _Condition(name, text, values.__contains__, math.comb(len(there), len(values)))
 
 
 def _is_between(least: float, most: float, value: Any) -> bool:
