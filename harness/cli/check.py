@@ -154,7 +154,7 @@ def check(
             implementations,
             methods,
             operations,
-            case,
+            case is not None,
             full,
             wide,
             drawn,

@@ -1,4 +1,4 @@
-"""What the failing cases of a check have in common."""
+"""Tests of the settings that the failing cases of a check have in common."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     try:
         with torch.inference_mode():
             kept = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
-    except Exception as error:
+    except Exception as error:  # an implementation may raise anything; only a note is added
         error.add_note("in a call under inference_mode")
         raise
     for number, (one, mine, usual) in enumerate(zip(both, kept, outputs, strict=True), 1):

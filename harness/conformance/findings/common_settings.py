@@ -12,8 +12,8 @@ from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
 _CHANCE = 0.02
-"""Largest probability with which a condition that holds by chance is reported. Among few cases, some setting always agrees
-by chance."""
+"""Largest probability that chance alone explains a reported condition. Among few cases, some setting always agrees by
+chance."""
 _MOST_CONDITIONS = 2
 _MOST_WORDS = 3
 """Largest number of values of a word in a condition such as `side=left or right`."""
@@ -99,7 +99,7 @@ class _Condition:
     words: str
     test: Callable[[Any], object]
     ways: int = 1
-    """Number of conditions of this form that could have been met instead."""
+    """Number of conditions of this form, such as one per divisor. Each is a further chance to find one that holds."""
 
     def holds(self, case: _Features) -> bool:
         return self.feature in case and bool(self.test(case[self.feature]))
@@ -119,7 +119,7 @@ def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> t
         remaining = {one.words: [case for case in left if one.holds(case)] for one in candidates}
         best = min(remaining, key=lambda words: len(remaining[words]), default="")  # the first of equal ones
         after = len(remaining.get(best, left))
-        # If a condition is met by so many cases: the chance that all failing cases are among them, for every candidate.
+        # So many cases meet the condition. The chance that all failing cases are among them by luck, for any candidate:
         chance = ways * math.comb(number + after, number) / math.comb(number + len(left), number)
         if after > _MOST_SHARE * len(left) or chance > _CHANCE:
             break
