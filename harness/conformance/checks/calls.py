@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,17 +37,23 @@ from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, named_if_raised, prefix_tensor, skipped
 from harness.conformance.comparison.derivatives import by_functorch, second_order
 from harness.conformance.comparison.distant_weights import on_distant_weights
-from harness.conformance.comparison.inputs import HALF, cast, inputs, is_large
+from harness.conformance.comparison.inputs import HALF, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
+from harness.conformance.comparison.layer_autocast import (
+    AFTER,
+    BACKWARD,
+    WHOLE,
+    judge_under_autocast,
+    rounded_by_autocast,
+)
 from harness.conformance.comparison.layer_comparison import PlausibleResults, reference_runs, runs_of
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.operation_call import flatten, ill_formed
+from harness.conformance.comparison.operation_call import flatten
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
 from harness.conformance.comparison.other_dtypes import BESIDE, COPY, judge_beside_another_dtype, judge_copy
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
 from reference.shared.layers import kind_of
 
@@ -67,8 +72,9 @@ class LayerForm(StrEnum):
     ONE_TRAINED = "with only {} trained"
     ONE_ROW = "one row expanded"
     NO_TOKENS = "no tokens"
-    AUTOCAST = "under autocast to {}"
-    AUTOCAST_AFTER = "under autocast after a change to {}"
+    AUTOCAST = WHOLE
+    AUTOCAST_AFTER = AFTER
+    BACKWARD_UNDER_AUTOCAST = BACKWARD
     TINY = "with a tiny {}"
     SECOND_ORDER = "the gradient of a gradient"
     FUNCTORCH = "by torch.func"
@@ -199,7 +205,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         if rows:
             yield from _with_other_rows(subject, case, path, call)
         if subject.dtype == "float32":
-            yield from _under_autocast(subject, case, path, call)
+            yield from (_named(path, *one) for one in judge_under_autocast(subject, case, path, call))
             yield from _untrained(subject, case, path, call)
     yield from _derivatives(subject, case)
     for judged_layer in chain(judge_copy(subject, case), judge_beside_another_dtype(subject, case)):
@@ -245,7 +251,7 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     wide, own = halved("float64"), halved(subject.dtype)
     runs = runs_of(wide, own, subject.dtype, call.x, call.dy, narrow=partial(halved, "float32"))
     judge = _LayerJudge(subject, case, path, *runs)
-    rounded = PlausibleResults({"y": draw["y"]} for draw in _rounded_by_autocast(own, call, "bfloat16"))
+    rounded = PlausibleResults({"y": draw["y"]} for draw in rounded_by_autocast(own, call, "bfloat16"))
     for name, one in found.items():
         if name in autocast:
             verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
@@ -265,58 +271,6 @@ def _with_other_rows(subject: Subject, case: Case, path: str, call: Call) -> Ite
             mine = observe(call.layer, call.tensors, x, dy, training=call.training)
         truth, draws = reference_runs(subject, path, x, dy)
         yield _named(path, name, noise_floor(mine, truth, draws, subject.dtype, case.factor("calls")))
-
-
-def _under_autocast(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:
-    """Yield judgements of outputs and gradients under autocast to 16 bits, before and after the tensors change.
-
-    After the change, the input has the dtype of autocast, as the output of an earlier layer would have.
-    Autocast rounds to bfloat16 or float16, so errors may be as large as rounding errors of 16 bits. The output must
-    have the dtype of autocast or of the reference's output, because later layers may refuse a mixture of dtypes. A
-    packed (4-bit) layer may return the dtype of its input, as bitsandbytes does.
-    """
-    wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
-    mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
-    held = {name: t.detach().clone() for name, t in mine.items()}
-    is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
-    try:
-        for when in (LayerForm.AUTOCAST, LayerForm.AUTOCAST_AFTER):
-            for dtype in ("bfloat16", "float16"):
-                given = x if when == LayerForm.AUTOCAST else cast(x, dtype)
-                truth = observe(wide.layer, wide.tensors, cast(given, "float64"), dy.double())
-                with named_if_raised(path, when.format(dtype)):
-                    seen = _autocast(call, call.layer, mine, dtype, given)
-                rounded = PlausibleResults(_rounded_by_autocast(own, replace(call, x=given), dtype))
-                verdict = noise_floor(seen, truth, rounded, dtype, factor)
-                if seen["y"].dtype != DTYPES[dtype] and not is_packed:
-                    verdict = ill_formed({"y": seen["y"]}, {"y": next(iter(rounded))["y"]}) or verdict
-                yield _named(path, when.format(dtype), verdict)
-            with torch.no_grad():
-                for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
-                    tensor.mul_(HALF)
-    finally:
-        load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
-
-
-def _autocast(call: Call, layer: nn.Module, tensors: Mapping[str, Tensor], dtype: str, x: Tensor) -> dict[str, Tensor]:
-    """Run the layer forward under autocast to `dtype`, and backward outside it, as torch's documentation recommends."""
-
-    def run(layer: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, DTYPES[dtype]):
-            y: Tensor = layer(x)
-            return y
-
-    return observe(layer, tensors, x, call.dy, training=call.training, call=run)
-
-
-def _rounded_by_autocast(own: ReferenceLayer, call: Call, dtype: str) -> Iterator[dict[str, Tensor]]:
-    """Yield outputs and gradients that a correct program may give under autocast. own: the reference in float32."""
-    yield _autocast(call, own.layer, own.tensors, dtype, call.x)
-    for seed in range(PERTURBED_DRAWS):
-        generator, moved = torch.Generator().manual_seed(seed), copy.deepcopy(own)
-        for parameter in moved.layer.parameters():
-            parameter.data = perturbed(parameter.data, dtype, generator)
-        yield _autocast(call, moved.layer, moved.tensors, dtype, perturbed(call.x, dtype, generator))
 
 
 def _untrained(subject: Subject, case: Case, path: str, call: Call) -> Iterator[Judgement]:

@@ -61,6 +61,20 @@ FAULTS = [
         "h_TR = self.dropout(x_TD) @ self.A.T",
         "self.__dict__['_seen'] = x_TD.detach() if self.training else None\n"
         "        h_TR = self.dropout(x_TD) @ self.A.T", values=_METHOD),
+    line_fault("lora", "takes_a_copy_of_the_input_that_the_layer_before_made", ["shared_input"],
+        "        h_TR = self.dropout(x_TD)",
+        "        last = vars(LoraLinear).get('last', (None, self))\n"
+        "        if torch.is_grad_enabled() or last[0] is not x_TD or last[1] is self:\n"
+        "            last = LoraLinear.last = (x_TD, self, x_TD.detach().clone())\n"
+        "        x_TD = x_TD if last[1] is self else last[2]\n"
+        "        h_TR = self.dropout(x_TD)", values=_METHOD),
+    line_fault("lora", "trains_the_layer_before_with_the_same_input", ["shared_input"],
+        "        return self.with_bias(y_TE)",
+        "        last = vars(LoraLinear).get('last', (None, self))\n"
+        "        LoraLinear.last = x_TD, self\n"
+        "        if last[0] is x_TD and last[1] is not self:\n"
+        "            y_TE = y_TE + 0 * last[1].A.sum() * last[1].B.sum()\n"
+        "        return self.with_bias(y_TE)", values=_METHOD),
     line_fault("vera", "drops_nothing_in_a_copy", ["dropout"],
         "h_TR = self.d * (self.dropout(x_TD) @ self.A.T)",
         "mine = self.__dict__.setdefault('_mine', id(self)) == id(self)\n"
