@@ -11,9 +11,10 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
+from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
 from reference.dora import norms
 from reference.shared.layers import Convolution, as_stored, features_in_out, floating_dtype
@@ -53,24 +54,30 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
 
 @check(depends_on_sizes=False)
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
-    """A row of zeros in DoRA's base weight gives finite outputs and gradients.
+    """A row of zeros in DoRA's base weight gives a row of zeros in W', and its row of B gets no gradient.
 
     Pruned models have such rows. If the config asks for one magnitude per input, the check tries a column of zeros. A
-    row of zeros has no direction: at the start its norm and its m are 0.
+    row of zeros has no direction: at the start its norm and its m are 0. First, outputs and gradients must be finite.
+    Then they must equal the reference's, within the noise floor.
     """
-    fresh = case.attach_again()
-    if fresh is None:
+    if case.attach_fresh is None or subject.original.model is None:
         return skipped(subject, case, "zero_rows", "the case cannot attach again")
-    problems = []
+    pruned, problems, found = copied(subject.original.model), [], []
+    with torch.no_grad():
+        for base in map(pruned.get_submodule, subject.adapted.layers):
+            weight = as_stored(base, base.get_parameter("weight"))  # a view (E, D)
+            weight.select(0 if subject.config.per == "output" else 1, 0).zero_()
+    fresh = case.attach_fresh(model=pruned)
     for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
         with torch.no_grad():
-            weight = as_stored(fresh.bases[path], fresh.bases[path].get_parameter("weight"))  # a view (E, D)
-            weight.select(0 if fresh.config.per == "output" else 1, 0).zero_()
             fresh.tensors_of(path)["m"].flatten()[0] = 0
         x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index))
-        seen = observe(layer, fresh.tensors_of(path), x, dy)
-        problems += [f"{path}: {name} is not finite" for name, t in seen.items() if not bool(t.isfinite().all())]
-    return from_problems(subject, case, "zero_rows", problems)
+        mine, truth, draws = observe_with_reference(fresh, path, layer, x, dy)
+        problems += [f"{path}: {name} is not finite" for name, t in mine.items() if not bool(t.isfinite().all())]
+        found.append(prefix_tensor(path, noise_floor(mine, truth, draws, fresh.dtype, case.factor("zero_rows"))))
+    if problems:
+        return from_problems(subject, case, "zero_rows", problems)
+    return judged(subject, case, "zero_rows", worst_of(found, found[0].policy))
 
 
 @torch.no_grad()

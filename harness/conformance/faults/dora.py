@@ -49,6 +49,8 @@ FAULTS = [
     # peft#2049
     _dora("divides_by_zero_rows", ["zero_rows"],
         "return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)", "return m / norm"),
+    _dora("takes_the_gain_of_zero_rows_for_one", ["zero_rows"],
+        "torch.where(some, m, 0.0)", "torch.where(some, m, 1.0)"),
     _dora("guards_the_norm_by_a_number_that_weights_may_have", ["identity"],
         "return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)", "return m / norm.clamp(min=1e-12)",
         weights="tiny"),
