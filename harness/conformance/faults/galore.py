@@ -90,6 +90,8 @@ FAULTS = [
         "if R.numel() < adamw8bit.MIN_8BIT_SIZE:", "if R.numel() <= adamw8bit.MIN_8BIT_SIZE:", file="galore_moments"),
     _galore("codes_the_second_moment_with_a_sign", ["moments"],
         "dynamic_map(_SIGNED[name])", "dynamic_map(True)", file="galore_moments"),
+    _galore("moves_a_copy_of_a_transposed_parameter_with_8_bits", ["moments"],
+        "    W.sub_(project_back", "    (W if bits == 32 else W.contiguous()).sub_(project_back"),
     _galore("forgets_its_state_at_loading", ["optimizer"],
         "restore_dtypes(self, state_dict)", "self.state.clear()"),
     _randomised("ignores_niter", ["refresh"], "    if niter:", "    if False:"),
