@@ -6,7 +6,10 @@ magnitude. The 8-bit format stores a row of elements as codes from -127 to 127, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
@@ -51,11 +54,14 @@ def check_packing(subject: Subject, case: Case) -> CheckResult:
 
     The rules are those of the check `codes`, with rows in the place of blocks in 8 bits. In all other checks, the
     reference computes with the codes in `state()`. If there are none, it computes with its own codes, and this check
-    cannot judge the implementation's codes.
+    cannot judge the implementation's codes. Codes in a wider dtype take more memory than `explain` promises, and fail.
     """
     found = []
     for path in subject.bases:
-        layer: Any = subject.reference(path, subject.dtype).layer  # with the subject's codes
+        reference = subject.reference(path, subject.dtype)  # with the subject's codes
+        layer: Any = reference.layer
+        if wide := _in_other_dtypes(path, subject.state(), reference.adapted.state()):
+            return from_problems(subject, case, "packing", wide)
         dense: Any = subject.dense_base(path, DTYPES[subject.dtype])
         for name, packed in layer.packed_weights().items():
             weight = dense.get_parameter(name)
@@ -66,3 +72,17 @@ def check_packing(subject: Subject, case: Case) -> CheckResult:
                 verdict, _ = judge(form, ExpectedCodes.of(weight, packed.block), None)
             found.append(prefix_tensor(f"{path}.{name}", verdict))
     return judged(subject, case, "packing", worst_of(found, "exact"))
+
+
+def _in_other_dtypes(path: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return a message for each tensor of integer codes in `state` whose dtype is not that of the reference's tensor.
+
+    A tensor of another shape is another form of the codes, and is left out. expected: the state of the reference, with the
+    name `layer` for the layer at `path`.
+    """
+    codes = {name.replace("layer", path, 1): t for name, t in expected.items() if not t.is_floating_point()}
+    return [
+        f"{name} has {state[name].dtype}, should have {t.dtype}"
+        for name, t in codes.items()
+        if name in state and state[name].shape == t.shape and state[name].dtype != t.dtype
+    ]

@@ -28,6 +28,7 @@ FAULTS = [
     _form("truncates_in_place_of_rounding", ["packing", "strides"], _CODES, _CODES.replace("round", "trunc")),
     _form("scales_by_128_when_quantising", ["packing"],
         _CODES, "codes = (half * (128 / absmax)[..., None]).round().clamp(-128, 127)"),
+    _form("keeps_codes_in_four_bytes", ["packing"], "return codes.to(torch.int8), absmax", "return codes, absmax"),
     _form("decodes_with_128", ["forward", "gradient"],
         "(absmax.to(wide) / LARGEST_CODE)[..., None]", "(absmax.to(wide) / 128)[..., None]"),
     # bitsandbytes 0.50.2 on the CPU: 6.200124e-05 in place of 1 / 127^2, which is 6.200012e-05
