@@ -21,14 +21,22 @@ class AttachFresh(Protocol):
     """Type of `Case.attach_fresh`: a function that attaches the implementation under test to a model again."""
 
     def __call__(
-        self, *, seed: int | torch.Generator = ..., square: bool = ..., model: nn.Module | None = ..., **config: Any
+        self,
+        *,
+        seed: int | torch.Generator = ...,
+        square: bool = ...,
+        model: nn.Module | None = ...,
+        adapter: str = ...,
+        **config: Any,
     ) -> Subject:
         """Attach the implementation under test again, and return the new Subject.
 
         seed: the generator that the implementation's `attach` gets, or the seed of a new one. square: True for a model
         whose two layers have the same shape. model: a model from which an earlier adapter was detached, or a model that
-        is no ParityModel, with its targets in `config`; by default, a new ParityModel. config: values that replace those
-        of the case in the Method's config.
+        is no ParityModel, with its targets in `config`; by default, a new ParityModel. adapter: for a quantised base, the
+        name of a Method. The implementation of this Method that has the same name adapts the packed base, in place of the
+        reference's LoRA. config: values that replace those of the case in the Method's config. Raises Unsupported if
+        there is no such implementation.
         """
 
 

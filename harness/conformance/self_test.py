@@ -217,4 +217,6 @@ def implementation(target: str, copy: PatchedCopy) -> Implementation:
     elif kind == "loader":
         function = copy.module().ReferenceLoader
     offers = optional_features(target) if kind == "method" else ()
+    if kind == "base":  # `own_adapters` finds the reference's adapters by this name
+        return Implementation("reference", kind, target, function, dtypes=DTYPES, point="reference")
     return Implementation("planted", kind, target, function, dtypes=DTYPES, offers=offers)

@@ -45,9 +45,9 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.conformance.tolerance_constants import LONG_SUM_FACTOR, NOISE_FACTOR
-from harness.errors import Unsupported
+from harness.errors import ImplementationError, Unsupported
 from harness.methods.module_copy import copied
-from harness.methods.registry import Implementation
+from harness.methods.registry import Implementation, discover
 from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
@@ -304,12 +304,18 @@ def attach(
         return ExpectedCodes.of(layer.weight, bias=layer.bias)
 
     def fresh(
-        *, seed: int | torch.Generator = SEED, square: bool = False, model: nn.Module | None = None, **changed: Any
+        *,
+        seed: int | torch.Generator = SEED,
+        square: bool = False,
+        model: nn.Module | None = None,
+        adapter: str = "",
+        **changed: Any,
     ) -> Subject:
-        given = model is not None
+        given, name = model is not None, adapter or method
+        attaching = _sibling(implementation, adapter) if adapter else implementation
         if model is None:
             model = built(of.shape.square()) if square else copied(pristine)
-        resolved = configure(method, of.config | changed)
+        resolved = configure(name, of.config | changed)
         if hasattr(resolved, "targets") and isinstance(model, ParityModel):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
@@ -328,14 +334,14 @@ def attach(
             bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-        if plan.base:
-            adapted = attach_reference(method, model, resolved, None, generator)
+        if plan.base and not adapter:
+            adapted = attach_reference(name, model, resolved, None, generator)
         else:
-            adapted = implementation(model, resolved, generator)
+            adapted = attaching(model, resolved, generator)
         # Other configs or weights need another reference, and an implementation may pack its base differently each time.
         shared = {} if changed or square or given or plan.base else cache
         return Subject(
-            method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected,
+            name, resolved, of.dtype, model, adapted, bases, own, original, packed, expected,
             unpacked=unpacked, reference_cache=shared,
         )  # fmt: skip
 
@@ -351,6 +357,14 @@ def attach(
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
+
+
+def _sibling(implementation: Implementation, method: str) -> Implementation:
+    """Return the implementation of `method` that has the same name. Raises Unsupported if there is none."""
+    try:
+        return discover([implementation.point]).find("method", method, implementation.name)
+    except ImplementationError as error:
+        raise Unsupported(str(error)) from error
 
 
 def _adaptable(model: nn.Module, config: Any) -> dict[str, nn.Module]:

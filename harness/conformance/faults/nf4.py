@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.conformance.faults import line_fault, planted
-from harness.conformance.faults.patched_copy import Pack, PackedForm, PatchedCopy
+from harness.conformance.faults.patched_copy import Pack, PackedForm, PatchedCopy, Right
 
 _USUAL = {"rank": 3, "alpha": 8.0}
 
@@ -75,3 +75,20 @@ def changes_a_layer_that_it_does_not_pack(copy: PatchedCopy) -> None:
         return right(model, paths)
 
     copy.replace_packing(wrong)
+
+
+@_planted("own_adapters")
+def adds_a_bias_that_was_removed(copy: PatchedCopy) -> None:
+    def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
+        packed = right(model, paths)
+        for path in paths:
+            layer: Any = model.get_submodule(path)
+            layer.forward = partial(_with_first_bias, layer, layer.bias, layer.forward)
+        return packed
+
+    copy.replace_packing(wrong)
+
+
+def _with_first_bias(layer: Any, bias: Tensor | None, right: Right, x: Tensor) -> Tensor:
+    y = right(x)
+    return y if bias is None or layer.bias is not None else y + bias

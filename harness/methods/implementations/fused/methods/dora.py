@@ -96,10 +96,13 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return W0 x, computed by the base layer without its bias. Subtracting the bias afterwards would add a rounding."""
+    """Return W0 x, computed by the base layer without its bias and hooks.
+
+    Subtracting the bias afterwards would add a rounding.
+    """
     bias, base.bias = base.bias, None
     try:
-        y: Tensor = base(x)
+        y: Tensor = base.forward(x)
     finally:
         base.bias = bias
     return y
