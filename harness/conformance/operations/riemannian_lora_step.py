@@ -25,8 +25,9 @@ from reference.operations.riemannian import optimizer_step, riemannian_step
 Delta = Annotated[float, Factor((1e-2, 1e-6, 1.0), (1e-4,), least=1e-6, most=1.0)]
 Optimizer = Annotated[str, Factor(("adamw", "gd"))]
 Start = Annotated[str, Factor(("trained", "zero", "one-direction", "nearly-one-direction"))]
+Rows = Annotated[str, Factor(("independent",), ("nearly-one-direction",))]
 _ASIDE = 0.05
-"""Share of a column of B that is not common to all columns, if they have nearly one direction."""
+"""Share of a column of B, or of a row of A, that is not common to all of them, if they have nearly one direction."""
 _TENSORS = ("As", "Bs", "gAs", "gBs", "mAs", "vAs", "mBs", "vBs")
 
 
@@ -49,6 +50,7 @@ def arguments(
     unused: Unused = "neither",
     other: Other = "bias",
     experts: Experts = 1,
+    A: Rows = "independent",
 ) -> Arguments:
     """Draw the tensors of one call. For step 1, all moments are zero.
 
@@ -56,7 +58,8 @@ def arguments(
     each layer, at most min(E, D). optimizer: `adamw`, or gradient descent (`gd`), which has no moments. delta: added to
     the diagonals of B^T B and A A^T before they are inverted. B: `zero` makes B zero, as at the start of LoRA; with
     `one-direction`, all columns of B are equal, so that B^T B is singular; after a short training they are nearly
-    equal, as with `nearly-one-direction`. gradient: `zero` makes all gradients zero.
+    equal, as with `nearly-one-direction`. A: with `nearly-one-direction`, the rows of A are nearly equal, so that A A^T
+    is nearly singular. gradient: `zero` makes all gradients zero.
     unused: the layer that gets no gradients, as if it had not run. other: the other trainable tensor of the
     model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
     number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
@@ -65,7 +68,8 @@ def arguments(
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
         r = min(rank, inputs, outputs)
-        A = torch.stack([low_rank_factor(generator, r, inputs) for _ in range(experts)])
+        A_KRD = torch.stack([low_rank_factor(generator, r, inputs) for _ in range(experts)])
+        A_KRD = A_KRD[:, :1] + _ASIDE * A_KRD if A == "nearly-one-direction" else A_KRD
         trained = torch.stack([low_rank_factor(generator, r, outputs).T for _ in range(experts)])
         common = trained[..., :1].expand(-1, -1, r)
         start = {
@@ -73,7 +77,7 @@ def arguments(
             "nearly-one-direction": common + _ASIDE * trained,
         }[B]  # fmt: skip
         G = 2 * draw(generator, torch.float64, experts, outputs, inputs) * (gradient == "dense")
-        drawn = [*packed(A, start), *packed(start.mT @ G, G @ A.mT)]
+        drawn = [*packed(A_KRD, start), *packed(start.mT @ G, G @ A_KRD.mT)]
         for tensor in drawn[:2]:
             drawn += moments(generator, dtype, tensor.shape, step)
         for name, tensor in zip(_TENSORS, drawn, strict=True):
