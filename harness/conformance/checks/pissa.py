@@ -133,7 +133,8 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     W, best = _graded(case.generator(salt=80), subject.config.rank)
     rank = subject.config.rank
     low = normal_noise((4 * rank, 1), case.generator(salt=83)) @ normal_noise((1, 3 * rank), case.generator(salt=84))
-    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * rank]), "low": low}
+    one_column = torch.cat([low[:, :1], torch.zeros_like(low[:, 1:])], dim=1)  # a program may find zeros exactly
+    weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * rank]), "low": low, "column": one_column}
     model = nn.ModuleDict({name: _linear(weight, subject.own[0]) for name, weight in weights.items()})
     fresh = case.attach_again(model=model, targets=tuple(weights))
     assert fresh is not None  # noqa: S101  # it can attach again
@@ -142,9 +143,10 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     error = float((product - best.to(product.device)).norm() / best.norm())
     if not error <= RANDOM_SHARE:
         problems.append(f"s B A differs by {error:.2g} of its size from the best approximation of a {_LARGE} weight")
-    rest = float((_principal(fresh, fresh.adapted, "low")["s B A"].cpu() - low).norm() / low.norm())
-    if not rest <= RANDOM_SHARE:
-        problems.append(f"s B A of a weight of rank 1 differs by {rest:.2g} of its size from the weight")
+    for name, weight in (("low", low), ("column", one_column)):
+        rest = float((_principal(fresh, fresh.adapted, name)["s B A"].cpu() - weight).norm() / weight.norm())
+        if not rest <= RANDOM_SHARE:
+            problems.append(f"s B A of a weight of rank 1 ({name}) differs by {rest:.2g} of its size from the weight")
     problems += [*_of_a_steep_weight(subject, case), *_of_a_narrow_weight(subject, case)]
     return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, zeros, and a weight of rank 1")
 

@@ -16,6 +16,12 @@ FAULTS = [
     _pissa("iterates_without_orthonormal_products", ["svd"],
         "        Q = torch.linalg.qr(W_ED.T @ Q).Q\n        Q = torch.linalg.qr(W_ED @ Q).Q",
         "        Q = W_ED @ (W_ED.T @ Q)\n    Q = torch.linalg.qr(Q).Q", file="randomised_svd"),
+    _pissa("divides_by_singular_values_of_zero", ["svd"],
+        "    U, S, Vt = torch.linalg.svd(W_ED, full_matrices=False)\n    return U[:, :rank], S[:rank], Vt[:rank]",
+        "    squares, V = torch.linalg.eigh(W_ED.double().T @ W_ED.double())\n"
+        "    S, V = squares.flip(0).clamp(min=0).sqrt()[:rank], V.flip(1)[:, :rank]\n"
+        "    U = W_ED.double() @ V / (S if S.any() else 1.0)\n"
+        "    return U.to(W_ED.dtype), S.to(W_ED.dtype), V.T.to(W_ED.dtype)"),
     _pissa("accepts_a_rank_above_the_smaller_side", ["svd"], "if config.rank > min(D, E):", "if False:"),
     _pissa("merges_the_residual_of_its_own_start", ["merge"],
         'self.register_buffer("residual", residual)',
