@@ -117,6 +117,8 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
     yield "an input that requires a gradient gets one, even if nothing in the layer is trained"
+    if "shared_input" in plan.checks:
+        yield "layers that get one input compute the same as alone; a layer whose output is unused gets no gradient"
     if "save" in plan.checks:
         yield "after load_state_dict(assign=True), `tensors()` and `parameters()` return the new parameters"
 
