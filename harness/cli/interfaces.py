@@ -58,6 +58,8 @@ def of_operation(name: str) -> Iterator[str]:
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
     yield "arguments may change in place between two calls, without a change of `_version`, as in a fused optimizer step"
     yield "no result depends on torch's default dtype; repeated calls do not make memory grow"
+    if operation.differentiable and "calls" in plan.checks:
+        yield "under autocast, the outputs may stay in float32, but have the same dtype for one row of x as for several"
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)
     yield from _arithmetic(name)

@@ -15,6 +15,9 @@ from harness.conformance.operation import Arguments, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
+_PER_ROW = {"ids", "chosen", "weights"}
+"""Names of arguments with one item per sequence or per row of `x`."""
+
 
 def under_autocast(
     subject: OperationSubject, plain: Mapping[str, Tensor], case: Case
@@ -22,7 +25,9 @@ def under_autocast(
     """Yield each dtype of autocast in which the outputs differ from those without autocast, and a judgement of the outputs.
 
     A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
-    arguments that autocast leaves in several dtypes. Wrong results fail. plain: the outputs without autocast.
+    arguments that autocast leaves in several dtypes. Wrong results fail, and so do outputs whose dtype for the first row of
+    `x` alone is another one: a model that generates tokens one by one would mix both dtypes. plain: the outputs without
+    autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
@@ -33,8 +38,30 @@ def under_autocast(
                 seen = subject.call()
             except RuntimeError:
                 return
+            of_one = subject.call(**_first_row(subject.arguments))
+        yield from ((f"{dtype}, one row", one) for one in _other_dtypes(of_one, seen))
         if not exact(seen, dict(plain)).passed:
             yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls"))
+
+
+def _first_row(arguments: Arguments) -> Arguments:
+    """Return the first row of the argument `x`, and of `mask` if there is one, as arguments with one row.
+
+    Return {} if the Operation has no `x` with several rows, or if another argument may have an item per row.
+    """
+    x = arguments.get("x")
+    if not isinstance(x, Tensor) or x.dim() < 2 or x[..., 0].numel() < 2 or arguments.keys() & _PER_ROW:
+        return {}
+    given = {"x": x, "mask": arguments.get("mask")}
+    return {name: t.detach().flatten(0, -2)[:1].clone() for name, t in given.items() if t is not None}
+
+
+def _other_dtypes(of_one: Mapping[str, Tensor], of_all: Mapping[str, Tensor]) -> Iterator[Judgement]:
+    """Yield a failure for each output whose dtype for one row is not its dtype for all rows."""
+    for name, y in of_one.items():
+        if y.dtype != of_all[name].dtype:
+            text = f"dtype {y.dtype}, should be {of_all[name].dtype} as for several rows"
+            yield Judgement(False, None, None, name, text, "exact", 0)
 
 
 def _plausible(subject: OperationSubject, dtype: str) -> Iterator[dict[str, Tensor]]:

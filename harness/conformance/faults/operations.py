@@ -100,6 +100,11 @@ FAULTS = [
     _nf4_linear("evaluates_in_bfloat16", ["outputs"],
         "return linear(x, ", "x = x if training else x.bfloat16().to(x.dtype)\n    return linear(x, ",
         values={**_LAYER, "training": False}),
+    _nf4_linear("ignores_autocast_for_a_single_row", ["calls"],
+        "    return linear(x, _FORM",
+        "    off = torch.autocast(x.device.type, enabled=False)\n"
+        "    with off if x.shape[:-1].numel() == 1 else torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():\n"
+        "        return linear(x, _FORM"),
     # Return the right values in a dtype that the next layer rejects.
     _nf4_linear("returns_float64", ["outputs"], "x.dtype), bias)", "x.dtype), bias).double()", dtype="bfloat16"),
     _nf4_linear("sums_in_another_order_each_time", ["repeatable"],
