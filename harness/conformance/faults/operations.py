@@ -102,8 +102,8 @@ FAULTS = [
         values={**_LAYER, "training": False}),
     _nf4_linear("ignores_autocast_for_a_single_row", ["calls"],
         "    return linear(x, _FORM",
-        "    few = x.shape[:-1].numel() == 1\n"
-        "    with torch.autocast(x.device.type, enabled=False) if few else torch.set_grad_enabled(torch.is_grad_enabled()):\n"
+        "    off = torch.autocast(x.device.type, enabled=False)\n"
+        "    with off if x.shape[:-1].numel() == 1 else torch.set_grad_enabled(torch.is_grad_enabled()):\n"
         "        return linear(x, _FORM"),
     # Return the right values in a dtype that the next layer rejects.
     _nf4_linear("returns_float64", ["outputs"], "x.dtype), bias)", "x.dtype), bias).double()", dtype="bfloat16"),
