@@ -28,6 +28,8 @@ Start = Annotated[str, Factor(("trained", "zero", "one-direction", "nearly-one-d
 Rows = Annotated[str, Factor(("independent",), ("nearly-one-direction",))]
 _ASIDE = 0.05
 """Share of a column of B, or of a row of A, that is not common to all of them, if they have nearly one direction."""
+_EPS_OF_FLOAT16 = 0.1
+"""Smallest eps in float16, which cannot represent the second moments of small gradients. A small eps would amplify this."""
 _TENSORS = ("As", "Bs", "gAs", "gBs", "mAs", "vAs", "mBs", "vBs")
 
 
@@ -63,7 +65,8 @@ def arguments(
     unused: the layer that gets no gradients, as if it had not run. other: the other trainable tensor of the
     model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
     number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
-    reference/lora_experts.py. By default, lr is so large that the step is as large as the weights.
+    reference/lora_experts.py. By default, lr is so large that the step is as large as the weights. eps: at least 0.1 in
+    float16.
     """
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
@@ -100,7 +103,7 @@ def arguments(
         "step": step,
         "lr": lr,
         "betas": (beta1, beta2),
-        "eps": eps,
+        "eps": max(eps, _EPS_OF_FLOAT16) if dtype == torch.float16 else eps,
         "weight_decay": weight_decay,
     }
 
