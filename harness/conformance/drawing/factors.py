@@ -138,7 +138,7 @@ def of_field(field: FieldInfo, *, is_rank: bool = False) -> Factor | None:
     size = abs(field.default) or 1.0
     low = max(least if least is not None else 0.0, -size * 64)
     high = min(most if most is not None else math.inf, size * 64)
-    special = (value for value in (1.0, 0.0, -size) if low < value <= high)  # programs treat these as special cases
+    special = (v for v in (1.0, 0.0, -size) if low < v <= high or v == least)  # programs treat these as special cases
     levels = _distinct((field.default, size / 64, size * 8, *special))
     return Factor(levels, _others((size / 1000, size * 64), levels, least, most), low, high)
 
