@@ -115,10 +115,16 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
+    yield "rules that the checks test:"
+    yield from (f"  {rule}" for rule in _rules(plan))
+
+
+def _rules(plan: MethodSuite) -> Iterator[str]:
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
     yield "an input that requires a gradient gets one, even if nothing in the layer is trained"
+    yield "a backward pass under autocast gives the gradients, or raises RuntimeError"
     if "shared_input" in plan.checks:
         yield "layers that get one input compute the same as alone; a layer whose output is unused gets no gradient"
     if "save" in plan.checks:

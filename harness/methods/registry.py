@@ -290,6 +290,20 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
     return Registry(tuple(found.values()), broken)
 
 
+def sibling(implementation: Implementation, method: str, dtype: str, device: str) -> Implementation:
+    """Return the implementation of `method` with the same name, from the same entry point.
+
+    Raises Unsupported if there is none, or if it does not support the dtype or the type of device.
+    """
+    try:
+        found = discover([implementation.point]).find("method", method, implementation.name)
+    except ImplementationError as error:
+        raise Unsupported(str(error)) from error
+    if dtype not in found.dtypes or device not in found.devices:
+        raise Unsupported(f"{method} is not offered for {dtype} on {device}")
+    return found
+
+
 def _place(error: BaseException) -> str:
     """Return ` (FILE:LINE)` of the last line of a file that was running, or an empty text."""
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
@@ -370,5 +384,8 @@ def _offered(loaded: object) -> Iterator[Implementation]:
         raise TypeError(f"expected an Implementation, several, or a function returning them; got {offered!r}")
     for implementation in offered:
         if not isinstance(implementation, Implementation):
-            raise TypeError(f"expected an Implementation, got {implementation!r}")
+            raise TypeError(
+                f"expected an Implementation, got {_name_of(implementation)}; decorate a function with "
+                "@implements(TARGET, name=NAME)"
+            )
         yield implementation

@@ -187,7 +187,7 @@ def dense_weight(base: Any) -> torch.Tensor:
 
     A Conv1D stores the transpose of its matrix. An embedding multiplies one-hot rows by its table, so its matrix is the
     transpose of the table. If such a weight trains, the matrix has its graph. The matrix of a packed layer is computed as
-    its output for the unit vectors, without calling the layer's hooks. This is exact, since each product is 1 w + 0 + 0 ...
+    its output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
     """
     if kind_of(base) in ("Conv1D", "embedding"):
         transposed: torch.Tensor = base.weight.T.contiguous()
@@ -200,7 +200,7 @@ def dense_weight(base: Any) -> torch.Tensor:
     try:
         with torch.no_grad():
             # The adapter trained in training mode. In eval mode, some packed layers compute in another precision.
-            columns: torch.Tensor = base.train().forward(unit)
+            columns: torch.Tensor = base.train()(unit)
     finally:
         base.bias = bias
         base.train(was_training)

@@ -54,13 +54,13 @@ def check_packing(subject: Subject, case: Case) -> CheckResult:
 
     The rules are those of the check `codes`, with rows in the place of blocks in 8 bits. In all other checks, the
     reference computes with the codes in `state()`. If there are none, it computes with its own codes, and this check
-    cannot judge the implementation's codes. Codes in a wider dtype take more memory than `explain` promises, and fail.
+    cannot judge the implementation's codes. The check fails if the codes take more bytes than those of the reference.
     """
     found = []
     for path in subject.bases:
         reference = subject.reference(path, subject.dtype)  # with the subject's codes
         layer: Any = reference.layer
-        if wide := _in_other_dtypes(path, subject.state(), reference.adapted.state()):
+        if wide := _too_wide(path, subject.state(), reference.adapted.state()):
             return from_problems(subject, case, "packing", wide)
         dense: Any = subject.dense_base(path, DTYPES[subject.dtype])
         for name, packed in layer.packed_weights().items():
@@ -74,15 +74,15 @@ def check_packing(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "packing", worst_of(found, "exact"))
 
 
-def _in_other_dtypes(path: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Return a message for each tensor of integer codes in `state` whose dtype is not that of the reference's tensor.
+def _too_wide(path: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Return a message for each tensor of integer codes in `state` that takes more bytes than the reference's tensor.
 
     A tensor of another shape is another form of the codes, and is left out. expected: the state of the reference, with the
     name `layer` for the layer at `path`.
     """
     codes = {name.replace("layer", path, 1): t for name, t in expected.items() if not t.is_floating_point()}
     return [
-        f"{name} has {state[name].dtype}, should have {t.dtype}"
+        f"{name} has {state[name].dtype}, which takes more bytes than {t.dtype}"
         for name, t in codes.items()
-        if name in state and state[name].shape == t.shape and state[name].dtype != t.dtype
+        if name in state and state[name].shape == t.shape and state[name].element_size() > t.element_size()
     ]

@@ -14,17 +14,21 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
-from harness.conformance.comparison.check_results import judged, named_if_raised, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import from_problems, judged, named_if_raised, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, warm
+from harness.errors import Unsupported
 from harness.records.record import CheckResult
 from reference.shared.layers import features_in_out
 
 _NAMES = ("q_proj", "k_proj", "v_proj")
 _TOKENS = 5
+_DROPOUT = 0.5
+_SMALL = 0.05
+"""Relative difference of two outputs below which one of them has no dropout. The update is about as large as the weight."""
 
 
 @check(States.WARM, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
@@ -34,23 +38,60 @@ def check_shared_input(subject: Subject, case: Case) -> CheckResult:
     The layers are `q_proj`, `k_proj` and `v_proj` of one block. Programs often compute such layers together, or keep the
     outputs until the next layer is called. The check calls them with one input and with several, changes the input or the
     adapter between two calls, runs one backward pass for all layers or one after each call, and uses only one of the
-    outputs: the other layers then get no gradient.
+    outputs: the other layers then get no gradient. Layers with dropout run in eval mode, because outputs in training
+    mode are random. In training mode with dropout, no layer may return its output without dropout.
     """
     if not hasattr(subject.config, "targets") or case.attach_fresh is None:
         return skipped(subject, case, "shared_input", "the config has no targets, or the case cannot attach again")
     base = subject.original_base(next(iter(subject.bases)))
     if not isinstance(base, nn.Linear) or not subject.added():
         return skipped(subject, case, "shared_input", "only adapters of linear layers are tried")
-    model = _Block(*features_in_out(base))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=base.in_features**-0.5, generator=case.generator(salt=740))
-    fresh = case.attach_again(model=model.to(subject.own[0].device, DTYPES[subject.dtype]), targets=_NAMES)
+
+    def model_of() -> nn.Module:
+        model = _Block(*features_in_out(base))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=base.in_features**-0.5, generator=case.generator(salt=740))
+        return model.to(subject.own[0].device, DTYPES[subject.dtype])
+
+    fresh = case.attach_again(model=model_of(), targets=_NAMES)
     if fresh is None or set(fresh.adapted.layers) != set(fresh.bases):
         return skipped(subject, case, "shared_input", "not all of these layers are adapted")
     warm(fresh.added(), case.generator(salt=741))
     found = list(_judgements(_Siblings.of(fresh, case), case.factor("shared_input")))
-    return judged(subject, case, "shared_input", worst_of(found, found[0].policy))
+    if problems := [] if any(not one.passed for one in found) else _without_dropout(subject, case, model_of):
+        return from_problems(subject, case, "shared_input", problems)
+    # The first form is the plainest, so it tells more about the cause than the form with the largest error.
+    first = next((one for one in found if not one.passed), worst_of(found, found[0].policy))
+    return judged(subject, case, "shared_input", first)
+
+
+def _without_dropout(subject: Subject, case: Case, model_of: Callable[[], nn.Module]) -> list[str]:
+    """Attach with dropout, and call the layers in training mode. Return a message for each layer that drops nothing.
+
+    Return [] if the Method has no dropout, or if the implementation does not support it.
+    """
+    if not hasattr(subject.config, "dropout"):
+        return []
+    try:
+        fresh = case.attach_again(model=model_of(), targets=_NAMES, dropout=_DROPOUT)
+    except Unsupported:
+        return []
+    assert fresh is not None  # noqa: S101
+    warm(fresh.added(), case.generator(salt=741))
+    siblings = _Siblings.of(fresh, case)
+    trained, x = dict[str, Tensor](), siblings.leaf()
+    for path, layer in siblings.layers.items():
+        with preserved_state(layer, fresh.tensors_of(path), training=True):
+            trained[path] = layer(x).detach().clone()
+    text = f"in training mode with dropout {_DROPOUT}, the output is that of the reference without dropout"
+    return [f"{path}: {text}" for path, y in trained.items() if _is_plain(siblings, path, y)]
+
+
+def _is_plain(siblings: _Siblings, path: str, y: Tensor) -> bool:
+    """Return whether y is nearly the output of the reference in eval mode. Dropout moves it by about the update's size."""
+    right = siblings.subject.reference(path, "float64").layer.eval()(siblings.x.double())
+    return bool((y.double() - right).norm() < _SMALL * right.norm())
 
 
 class _Block(nn.Module):
@@ -63,7 +104,7 @@ class _Block(nn.Module):
 
 @dataclass
 class _Seen:
-    """What one call of a layer gave, and what it should give."""
+    """The results of one call of a layer, and the facts that determine the expected results."""
 
     results: dict[str, Tensor]
     """The output `y` and the gradients, by name."""
@@ -118,6 +159,7 @@ class _Siblings:
         other: the input of the second layer.
         """
         used = [(y, dy) for (path, y), dy in zip(ys.items(), self.dys, strict=True) if path not in unused]
+        used = [(y, dy) for y, dy in used if y.requires_grad and y.shape == dy.shape]
         torch.autograd.backward([y for y, _ in used], [dy for _, dy in used])
         return {
             path: _Seen(
@@ -135,10 +177,12 @@ class _Siblings:
         with torch.no_grad():
             for tensor in tensors:
                 tensor.mul_(HALF)
-        yield
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.div_(HALF)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.div_(HALF)
 
 
 def _in_one_backward_pass(of: _Siblings) -> dict[str, _Seen]:
@@ -151,7 +195,8 @@ def _with_a_backward_pass_after_each_call(of: _Siblings) -> dict[str, _Seen]:
     for (path, layer), dy in zip(of.layers.items(), of.dys, strict=True):
         x.grad = None
         y = layer(x)
-        y.backward(dy)
+        if y.requires_grad and y.shape == dy.shape:
+            y.backward(dy)
         results = {"y": y.detach().clone()} | of.gradients(path)
         if x.grad is not None:
             results["grad x"] = x.grad.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ _FACTORS_OF_KRON = ("C", "W2")
 def _with_hooks_below(call: Call) -> dict[str, Tensor]:
     """Call the layer while forward hooks keep the outputs of its base layer.
 
-    If a kept output changes, or if the base layer runs twice, add an entry, so that the comparison fails.
+    If a kept output changes, or if the base layer runs twice on inputs of the shape of x, add an entry, so that the
+    comparison fails. A program may also run the base layer on the unit vectors, to read a packed weight.
     """
     frozen = {id(number) for number in call.numbers} - {id(tensor) for tensor in call.tensors.values()}
     weights = {id(p) for p in call.layer.parameters()} & frozen
@@ -31,8 +33,8 @@ def _with_hooks_below(call: Call) -> dict[str, Tensor]:
     ]
     kept, runs = list[tuple[Tensor, Tensor]](), Counter[nn.Module]()
 
-    def keep(module: nn.Module, _: object, output: object) -> None:
-        runs[module] += 1
+    def keep(module: nn.Module, given: tuple[Any, ...], output: object) -> None:
+        runs[module] += bool(given) and given[0].shape == call.x.shape
         if isinstance(output, Tensor):
             kept.append((output.detach(), output.detach().clone()))
 

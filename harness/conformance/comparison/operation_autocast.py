@@ -25,9 +25,9 @@ def under_autocast(
     """Yield each dtype of autocast in which the outputs differ from those without autocast, and a judgement of the outputs.
 
     A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
-    arguments that autocast leaves in several dtypes. Wrong results fail, and so do outputs whose dtype for the first row of
-    `x` alone is another one: a model that generates tokens one by one would mix both dtypes. plain: the outputs without
-    autocast.
+    arguments that autocast leaves in several dtypes. Wrong results fail. An output must have the same dtype for the first
+    row of `x` alone as for all rows, because a model that generates tokens one by one would otherwise mix two dtypes.
+    plain: the outputs without autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
@@ -36,9 +36,9 @@ def under_autocast(
         with torch.autocast(subject.device.type, DTYPES[dtype]):
             try:
                 seen = subject.call()
+                of_one = subject.call(**row) if (row := _first_row(subject.arguments)) else {}
             except RuntimeError:
                 return
-            of_one = subject.call(**_first_row(subject.arguments))
         yield from ((f"{dtype}, one row", one) for one in _other_dtypes(of_one, seen))
         if not exact(seen, dict(plain)).passed:
             yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls"))

@@ -18,6 +18,7 @@ from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
+from harness.conformance.comparison.packed_codes import packed_layers
 from harness.conformance.drawing import sample
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
@@ -45,9 +46,9 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.conformance.tolerance_constants import LONG_SUM_FACTOR, NOISE_FACTOR
-from harness.errors import ImplementationError, Unsupported
+from harness.errors import Unsupported
 from harness.methods.module_copy import copied
-from harness.methods.registry import Implementation, discover
+from harness.methods.registry import Implementation, sibling
 from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
@@ -311,8 +312,9 @@ def attach(
         adapter: str = "",
         **changed: Any,
     ) -> Subject:
-        given, name = model is not None, adapter or method
-        attaching = _sibling(implementation, adapter) if adapter else implementation
+        given = model is not None
+        name = adapter or method
+        attaching = sibling(implementation, adapter, of.dtype, device.type) if adapter else implementation
         if model is None:
             model = built(of.shape.square()) if square else copied(pristine)
         resolved = configure(name, of.config | changed)
@@ -330,7 +332,7 @@ def attach(
                 for path, one in linear.items()
             }
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
-            packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
+            packed = packed_layers(plan.base, packed_forms)
             bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
@@ -357,14 +359,6 @@ def attach(
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
-
-
-def _sibling(implementation: Implementation, method: str) -> Implementation:
-    """Return the implementation of `method` that has the same name. Raises Unsupported if there is none."""
-    try:
-        return discover([implementation.point]).find("method", method, implementation.name)
-    except ImplementationError as error:
-        raise Unsupported(str(error)) from error
 
 
 def _adaptable(model: nn.Module, config: Any) -> dict[str, nn.Module]:

@@ -68,6 +68,12 @@ FAULTS = [
         "            last = LoraLinear.last = (x_TD, self, x_TD.detach().clone())\n"
         "        x_TD = x_TD if last[1] is self else last[2]\n"
         "        h_TR = self.dropout(x_TD)", values=_METHOD),
+    line_fault("lora", "drops_nothing_if_another_layer_had_this_input", ["shared_input"],
+        "        h_TR = self.dropout(x_TD)",
+        "        last = vars(LoraLinear).get('last', (None, self))\n"
+        "        LoraLinear.last = x_TD, self\n"
+        "        is_second = last[0] is x_TD and last[1] is not self\n"
+        "        h_TR = (x_TD if is_second else self.dropout(x_TD))", values=_METHOD),
     line_fault("lora", "trains_the_layer_before_with_the_same_input", ["shared_input"],
         "        return self.with_bias(y_TE)",
         "        last = vars(LoraLinear).get('last', (None, self))\n"

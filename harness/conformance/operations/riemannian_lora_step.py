@@ -29,7 +29,8 @@ Rows = Annotated[str, Factor(("independent",), ("nearly-one-direction",))]
 _ASIDE = 0.05
 """Share of a column of B, or of a row of A, that is not common to all of them, if they have nearly one direction."""
 _EPS_OF_FLOAT16 = 0.1
-"""Smallest eps in float16, which cannot represent the second moments of small gradients. A small eps would amplify this."""
+"""Smallest eps in float16. Small second moments round to zero in float16, and a division by a smaller eps would then make
+the step much too large."""
 _TENSORS = ("As", "Bs", "gAs", "gBs", "mAs", "vAs", "mBs", "vBs")
 
 

@@ -96,13 +96,10 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return W0 x, computed by the base layer without its bias and hooks.
-
-    Subtracting the bias afterwards would add a rounding.
-    """
+    """Return W0 x, computed by the base layer without its bias. Subtracting the bias afterwards would add a rounding."""
     bias, base.bias = base.bias, None
     try:
-        y: Tensor = base.forward(x)
+        y: Tensor = base(x)
     finally:
         base.bias = bias
     return y
