@@ -384,8 +384,8 @@ def _offered(loaded: object) -> Iterator[Implementation]:
         raise TypeError(f"expected an Implementation, several, or a function returning them; got {offered!r}")
     for implementation in offered:
         if not isinstance(implementation, Implementation):
+            got = _name_of(implementation) if callable(implementation) else repr(implementation)
             raise TypeError(
-                f"expected an Implementation, got {_name_of(implementation)}; decorate a function with "
-                "@implements(TARGET, name=NAME)"
+                f"expected an Implementation, got {got}; decorate a function with @implements(TARGET, name=NAME)"
             )
         yield implementation
