@@ -311,7 +311,14 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     if registry.broken:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; entry points that could not be loaded: {broken}"
-    implementations = [name for name in request.implementations if name not in registry.broken]
+    known = {i.name for i in registry.implementations} | {*registry.broken}
+    named_checks = [name for name in request.implementations if name in checks.docstrings().keys() - known]
+    for name in named_checks:
+        hint = (
+            f"`peft-harness explain {name}` states its rule; --method, --op, --dtype and --case select what is checked"
+        )
+        yield Problem("check", f"{name!r} is a check, not an implementation; single checks cannot be selected", hint)
+    implementations = [name for name in request.implementations if name not in {*registry.broken, *named_checks}]
     yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours, always=bool(registry.broken))
     referenced = [name for name in request.methods if name not in UNREFERENCED]
     yield from of_methods.unknown(referenced, (of_operations, of_arguments))
@@ -324,7 +331,7 @@ def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]
 
     If there is none, yield a problem for each requested target that no requested implementation implements.
     """
-    hint = "`peft-harness list methods operations` shows who offers what"
+    hint = "`peft-harness list implementations` shows who offers what"
     requested = [*request.methods, *request.operations]
     offered = {name: {i.target for i in registry.implementations if i.name == name} for name in request.implementations}
     alone = [name for name, targets in offered.items() if targets and requested and not targets.intersection(requested)]

@@ -303,6 +303,14 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
         assert hint in said.partition(what)[2].splitlines()[1]
 
 
+@pytest.mark.slow
+def test_the_name_of_a_check_is_no_implementation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "shared_input"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "'shared_input' is a check, not an implementation" in said
+    assert "`peft-harness explain shared_input`" in said
+
+
 def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
