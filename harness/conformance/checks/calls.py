@@ -40,9 +40,9 @@ from harness.conformance.comparison.distant_weights import on_distant_weights
 from harness.conformance.comparison.inputs import HALF, inputs, is_large
 from harness.conformance.comparison.kept_memory import describe_leak, kept_after_backward
 from harness.conformance.comparison.layer_autocast import (
-    AFTER,
-    BACKWARD,
-    WHOLE,
+    BACKWARD_UNDER_AUTOCAST,
+    UNDER_AUTOCAST,
+    UNDER_AUTOCAST_AFTER_CHANGE,
     judge_under_autocast,
     rounded_by_autocast,
 )
@@ -72,9 +72,9 @@ class LayerForm(StrEnum):
     ONE_TRAINED = "with only {} trained"
     ONE_ROW = "one row expanded"
     NO_TOKENS = "no tokens"
-    AUTOCAST = WHOLE
-    AUTOCAST_AFTER = AFTER
-    BACKWARD_UNDER_AUTOCAST = BACKWARD
+    AUTOCAST = UNDER_AUTOCAST
+    AUTOCAST_AFTER = UNDER_AUTOCAST_AFTER_CHANGE
+    BACKWARD_UNDER_AUTOCAST = BACKWARD_UNDER_AUTOCAST
     TINY = "with a tiny {}"
     SECOND_ORDER = "the gradient of a gradient"
     FUNCTORCH = "by torch.func"

@@ -133,7 +133,7 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
     W, best = _graded(case.generator(salt=80), subject.config.rank)
     rank = subject.config.rank
     low = normal_noise((4 * rank, 1), case.generator(salt=83)) @ normal_noise((1, 3 * rank), case.generator(salt=84))
-    one_column = torch.cat([low[:, :1], torch.zeros_like(low[:, 1:])], dim=1)  # a program may find zeros exactly
+    one_column = torch.cat([low[:, :1], torch.zeros_like(low[:, 1:])], dim=1)  # its other singular values are exactly 0
     weights = {"large": W, "zeros": torch.zeros_like(W[: 2 * rank]), "low": low, "column": one_column}
     model = nn.ModuleDict({name: _linear(weight, subject.own[0]) for name, weight in weights.items()})
     fresh = case.attach_again(model=model, targets=tuple(weights))
@@ -148,7 +148,7 @@ def check_svd(subject: Subject, case: Case) -> CheckResult:
         if not rest <= RANDOM_SHARE:
             problems.append(f"s B A of a weight of rank 1 ({name}) differs by {rest:.2g} of its size from the weight")
     problems += [*_of_a_steep_weight(subject, case), *_of_a_narrow_weight(subject, case)]
-    return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, zeros, and a weight of rank 1")
+    return from_problems(subject, case, "svd", problems, f"a {_LARGE} weight, zeros, and two weights of rank 1")
 
 
 def _of_a_steep_weight(subject: Subject, case: Case) -> Iterator[str]:

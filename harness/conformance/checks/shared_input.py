@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -59,11 +59,11 @@ def check_shared_input(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "shared_input", "not all of these layers are adapted")
     warm(fresh.added(), case.generator(salt=741))
     found = list(_judgements(_Siblings.of(fresh, case), case.factor("shared_input")))
-    if problems := [] if any(not one.passed for one in found) else _without_dropout(subject, case, model_of):
-        return from_problems(subject, case, "shared_input", problems)
     # The first form is the plainest, so it tells more about the cause than the form with the largest error.
-    first = next((one for one in found if not one.passed), worst_of(found, found[0].policy))
-    return judged(subject, case, "shared_input", first)
+    failed = next((one for one in found if not one.passed), None)
+    if failed is None and (problems := _without_dropout(subject, case, model_of)):
+        return from_problems(subject, case, "shared_input", problems)
+    return judged(subject, case, "shared_input", failed or worst_of(found, found[0].policy))
 
 
 def _without_dropout(subject: Subject, case: Case, model_of: Callable[[], nn.Module]) -> list[str]:
@@ -149,11 +149,11 @@ class _Siblings:
         """Return a copy of x that requires a gradient."""
         return self.x.clone().requires_grad_(True)
 
-    def called(self, x: Tensor, other: Tensor) -> dict[str, Tensor]:
+    def call_all(self, x: Tensor, other: Tensor) -> dict[str, Tensor]:
         """Call the layers, the second one with `other` and the others with `x`. Return the outputs by path."""
         return {path: layer(other if n == 1 else x) for n, (path, layer) in enumerate(self.layers.items())}
 
-    def trained(self, ys: Mapping[str, Tensor], other: Tensor, unused: Collection[str] = ()) -> dict[str, _Seen]:
+    def backward(self, ys: Mapping[str, Tensor], other: Tensor, unused: Collection[str] = ()) -> dict[str, _Seen]:
         """Run one backward pass from all outputs `ys` that are not in `unused`, and return what every layer gave.
 
         other: the input of the second layer.
@@ -171,9 +171,9 @@ class _Siblings:
         }
 
     @contextmanager
-    def halved(self, path: str, really: bool = True) -> Iterator[None]:
-        """Halve the trained tensors of the layer at `path` in place inside this context. really: if False, do nothing."""
-        tensors = self.subject.tensors_of(path).values() if really else ()
+    def halved(self, path: str) -> Iterator[None]:
+        """Halve the trained tensors of the layer at `path` in place inside this context."""
+        tensors = self.subject.tensors_of(path).values()
         with torch.no_grad():
             for tensor in tensors:
                 tensor.mul_(HALF)
@@ -187,7 +187,7 @@ class _Siblings:
 
 def _in_one_backward_pass(of: _Siblings) -> dict[str, _Seen]:
     x = of.leaf()
-    return of.trained(of.called(x, x), of.x)
+    return of.backward(of.call_all(x, x), of.x)
 
 
 def _with_a_backward_pass_after_each_call(of: _Siblings) -> dict[str, _Seen]:
@@ -207,23 +207,23 @@ def _with_a_backward_pass_after_each_call(of: _Siblings) -> dict[str, _Seen]:
 def _with_one_output_used(of: _Siblings) -> dict[str, _Seen]:
     x = of.leaf()
     *unused, _ = of.layers
-    return of.trained(of.called(x, x), of.x, unused)
+    return of.backward(of.call_all(x, x), of.x, unused)
 
 
 def _with_two_inputs(of: _Siblings) -> dict[str, _Seen]:
-    return of.trained(of.called(of.leaf(), of.other), of.other)
+    return of.backward(of.call_all(of.leaf(), of.other), of.other)
 
 
 def _with_the_first_under_checkpointing(of: _Siblings) -> dict[str, _Seen]:
     x, (first, *rest) = of.leaf(), of.layers.items()
     ys = {first[0]: checkpoint(first[1], x, use_reentrant=False)} | {path: layer(x) for path, layer in rest}
-    return of.trained(ys, of.x)
+    return of.backward(ys, of.x)
 
 
 @torch.inference_mode()
 def _under_inference_mode(of: _Siblings) -> dict[str, _Seen]:
     x = of.x.clone()
-    return {path: _Seen({"y": y.clone()}, of.x) for path, y in of.called(x, x).items()}
+    return {path: _Seen({"y": y.clone()}, of.x) for path, y in of.call_all(x, x).items()}
 
 
 @torch.no_grad()
@@ -239,11 +239,11 @@ def _with_an_input_that_changes(of: _Siblings) -> dict[str, _Seen]:
 @torch.no_grad()
 def _with_tensors_that_change(of: _Siblings) -> dict[str, _Seen]:
     """Halve each layer's tensors before it is called, except those of the first layer."""
-    seen = dict[str, _Seen]()
-    for path, layer in of.layers.items():
-        is_halved = bool(seen)
-        with of.halved(path, is_halved):
-            seen[path] = _Seen({"y": layer(of.x).clone()}, of.x, is_halved=is_halved)
+    (first, layer), *rest = of.layers.items()
+    seen = {first: _Seen({"y": layer(of.x).clone()}, of.x)}
+    for path, layer in rest:
+        with of.halved(path):
+            seen[path] = _Seen({"y": layer(of.x).clone()}, of.x, is_halved=True)
     return seen
 
 
@@ -269,7 +269,7 @@ def _judgements(of: _Siblings, factor: float) -> Iterator[Judgement]:
                 preserved.enter_context(preserved_state(layer, subject.tensors_of(path), training))
             seen = form(of)
         for (path, one), dy in zip(seen.items(), of.dys, strict=True):
-            with of.halved(path, one.is_halved):
+            with of.halved(path) if one.is_halved else nullcontext():
                 truth, draws = reference_runs(subject, path, one.x, dy, run=partial(observe, training=training))
             hidden = {"all": (), "without grad x": ("grad x",), "y": truth.keys() - {"y"}}[one.shows]
             known = ({n: t for n, t in draw.items() if n not in hidden} for draw in draws)

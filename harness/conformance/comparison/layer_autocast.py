@@ -20,8 +20,8 @@ from harness.conformance.comparison.tolerance_policies import Judgement, noise_f
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
-WHOLE, AFTER = "under autocast to {}", "under autocast after a change to {}"
-BACKWARD = "with backward under autocast to {}"
+UNDER_AUTOCAST, UNDER_AUTOCAST_AFTER_CHANGE = "under autocast to {}", "under autocast after a change to {}"
+BACKWARD_UNDER_AUTOCAST = "with backward under autocast to {}"
 """Names of the three forms. `{}` stands for the name of the dtype."""
 
 
@@ -41,9 +41,9 @@ def judge_under_autocast(subject: Subject, case: Case, path: str, call: Call) ->
     held = {name: t.detach().clone() for name, t in mine.items()}
     is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
     try:
-        for when in (WHOLE, AFTER):
+        for when in (UNDER_AUTOCAST, UNDER_AUTOCAST_AFTER_CHANGE):
             for dtype in ("bfloat16", "float16"):
-                given = x if when == WHOLE else cast(x, dtype)
+                given = x if when == UNDER_AUTOCAST else cast(x, dtype)
                 truth = observe(wide.layer, wide.tensors, cast(given, "float64"), dy.double())
                 with named_if_raised(path, when.format(dtype)):
                     seen = _forward_under_autocast(call, call.layer, mine, dtype, given)
@@ -89,7 +89,7 @@ def _judge_backward(subject: Subject, case: Case, path: str, call: Call) -> Iter
     Yield the form's name and a judgement. A program may compute the gradients in bfloat16 or in float32. It may also
     refuse by RuntimeError, because torch's documentation advises against such a backward pass.
     """
-    dtype, form = "bfloat16", BACKWARD.format("bfloat16")
+    dtype, form = "bfloat16", BACKWARD_UNDER_AUTOCAST.format("bfloat16")
     wide, own = subject.reference(path, "float64"), subject.reference(path, "float32")
 
     def plainly(layer: nn.Module, x: Tensor) -> Tensor:
