@@ -503,3 +503,8 @@ def test_oft_gets_no_layer_that_cannot_be_divided_into_blocks() -> None:
     )
     assert not is_accepted(plan, parity_suite.MethodCase({"block_size": 40}, "linear", prime, "float32"))
     assert is_accepted(plan, parity_suite.MethodCase({"block_size": 40}, "linear", even, "float32"))
+
+
+def test_a_setting_whose_least_value_is_zero_is_tried_with_zero() -> None:
+    """lora_int8's threshold 0 switches outliers off, so a program may treat 0 as any other number."""
+    assert 0.0 in sample.factors(parity_suite.load("lora_int8"), DTYPES)["threshold"].levels
