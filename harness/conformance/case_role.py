@@ -34,5 +34,3 @@ class CaseRole:
     first: CaseRole | None = None
     """The suite's typical case, in which the checks run that must precede all others (`Check.calls_first`). None except in
     the first case of an Operation."""
-    has_many_rows: bool = False
-    """True if an Operation's input has more rows than 16 bits can count. Gradients sum as many terms."""

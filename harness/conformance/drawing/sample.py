@@ -178,8 +178,7 @@ def _large(
             return
         if is_accepted(plan, case):
             huge = some.get("shape") == BEYOND_24_BITS
-            many_rows = not {"rows", "tokens"}.isdisjoint(some)
-            yield replace(case, sampled=True, is_brief=True, is_large=True, has_many_rows=many_rows, stays_brief=huge)
+            yield replace(case, sampled=True, is_brief=True, is_large=True, stays_brief=huge)
 
 
 def _of_missing_values(

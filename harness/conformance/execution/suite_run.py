@@ -45,7 +45,7 @@ from harness.conformance.subject import (
     configure,
     warm,
 )
-from harness.conformance.tolerance_constants import LONG_SUM_FACTOR, NOISE_FACTOR
+from harness.conformance.tolerance_constants import LONG_SUM, LONG_SUM_FACTOR, NOISE_FACTOR
 from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.methods.registry import Implementation, sibling
@@ -274,8 +274,9 @@ def call(
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     walks, factors = 0 if of.sampled else WALKS, dict(plan.factors())
-    if of.has_many_rows:
-        factors["backward"] = LONG_SUM_FACTOR * factors.get("backward", NOISE_FACTOR)
+    floats = (one for one in subject.arguments.values() if isinstance(one, torch.Tensor) and one.is_floating_point())
+    if max((one.shape[:-1].numel() for one in floats), default=0) > LONG_SUM and of.dtype in ("float32", "float64"):
+        factors |= {check: LONG_SUM_FACTOR * factors.get(check, NOISE_FACTOR) for check in ("backward", "calls")}
     return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=factors)
 
 
