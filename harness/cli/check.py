@@ -23,6 +23,9 @@ from harness.resources import user_path
     help="Check only cases whose name and dtype contain this text, e.g. 'rank=160 bfloat16'.",
 )  # fmt: skip
 @click.option(
+    "--check", "checks", multiple=True, metavar="C", help=f"Run only this check, e.g. gradient. {options.AGAIN}"
+)
+@click.option(
     "--full", is_flag=True,
     help="Check every combination of config, shape and layer, and all of --wide.  [default: each one at least once]",
 )  # fmt: skip
@@ -94,7 +97,7 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    case: str | None, full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None,
+    case: str | None, checks: tuple[str, ...], full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None,
     device: Literal["cpu", "cuda"], jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
     loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
@@ -119,7 +122,7 @@ def check(
         option = "--offline" if offline else "--find-links"
         raise UsageError("has no effect without --with", where=option, hint="add --with LIBRARY==VERSION")
     if loop is not None:
-        names = (implementations, methods, operations, dtypes, served, adapters, base_model)
+        names = (implementations, methods, operations, dtypes, checks, served, adapters, base_model)
         if any(
             (
                 *names,
@@ -154,6 +157,7 @@ def check(
             implementations,
             methods,
             operations,
+            checks,
             case is not None,
             full,
             wide,
@@ -188,7 +192,18 @@ def check(
         if given and not self_test:
             raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
     if self_test:
-        if implementations or dtypes or case is not None or full or wide or drawn or junit or html or environments:
+        if (
+            implementations
+            or dtypes
+            or checks
+            or case is not None
+            or full
+            or wide
+            or drawn
+            or junit
+            or html
+            or environments
+        ):
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
                 hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
@@ -222,9 +237,9 @@ def check(
             )
     if paths := [one for one in implementations if _is_adapter_path(one)]:
         unfit = {
-            "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case is not None, "--full": full,
-            "--wide": wide, "--drawn": drawn, "--seed": seed is not None, "--with": environments, "--html": html,
-            "a second path": paths[1:],
+            "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case is not None,
+            "--check": checks, "--full": full, "--wide": wide, "--drawn": drawn, "--seed": seed is not None,
+            "--with": environments, "--html": html, "a second path": paths[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
@@ -253,7 +268,7 @@ def check(
     if case is not None and (not case or drawn):
         what = "has no effect on --drawn" if drawn else "is empty, and so would select every case"
         raise UsageError(what, where="--case", hint="leave out --drawn" if drawn else "e.g. --case 'rank=160 bfloat16'")
-    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "")
+    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "", checks)
     request = command.CheckRequest(
         implementations,
         methods,

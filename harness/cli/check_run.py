@@ -186,13 +186,12 @@ def _judge_with(
     # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
-    if text := request.breadth.case:
+    if request.breadth.case or request.breadth.checks:
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
-        none = f"no case that these options try has {text!r} in its name and dtype; `--json` without --case lists the cases"
         without = [f"{name} {target}" for name, _, target in sorted(done - named)]
         if not request.implementations and len(without) > 1:
             without = [f"{len(without)} targets of implementations"]
-        skipped |= dict.fromkeys(without, none)
+        skipped |= dict.fromkeys(without, _why_nothing(request.breadth))
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
     marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
@@ -222,6 +221,21 @@ def _judge_with(
     return report, {target for found in findings for target in found.missing}
 
 
+def _why_nothing(breadth: CaseSelection) -> str:
+    """Return why the options --case and --check left no check of a target."""
+    if not breadth.checks:
+        return (
+            f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
+            "cases"
+        )
+    named = "no check " + " or ".join(breadth.checks)
+    hint = (
+        "add --wide" if not breadth.is_wide and checks.names_of_wide(never_by_default=True) & {*breadth.checks} else ""
+    )
+    where = f" in a case with {breadth.case!r} in its name and dtype" if breadth.case else ""
+    return f"these options try {named}{where}" + (f"; {hint}" if hint else "")
+
+
 def _was_fully_tried(
     defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
 ) -> bool:
@@ -237,6 +251,7 @@ def _was_fully_tried(
     return (
         (by_dtype or not request.dtypes)
         and not request.breadth.case
+        and not request.breadth.checks
         and all(
             (i.name, i.kind, i.target) in done
             for i in registry.implementations
@@ -314,16 +329,15 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     known = {i.name for i in registry.implementations} | {*registry.broken}
     named_checks = [name for name in request.implementations if name in checks.docstrings().keys() - known]
     for name in named_checks:
-        hint = (
-            f"`peft-harness explain {name}` states its rule; --method, --op, --dtype and --case select what is checked"
-        )
-        yield Problem("check", f"{name!r} is a check, not an implementation; single checks cannot be selected", hint)
+        hint = f"select it by `--check {name}`; `peft-harness explain {name}` states its rule"
+        yield Problem("check", f"{name!r} is a check, not an implementation", hint)
     implementations = [name for name in request.implementations if name not in {*registry.broken, *named_checks}]
     yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours, always=bool(registry.broken))
     referenced = [name for name in request.methods if name not in UNREFERENCED]
     yield from of_methods.unknown(referenced, (of_operations, of_arguments))
     yield from of_operations.unknown(request.operations, (of_methods, of_arguments))
     yield from NameOption("--dtype", "dtype", DTYPES).unknown(request.dtypes)
+    yield from NameOption("--check", "check", sorted(checks.docstrings())).unknown(request.breadth.checks)
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]:

@@ -199,9 +199,9 @@ def _example(check: str) -> tuple[str, str] | None:
         if isinstance(data, dict) and check in data.get("checks", ()):
             option = "--op" if "operation" in data else "--method"
             who = "" if data.get("base") else "reference "
-            wide = " --wide" if check in checks.names_of_wide() else ""
+            wide = " --wide" if check in checks.names_of_wide(never_by_default=True) else ""
             dtype = "bfloat16" if check == "decoded" else "float32"  # the one check that is for 16 bits alone
-            return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype {dtype}{wide}"
+            return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype {dtype} --check {check}{wide}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Selection of the cases that `check` tries. Imports no torch."""
+"""Selection of the cases and checks that `check` tries. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class CaseSelection:
-    """Options of `check` that decide which cases of a Method, an Operation or a loader are tried."""
+    """Options of `check` that decide which cases of a Method, an Operation or a loader are tried, and by which checks."""
 
     full: bool = False
     """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects a part of
@@ -28,6 +28,8 @@ class CaseSelection:
 
     case: str = ""
     """Only cases are tried whose name and dtype contain this text, e.g. `rank=160 bfloat16`."""
+    checks: tuple[str, ...] = ()
+    """Names of the only checks to run. If empty, all checks of a parity suite run."""
 
     def includes(self, name: str) -> bool:
         """Return whether a case is tried. name: its name and dtype, e.g. `shape=[64, 64] rows=[1] rank=1 bfloat16`."""
@@ -43,7 +45,8 @@ class CaseSelection:
         """Return the options of `check` that make this selection."""
         chosen = {"--full": self.full, "--wide": self.wide, f"--drawn {self.drawn} --seed {self.seed}": self.drawn > 0}
         of_case = [f"--case {shlex.quote(self.case)}"] if self.case else []
-        return [*(option for option, is_given in chosen.items() if is_given), *of_case]
+        of_checks = [f"--check {name}" for name in self.checks]
+        return [*(option for option, is_given in chosen.items() if is_given), *of_case, *of_checks]
 
 
 FEW = CaseSelection()

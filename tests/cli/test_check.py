@@ -283,6 +283,21 @@ def test_a_text_that_no_case_contains_is_said(fork_sandbox: ForkSandbox) -> None
     assert "requested, but not tried: reference" in done.out
 
 
+def test_one_check_is_tried_alone(fork_sandbox: ForkSandbox) -> None:
+    asked = "check", "reference", "--op", "double_dequantize", "--method", "frozen", "--json"
+    document = json.loads(fork_sandbox.command(*asked, "--check", "outputs", "--check", "written").out)
+    names = {row["result"]["check"].split("/")[1] for row in document["checks"]}
+    assert names == {"outputs", "written"}
+    assert document["skipped"] == {"reference frozen": "these options try no check outputs or written"}
+    assert document["complaints"] == []
+
+
+def test_a_check_that_needs_wide_is_said(fork_sandbox: ForkSandbox) -> None:
+    done = fork_sandbox.command("check", "reference", "--method", "lora", "--check", "walk")
+    assert done.code == Exit.INFRASTRUCTURE
+    assert "not checked: reference lora: these options try no check walk; add --wide" in done.out
+
+
 # ---- wrong use
 
 
@@ -446,6 +461,10 @@ def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: 
         ["--loop", "trl", "--case", "rank=3"],
         ["--self-test", "--case", "rank=3"],
         ["--case", "rank=3", "./adapter"],
+        ["--check", "no-such-check"],
+        ["--check", "walk", "./adapter"],
+        ["--loop", "trl", "--check", "walk"],
+        ["--self-test", "--check", "walk"],
         ["--served", "http://127.0.0.1:1", "--case", "rank=3"],
     ],
 )
@@ -712,7 +731,7 @@ def test_explain_tells_a_known_defect(suites, capsys: pytest.CaptureFixture[str]
         assert part in said
 
 
-@pytest.mark.parametrize(("name", "wide"), [("nonfinite", True), ("gradient", False)])
+@pytest.mark.parametrize(("name", "wide"), [("walk", True), ("nonfinite", False), ("gradient", False)])
 def test_the_example_of_a_check_runs_it(name: str, wide: bool, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     command = capsys.readouterr().out.splitlines()[-1]

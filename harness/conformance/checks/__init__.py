@@ -209,14 +209,19 @@ def _docstrings_in(files: tuple[Path, ...]) -> Mapping[str, str]:
     return {name: ast.get_docstring(function) or "" for name, function in _declared(files).items()}
 
 
-def names_of_wide() -> set[str]:
-    """Return the names of the checks that declare `only_wide`, without importing torch."""
-    return {
-        name
+def names_of_wide(*, never_by_default: bool = False) -> set[str]:
+    """Return the names of the checks that declare `only_wide`, without importing torch.
+
+    never_by_default: True leaves out the checks that also run in some cases when the selection is not wide.
+    """
+    declared = {
+        name: {str(one.arg) for one in decorator.keywords}
         for name, function in _declared(_files()).items()
         for decorator in function.decorator_list
-        if _is_declaration(decorator) and any(one.arg == "only_wide" for one in decorator.keywords)
+        if _is_declaration(decorator)
     }
+    elsewhere = {"also_in_typical_case", "also_in_representative_cases"} if never_by_default else set[str]()
+    return {name for name, given in declared.items() if "only_wide" in given and not given & elsewhere}
 
 
 def _files() -> tuple[Path, ...]:

@@ -127,7 +127,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "budget", "the case cannot attach again")
     truth = _reference(fresh, "float64")
     problems: list[str] = []
-    for step in range(1, _SHORT["total_steps"] + 1):
+    for step in range(1, _SHORT["total_steps"] + 3):
         if step in _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
             before, fresh = fresh, case.attach_again(**_SHORT) or fresh
             load(fresh.adapted, before.adapted.tensors(), before.state())

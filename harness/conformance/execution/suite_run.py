@@ -95,7 +95,8 @@ def stream(
             return
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        for outcome in run_case(implementation, plan, case, device, wide=breadth.is_wide, seed=breadth.seed):
+        options = {"wide": breadth.is_wide, "seed": breadth.seed, "only": breadth.checks}
+        for outcome in run_case(implementation, plan, case, device, **options):
             yield outcome
             try:
                 require_device_after(outcome, device)
@@ -127,19 +128,22 @@ def run_case(
     *,
     wide: bool = False,
     seed: int = 0,
+    only: Sequence[str] = (),
 ) -> Iterator[CheckOutcome]:
     """Run every check that applies to one case, and yield the outcomes.
 
     device: device of the tensors; a loader's case always runs on the CPU. wide: True also tries the checks that only
     `check --wide` tries in this case. Except in a brief case (`is_brief`), it also lets checks repeat calls more often.
-    seed: decides the random walks, together with the case.
+    seed: decides the random walks, together with the case. only: names of the only checks to run, if any are given.
     """
     runner = CaseRunner(implementation, str(of), of.dtype, {} if of.drawn else sample.settings_of(plan, of))
-    every = {name: checks.every()[name] for name in plan.checks}
+    every = {name: checks.every()[name] for name in plan.checks if name in only or not only}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
     role |= {"brief": of.is_brief, "has_first": of.first is not None}
     tried = [name for name, one in every.items() if one.is_tried(wide=wide and not of.stays_brief, **role)]
     wide = wide and not of.is_brief
+    if only and not tried:
+        return
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
