@@ -95,8 +95,8 @@ def stream(
             return
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        options = {"wide": breadth.is_wide, "seed": breadth.seed, "only": breadth.checks}
-        for outcome in run_case(implementation, plan, case, device, **options):
+        wide, seed, only = breadth.is_wide, breadth.seed, breadth.checks
+        for outcome in run_case(implementation, plan, case, device, wide=wide, seed=seed, only=only):
             yield outcome
             try:
                 require_device_after(outcome, device)
