@@ -66,6 +66,8 @@ FAULTS = [
         'layer.get_buffer("mask").copy_(mask[:, None])',
         'layer.get_buffer("mask").copy_(mask[:, None])\n                layer.own = mask[:, None]',
         'masked_fill_(~self.get_buffer("mask")', 'masked_fill_(~vars(self).get("own", self.get_buffer("mask"))'),
+    _adalora("prunes_no_more_after_the_schedule", ["budget"],
+        "        elif step > end:\n", "        elif end < step <= config.total_steps:\n"),
     _adalora("keeps_the_averages_of_a_layer_without_gradients", ["unused"],
         "grad = torch.zeros_like(w) if w.grad is None else w.grad",
         "if w.grad is None:\n                continue\n            grad = w.grad"),
