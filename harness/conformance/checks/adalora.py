@@ -109,12 +109,12 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a short schedule AdaLoRA leaves as many lambdas (singular values) unpruned as its budget b(t) allows.
 
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12). t_i, t_f and T are
-    tinit, tfinal and total_steps. At the end,
-    target_rank lambdas per layer are left on average, also if training takes two steps more than total_steps. Between two prunings a pruned lambda may become nonzero again,
-    and the check sets all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are
-    the same as in the reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up
-    to a quarter of all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the
-    start, and whose gradients are so small that scores in float16 would be 0.
+    tinit, tfinal and total_steps. At the end, target_rank lambdas per layer are left on average, also if training takes
+    two steps more than total_steps. Between two prunings a pruned lambda may become nonzero again, and the check sets
+    all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are the same as in the
+    reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up to a quarter of
+    all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the start, and
+    whose gradients are so small that scores in float16 would be 0.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
     `state()` contains the pruning masks, the check writes other masks there once, which must take effect. Once, it continues
