@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -326,6 +327,10 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     if registry.broken:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; entry points that could not be loaded: {broken}"
+    points = (point for distribution in distributions() for point in distribution.entry_points)
+    if misplaced := [point for point in points if "harness" in point.group and point.group != GROUP]:
+        groups = ", ".join(f"`{point.name}` is in {point.group}" for point in misplaced)
+        yours += f"; entry points in groups that are not read: {groups}"
     known = {i.name for i in registry.implementations} | {*registry.broken}
     named_checks = [name for name in request.implementations if name in checks.docstrings().keys() - known]
     for name in named_checks:

@@ -447,6 +447,18 @@ def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: 
     assert said in capsys.readouterr().err
 
 
+def test_an_entry_point_in_the_wrong_group_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[harness.plugins]\nacme = acme:implementations\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check", "acme"]) == Exit.USAGE
+    assert "entry points in groups that are not read: `acme` is in harness.plugins" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
