@@ -26,7 +26,7 @@ from harness.memory_model.ledger import PARTS
 from harness.methods import registry
 from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.peft_config import UNREFERENCED
-from harness.methods.spec import FieldInfo, MethodInfo, methods
+from harness.methods.spec import Adapted, FieldInfo, MethodInfo, methods
 from harness.records.record import Training
 from harness.resources import data_folder
 
@@ -91,6 +91,7 @@ def glossary() -> dict[str, dict[str, str]]:
 def _topics() -> Iterator[Topic]:
     for info in (methods() | UNREFERENCED).values():
         yield info.name, partial(_method, info)
+    yield "adapted", partial(_titled, "Adapted: what `attach` of a Method returns", inspect.getsource(Adapted))
     yield from _of_checks()
     for file in sorted(_OPERATIONS.glob("[!_]*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""

@@ -170,8 +170,9 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
-    """Two runs on the same input give the same output and gradients, to the last bit. In eval mode, none draws random
-    numbers.
+    """Two runs on the same input give the same output and gradients, to the last bit.
+
+    In eval mode, neither draws random numbers.
     """
     found, drawn = [], []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
