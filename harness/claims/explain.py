@@ -94,7 +94,9 @@ def _rules() -> list[str]:
 
 
 def _titled(title: str, lines: Iterable[str]) -> str:
-    wrapped = [part for one in lines for part in textwrap.wrap(one, 100, subsequent_indent="  ")]
+    wrapped = [
+        part for one in lines for part in textwrap.wrap(one, 100, subsequent_indent="  ", break_on_hyphens=False)
+    ]
     return f"{title}\n{textwrap.indent(chr(10).join(wrapped), '  ')}"
 
 

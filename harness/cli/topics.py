@@ -43,6 +43,7 @@ _KINDS = (
 _SERVED = "verdict {} of `check --served`"
 _CHECK_LOOP = "peft-harness check --loop trl"
 _LOOP_CHECKS = Path(__file__).resolve().parents[1] / "cell" / "loop_checks" / "checks.py"
+_EXAMPLE = Path(__file__).resolve().parents[1] / "conformance" / "README.md"
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
@@ -123,6 +124,9 @@ def _topics() -> Iterator[Topic]:
         yield from _defined(defined[kind], title)
     for word, meant in defined["alias"].items():
         yield word, partial(_definition, meant, defined["term"][meant])
+    section = _EXAMPLE.read_text(encoding="utf-8").partition("## Your own implementation\n")[2].partition("\n## ")[0]
+    for word in ("plug-in", *(word for word, meant in defined["alias"].items() if meant == "plug-in")):
+        yield word, partial(_titled, f"example, from harness/conformance/{_EXAMPLE.name}", section.strip())
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, HarnessError):
             text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
@@ -275,7 +279,7 @@ def _narrowed(patterns: Iterable[str]) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, 100, subsequent_indent=indent)
+    return textwrap.wrap(text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _titled(title: str, text: str) -> str:
@@ -316,7 +320,7 @@ def _loader() -> str:
 def _folded(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()))
-        yield from textwrap.wrap(line, 126, subsequent_indent=f"{indent}  ") or [""]
+        yield from textwrap.wrap(line, 126, subsequent_indent=f"{indent}  ", break_on_hyphens=False) or [""]
 
 
 def _method(info: MethodInfo) -> str:

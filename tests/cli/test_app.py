@@ -198,6 +198,8 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("conformance", "the same numbers as the reference"),
         ("share of the truth", "the projection on the right result"),
         ("plug-in", "the group harness.implementations"),
+        ("plug-in", "from harness.testing import wrap_layers"),
+        ("Adapted", "def after_step(self, step: int)"),
         ("entry point", '@implements("lora", name="acme")'),
         ("conforms", "what its Method defines"),
         ("pass", "a verdict"),
