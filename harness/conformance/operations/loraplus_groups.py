@@ -19,8 +19,8 @@ Ratio = Annotated[float, Factor((16.0, 1.0, 4.0), (0.5, 100.0), least=0.0, most=
 EmbeddingRate = Annotated[float, Factor((1e-6, 0.05), (0.0,), least=0.0, most=0.1)]
 Embedding = Annotated[str, Factor(("none", "adapted"))]
 Vector = Annotated[str, Factor(("none", "lora-bias", "magnitude"), optional=True)]
-Norm = Annotated[str, Factor(("none", "layer-norm", "rms-norm"), optional=True)]
-Head = Annotated[str, Factor(("none", "trained"))]
+Norm = Annotated[str, Factor(("none", "layer-norm", "rms-norm", "post-norm2"), optional=True)]
+Head = Annotated[str, Factor(("none", "trained", "value"))]
 Order = Annotated[str, Factor(("as created", "reversed", "gradients rotated"))]
 _VECTORS = {"lora-bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 
@@ -47,9 +47,9 @@ def arguments(
 
     The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their
     weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has
-    besides A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: the norm layer to
-    add, which is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's
-    `modules_to_save`). order: order of all dicts; `reversed` begins with the last layer, and each B comes before its
+    besides A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: name of the norm layer
+    to add, which is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's
+    `modules_to_save`), and `value` one with a single output, as of a reward model. order: order of all dicts; `reversed` begins with the last layer, and each B comes before its
     A. With `gradients rotated`, the second half of the gradients comes first. ratio: learning rate of B divided by
     lr. lr_embedding: learning rate of the embedding's A and B.
     """
@@ -74,8 +74,9 @@ def arguments(
         shapes[f"{norm.replace('-', '_')}.weight"] = (width,)
     if norm == "layer-norm":
         shapes["layer_norm.bias"] = (width,)
-    if head == "trained":
-        shapes |= {"head.weight": (4, width), "head.bias": (4,)}
+    if head != "none":
+        outputs = 1 if head == "value" else 4
+        shapes |= {"head.weight": (outputs, width), "head.bias": (outputs,)}
     shapes = dict(reversed(shapes.items())) if order == "reversed" else shapes
     tensors = {name: draw(generator, dtype, *shape) for name, shape in shapes.items()}
     frozen = [name for name in shapes if name.endswith(".weight") and name.startswith(("linear", "embed"))]

@@ -13,12 +13,22 @@ from harness.conformance.operation import Arguments, Operation, draw
 from harness.conformance.operations import paged_adamw
 from reference.operations import paged
 
-Sizes = Annotated[Sequence[int], Factor(((1000, 99_999, 100_000, 200_000),))]
+Sizes = Annotated[Sequence[int], Factor(((1000, 99_999, 100_000, 200_000), (200_000, 1, 100_000, 99_900)))]
 
 
-def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes) -> Arguments:
-    """Draw parameters of these sizes and one gradient each."""
-    return {"params": [draw(generator, dtype, n) for n in sizes], "grads": [draw(generator, dtype, n) for n in sizes]}
+def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, vectors: bool = True) -> Arguments:
+    """Draw parameters of these sizes and one gradient each.
+
+    vectors: False for matrices with 100 columns if the size is a multiple of 100, and for a scalar if it is 1.
+    """
+
+    def shape(size: int) -> tuple[int, ...]:
+        if vectors or size % 100:
+            return () if size == 1 and not vectors else (size,)
+        return size // 100, 100
+
+    drawn = [[draw(generator, dtype, *shape(size)) for size in sizes] for _ in range(2)]
+    return {"params": drawn[0], "grads": drawn[1]}
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:

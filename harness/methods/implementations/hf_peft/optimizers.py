@@ -176,19 +176,19 @@ def _model_of(tensors: Mapping[str, Tensor]) -> Any:
             plain_name = _plain_name(name)
             if "original_module" not in name:
                 parameter.copy_(tensors[plain_name])
-            if "norm." in plain_name:
+            if "norm" in plain_name:
                 parameter.requires_grad_(True)
     return model
 
 
 def _layer(name: str, weight: Tensor, *, has_bias: bool) -> Any:
-    """Return a new layer for a weight: an embedding for the name `embed`, a norm for `...norm`, else a linear layer."""
+    """Return a new layer for a weight: an embedding for the name `embed`, a norm for `...norm...`, else a linear layer."""
     from torch import nn
 
     how: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if name == "embed":
         return nn.Embedding(*weight.shape, **how)
-    if name.endswith("norm"):
+    if "norm" in name:
         return (nn.LayerNorm if name == "layer_norm" else nn.RMSNorm)(weight.shape, **how)
     outputs, inputs = weight.shape
     return nn.Linear(inputs, outputs, bias=has_bias, **how)
