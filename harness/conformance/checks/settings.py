@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 
@@ -27,9 +28,9 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     """Attaching and computing change no process-wide setting, and seed no random numbers.
 
     Settings are torch's default dtype and device, gradient mode, threads, determinism, precision, autocast, anomaly
-    detection and kernels of attention, and numpy's reaction to floating-point errors. Attaching leaves them as they are
-    even if a program has chosen others: another default dtype, gradients off, another number of threads, deterministic
-    algorithms. Attaching adds no filter of Python's warnings.
+    detection and kernels of attention, and numpy's reaction to floating-point errors. Attaching and a call leave them as
+    they are even if a program has chosen others: another default dtype, gradients off, another number of threads,
+    deterministic algorithms. Attaching adds no filter of Python's warnings.
 
     Random numbers are torch's, numpy's and Python's. Drawing them is allowed. Seeding is not, because code that runs
     later would depend on it. This also holds for merging, unmerging, loading a state_dict, a step of the Method's own
@@ -40,7 +41,10 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
             seeded = process_settings.find_seeding(subject.call)
-        return from_problems(subject, case, "settings", [*changed, *seeded])
+        with process_settings.others() as changed_others, contextlib.suppress(RuntimeError):  # `calls` judges refusals
+            subject.call()
+        others = [f"in a call under other settings, {one}" for one in changed_others]
+        return from_problems(subject, case, "settings", [*changed, *seeded, *others])
     if case.attach_fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach again")
     with process_settings.restored() as changed:
@@ -61,6 +65,10 @@ def _under_other_settings(subject: Subject, case: Case) -> Iterator[str]:
         left = [f"the filter of warnings {one} was added" for one in warnings.filters]
     yield from (f"after attaching under other settings, {one}" for one in changed)
     yield from left
+    with process_settings.others() as changed:
+        for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+            layer(inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))[0])
+    yield from (f"in a call under other settings, {one}" for one in changed)
     if other is not None:
         usual, now = ({n for n, t in one.adapted.tensors().items() if t.requires_grad} for one in (subject, other))
         lost = sorted(usual - now)

@@ -100,16 +100,16 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def describe_views(value: Any) -> str:
-    """Return a message if the tensors in `value` keep more than twice their own bytes in memory, or an empty string.
+def describe_views(value: Any, spare: int = 0) -> str:
+    """Return a message if the tensors in `value` keep more than twice their own bytes and `spare` bytes in memory.
 
-    A view keeps the whole memory of the tensor that it is a part of. value: nested dicts, lists, tuples, and objects with
-    attributes.
+    Otherwise, return an empty string. A view keeps the whole memory of the tensor that it is a part of. value: nested
+    dicts, lists, tuples, and objects with attributes.
     """
     tensors = list(tensors_in(value))
     own = sum(t.numel() * t.element_size() for t in tensors)
     kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    return f"the state's tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own else ""
+    return f"the tensors have {own:,} bytes, and keep {kept:,} bytes in memory" if kept > 2 * own + spare else ""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from harness.conformance.comparison.argument_values import with_shared_tensors, 
 from harness.conformance.comparison.call_forms import LONG_RUN, REPEATS, THREADS
 from harness.conformance.comparison.check_results import prefix_tensor
 from harness.conformance.comparison.inputs import HALF, is_large, safe_factor
-from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak
+from harness.conformance.comparison.kept_memory import StorageWatch, describe_leak, describe_views
 from harness.conformance.comparison.operation_autocast import under_autocast
 from harness.conformance.comparison.threads import at_once
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
@@ -25,6 +25,8 @@ from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
+_SPARE = 4096
+"""Bytes that outputs may keep in memory beyond twice their own, for example the last block of a tensor, filled with zeros."""
 _Named = dict[str, Tensor]
 
 
@@ -59,6 +61,7 @@ class OperationForm(StrEnum):
     LATER_GRADIENTS = "before other gradients"
     SECOND_ORDER = "the gradient of a gradient"
     NO_GRAPH = "with a graph that nothing needs"
+    VIEWS = "outputs that are views of larger tensors"
     DROPPED = "still in memory after the program dropped it"
     THREADS = f"in {THREADS} threads"
     REPEATED = "{} times"
@@ -79,8 +82,11 @@ def of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     )
     outputs = subject.call(**_leaves(subject.arguments))
     yield judge(OperationForm.LEAVES, _detached(outputs))
-    if not subject.operation.differentiable and (recorded := _recorded(subject, outputs)):
-        yield Judgement(False, None, None, recorded[0], OperationForm.NO_GRAPH, "exact", 0)
+    if not subject.operation.differentiable:
+        if recorded := _recorded(subject, outputs):
+            yield Judgement(False, None, None, recorded[0], OperationForm.NO_GRAPH, "exact", 0)
+        if views := _views(subject):
+            yield Judgement(False, None, None, "", f"{OperationForm.VIEWS}: {views}", "exact", 0)
     others = mapped(dict(subject.arguments), lambda one: one * HALF if type(one) is float else one)
     yield _judge_changed(subject, case, OperationForm.OTHER_NUMBERS, others)
     yield _judge_changed(subject, case, OperationForm.CHANGED, subject.arguments, in_place=list(subject.arguments))
@@ -183,6 +189,17 @@ def _recorded(subject: OperationSubject, outputs: _Named) -> list[str]:
     """Return the names of the `outputs` that have a graph, although those of the reference have none."""
     own = subject.operation.named(subject.operation.reference(**_leaves(subject.arguments)))
     return [name for name, output in outputs.items() if output.grad_fn is not None and own[name].grad_fn is None]
+
+
+def _views(subject: OperationSubject) -> str:
+    """Return a message if the outputs keep much more memory than they need, for example of an optimizer's state.
+
+    An output that is a view of an argument needs no memory of its own.
+    """
+    given = cloned(subject.arguments)
+    storages = {t.untyped_storage().data_ptr() for t in operation_call.flatten(given).values()}
+    outputs = subject.operation.named(subject.function(**given)).values()
+    return describe_views([t for t in outputs if t.untyped_storage().data_ptr() not in storages], _SPARE)
 
 
 def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -> Iterator[Judgement]:
