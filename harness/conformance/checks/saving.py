@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
@@ -21,6 +21,8 @@ from harness.methods.spec import method_info
 from harness.records.record import CheckResult
 
 _PACKED = (torch.uint8, torch.int8)
+_REFUSALS = RuntimeError, ValueError, TypeError, LookupError, AttributeError
+"""Exceptions of a library that does not load packed weights by `load_state_dict`."""
 
 
 @check(States.WARM, depends_on_sizes=False)
@@ -33,8 +35,8 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
-    is as before. If the model assigns new parameters (`assign=True`), `tensors()` and `parameters()` list those. If hooks
-    hold all tensors, so that none is a parameter of the model, they are copied separately. If the base was packed before,
+    is as before. If the model assigns new parameters (`assign=True`), `tensors()`, `parameters()` and `state()` have
+    those. If hooks hold all tensors, so that none is a parameter of the model, they are copied separately. If the base was packed before,
     or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
     """
     fresh = case.attach_again()
@@ -90,7 +92,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
         try:
             other.model.load_state_dict(saved)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # a library loads it in another way
+        except _REFUSALS:
             yield from _of_constants(subject, saved)
         else:
             yield from _alike(subject, other, trained, case)
@@ -162,6 +164,20 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
+    # A library's own kind of tensor, such as bitsandbytes' 4-bit weight, needs more than its numbers.
+    owned = [*subject.model.named_parameters(), *subject.model.named_buffers()]
+    places = {t.data_ptr(): name for name, t in owned if type(t) in (Tensor, nn.Parameter)}
+    state = {name: places[t.data_ptr()] for name, t in subject.state().items() if t.numel() and t.data_ptr() in places}
+    new = {place: saved[place].clone() for place in state.values() if place in saved}
+    try:
+        subject.model.load_state_dict(new, strict=False, assign=True)
+    except _REFUSALS:
+        return
+    now = subject.model.state_dict()
+    for name in [name for name, t in subject.state().items() if state.get(name) in new]:
+        if subject.state()[name].data_ptr() != now[state[name]].data_ptr():
+            why = "state() has not the model's tensor after load_state_dict(assign=True)"
+            yield Judgement(False, None, None, name, why, "exact", 0)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
