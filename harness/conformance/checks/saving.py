@@ -36,8 +36,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()`, `parameters()` and `state()` have
-    those. If hooks hold all tensors, so that none is a parameter of the model, they are copied separately. If the base was packed before,
-    or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`, under any name.
+    those. If hooks hold all tensors, so that none is a parameter of the model, they are copied separately. If the base
+    was packed before, or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`,
+    under any name.
     """
     fresh = case.attach_again()
     if fresh is None:

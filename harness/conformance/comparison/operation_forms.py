@@ -26,7 +26,7 @@ from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
 _SPARE = 4096
-"""Bytes that outputs may keep in memory beyond twice their own, for example the last block of a tensor, filled with zeros."""
+"""Bytes that outputs may keep in memory beyond twice their own, for example by a last block that was filled up."""
 _Named = dict[str, Tensor]
 
 

@@ -21,6 +21,7 @@ Embedding = Annotated[str, Factor(("none", "adapted"))]
 Vector = Annotated[str, Factor(("none", "lora-bias", "magnitude"), optional=True)]
 Norm = Annotated[str, Factor(("none", "layer-norm", "rms-norm", "post-norm2"), optional=True)]
 Head = Annotated[str, Factor(("none", "trained", "value"))]
+First = Annotated[str, Factor(("frozen", "trained"))]
 Order = Annotated[str, Factor(("as created", "reversed", "gradients rotated"))]
 _VECTORS = {"lora-bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 
@@ -36,6 +37,7 @@ def arguments(
     vector: Vector = "none",
     norm: Norm = "none",
     head: Head = "none",
+    first: First = "frozen",
     order: Order = "as created",
     lr: LearningRate = 0.1,
     ratio: Ratio = 16.0,
@@ -45,13 +47,14 @@ def arguments(
 ) -> Arguments:
     """Draw the tensors of a model, their gradients, and the settings.
 
-    The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their
-    weights are frozen. embedding: `adapted` adds an embedding `embed` with LoRA. vector: what each adapter has
-    besides A and B: nothing, the bias of B (peft's `lora_bias`), or the magnitude of DoRA. norm: name of the norm layer
-    to add, which is trained. head: `trained` adds a trained linear layer `head` without adapter (peft's
-    `modules_to_save`), and `value` one with a single output, as of a reward model. order: order of all dicts; `reversed` begins with the last layer, and each B comes before its
-    A. With `gradients rotated`, the second half of the gradients comes first. ratio: learning rate of B divided by
-    lr. lr_embedding: learning rate of the embedding's A and B.
+    The model has `layers` adapted linear layers `linear0`, ... with `width` inputs and `width + 1` outputs. Their weights
+    are frozen. first: `trained` lets the weight of `linear0` train, too. embedding: `adapted` adds an embedding `embed`
+    with LoRA. vector: what each adapter has besides A and B: nothing, the bias of B (peft's `lora_bias`), or the
+    magnitude of DoRA. norm: name of the norm layer to add, which is trained. head: `trained` adds a trained linear layer
+    `head` without adapter (peft's `modules_to_save`), and `value` one with a single output, as of a reward model. order:
+    order of all dicts; `reversed` begins with the last layer, and each B comes before its A. With `gradients rotated`,
+    the second half of the gradients comes first. ratio: learning rate of B divided by lr. lr_embedding: learning rate of
+    the embedding's A and B.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):
@@ -80,6 +83,8 @@ def arguments(
     shapes = dict(reversed(shapes.items())) if order == "reversed" else shapes
     tensors = {name: draw(generator, dtype, *shape) for name, shape in shapes.items()}
     frozen = [name for name in shapes if name.endswith(".weight") and name.startswith(("linear", "embed"))]
+    if first == "trained":
+        frozen.remove("linear0.weight")
     gradients = {name: draw(generator, dtype, *shape) for name, shape in shapes.items() if name not in frozen}
     items, half = list(gradients.items()), len(gradients) // 2 * (order == "gradients rotated")
     return {

@@ -123,7 +123,7 @@ def _loraplus(
     import torch
     from peft.optimizers import create_loraplus_optimizer
 
-    model = _model_of(tensors)
+    model = _model_of(tensors, gradients.keys())
     rates = {"lr": lr, "loraplus_lr_ratio": ratio, "loraplus_lr_embedding": lr_embedding}
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, **rates, **options)
     places = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -149,8 +149,11 @@ def _plain_name(name: str) -> str:
     return plain.removesuffix(".weight") if ".lora_" in plain else plain
 
 
-def _model_of(tensors: Mapping[str, Tensor]) -> Any:
-    """Return a PeftModel with these parameters. tensors: name, as `_plain_name` returns it -> value of the parameter."""
+def _model_of(tensors: Mapping[str, Tensor], trained: Collection[str]) -> Any:
+    """Return a PeftModel with these parameters, of which those in `trained` train.
+
+    tensors: name, as `_plain_name` returns it -> value of the parameter.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -176,8 +179,7 @@ def _model_of(tensors: Mapping[str, Tensor]) -> Any:
             plain_name = _plain_name(name)
             if "original_module" not in name:
                 parameter.copy_(tensors[plain_name])
-            if "norm" in plain_name:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(plain_name in trained)
     return model
 
 
