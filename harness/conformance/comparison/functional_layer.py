@@ -96,6 +96,14 @@ def with_rows_turned_towards(W: Tensor, A: Tensor, B: Tensor, scaling: float) ->
     return torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
 
 
+def smaller(dtype: torch.dtype) -> float:
+    """Return a factor that makes the rows of a weight very small: their norms are far below 1e-6, or 0.01 in float16.
+
+    Sums of the squares of such a row vanish in float16.
+    """
+    return 2.0**-8 if dtype == torch.float16 else 2.0**-30
+
+
 def draw_adapted_layers(
     dtype: torch.dtype,
     generator: torch.Generator,

@@ -5,6 +5,7 @@ The module imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,8 @@ BEYOND_24_BITS = (4100, 4100)
 _LEAST_BLOCK, _LONG_BLOCK = 32, 256
 """Blocks of quantised weights: the smallest, and one for a weight with these sides. The latter does not divide a million, so
 a piece of a million numbers ends inside a block."""
+_SIDE = 12
+"""Every size of a layer whose sizes are all equal."""
 _LOW_THRESHOLD, _WIDE = 2.5, (12, 1030)
 """A threshold that one of 17 random numbers of a column exceeds in one column of five, and a layer with 1030 columns."""
 _SLOW_DECAY = 0.99
@@ -68,6 +71,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 
     - beta2 near 1, with a step shortly after 1 / (1 - beta2). There, the bias correction sqrt(1 - beta2^step) is 0.8.
     - A gate layer with a large weight before each activation, in float16. DoRA is off: it divides by the weight's norm.
+    - DoRA of a large and of a very small weight, in float16 and in float32.
+    - A layer with as many rows of x as inputs, outputs and ranks. A program may mistake one side for another.
     - A square layer with each kind of layer, and with each option that is a word or a switch. In a square layer, a
       transposed weight has the right shape, so only its values show the mistake.
     - An embedding with more entries than 16 bits can count.
@@ -82,6 +87,16 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
     if "activation" in factors and "gate" in factors:
         for activation in factors["activation"].levels if "float16" in factors["dtype"].levels else ():
             yield {"activation": activation, "gate": "large", "dora": False, "dtype": "float16"}
+    for name in ("gate", "query"):
+        sizes = factors[name].extremes if name in factors and "dora" in factors else ()
+        yield from (
+            {name: size, "dora": True, "dtype": dtype}
+            for size, dtype in itertools.product(sizes, ("float16", "float32"))
+            if dtype in factors["dtype"].levels
+        )
+    if "shape" in factors and "rows" in factors:
+        ranks = {name: side for name, side in (("rank", _SIDE), ("ranks", (_SIDE,) * 3)) if name in factors}
+        yield {"shape": (_SIDE, _SIDE), "rows": (_SIDE,), **ranks}
     if "threshold" in factors:
         yield {"threshold": _LOW_THRESHOLD, "shape": _WIDE, "training": False}
     if "scaling" in factors and "dropout" in factors:

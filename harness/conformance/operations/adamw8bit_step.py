@@ -18,7 +18,7 @@ from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
-Gradient = Literal["dense", "sparse", "small"]
+Gradient = Literal["dense", "sparse", "small", "zero"]
 Parameter = Literal["normal", "large"]
 LARGE = 64.0
 """Factor of a large parameter. LAMB's trust ratio is then far above 10, a bound that some programs give it."""
@@ -48,7 +48,8 @@ def arguments(
 
     gradient_dtype: float32 is that of gradients which a program accumulates in float32 beside parameters in 16 bits.
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. parameter: `large` makes the
+    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. `zero` makes the gradient zero, as of
+    an expert that no token reaches. parameter: `large` makes the
     parameter 64 times as large. By default, lr is so large that
     the step is as large as the parameter.
     """
@@ -57,6 +58,8 @@ def arguments(
     p = LARGE * p if parameter == "large" else p
     if gradient == "small":
         g, m, v = SMALL * g, SMALL * m, SMALL * v
+    if gradient == "zero":
+        g = torch.zeros_like(g)
     if gradient == "sparse":
         number = torch.arange(g.numel())
         seen = (number % 2 == 0) & (number // adamw8bit.BLOCK % 2 == 0)

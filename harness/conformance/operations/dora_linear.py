@@ -12,13 +12,14 @@ from harness.conformance.comparison.functional_layer import (
     dense_linear,
     draw_inputs,
     draw_low_rank,
+    smaller,
     with_rows_turned_towards,
 )
 from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import dora
 
-Kind = Literal["normal", "zero-rows", "cancelled", "large-rows", "start"]
+Kind = Literal["normal", "zero-rows", "cancelled", "large-rows", "small-rows", "start"]
 _LEFT = 1 / 16
 """In the kind `cancelled`, W cancels the update except for this share, so that V = W + scaling B A is small.
 
@@ -47,7 +48,7 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. The magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W,
+    256 times as large. `small-rows`: both are very small (`functional_layer.smaller`). The magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W,
     as when training starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
@@ -63,6 +64,8 @@ def arguments(
         B, m = torch.zeros_like(B), torch.linalg.vector_norm(W.to(dtype).double(), dim=1).to(dtype)
     if kind == "large-rows":
         W[fourth], B[fourth], m[fourth] = _LARGE * W[fourth], _LARGE * B[fourth], _LARGE_M * m[fourth]
+    if kind == "small-rows":
+        W[fourth], B[fourth] = smaller(dtype) * W[fourth], smaller(dtype) * B[fourth]
     return {
         "W": W.to(dtype),
         "A": A.to(dtype),

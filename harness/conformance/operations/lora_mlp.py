@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
+from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers, smaller
 from harness.conformance.drawing.factors import Factor, Matrix, Rows, Scaling, ThreeRanks
 from harness.conformance.operation import Arguments, Operation, draw
 
 Activation = Literal["silu", "gelu", "gelu-tanh"]
-GateMagnitude = Annotated[str, Factor(("normal",), ("large",))]
+WeightMagnitude = Annotated[str, Factor(("normal",), ("large", "small"))]
 _LARGE = 2.0**11
 """Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
 approximation by tanh, overflows float16."""
@@ -38,22 +38,31 @@ def arguments(
     bias: bool = False,
     dora: bool = False,
     shared: bool = False,
-    gate: GateMagnitude = "normal",
+    gate: WeightMagnitude = "normal",
 ) -> Arguments:
     """Draw the arguments of a call.
 
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
     ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora:
     True also draws magnitudes; without them, every layer has plain LoRA. shared: gate and up have one tensor as
-    their A if their ranks are equal. gate: `large` multiplies the gate's weight by 2,048.
+    their A if their ranks are equal. gate: `large` multiplies the gate's weight by 2,048, and `small` multiplies its
+    weight and its B by a very small number (`functional_layer.smaller`).
     """
     F, D = shape
     layers = draw_adapted_layers(
         dtype, generator, [(F, D), (F, D), (D, F)], ranks=ranks, scaling=scaling, bias=bias, dora=dora, shared=shared
     )
-    if gate == "large":
-        layers["Ws"][0] = _LARGE * layers["Ws"][0]
+    change_first(layers, gate)
     return {"x": draw(generator, dtype, *rows, D), **layers, "activation": activation}
+
+
+def change_first(layers: Arguments, magnitude: str) -> None:
+    """Make the weight of the first layer in `layers` larger or smaller, by the name of a level of WeightMagnitude."""
+    W, B = layers["Ws"][0], layers["Bs"][0]
+    if magnitude == "large":
+        layers["Ws"][0] = _LARGE * W
+    if magnitude == "small":
+        layers["Ws"][0], layers["Bs"][0] = smaller(W.dtype) * W, smaller(W.dtype) * B
 
 
 def reference(

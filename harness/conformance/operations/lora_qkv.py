@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
 from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks
 from harness.conformance.operation import Arguments, Operation, draw
+from harness.conformance.operations import lora_mlp
 
 
 def arguments(
@@ -26,6 +27,7 @@ def arguments(
     key_bias: bool = True,
     dora: bool = False,
     shared: bool = False,
+    query: lora_mlp.WeightMagnitude = "normal",
 ) -> Arguments:
     """Draw the arguments of a call.
 
@@ -33,13 +35,14 @@ def arguments(
     key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k has 0.5 times,
     v 3 times this scaling. bias: whether the layers have biases. key_bias: False leaves out the bias of k, as in
     Whisper. dora: True also draws magnitudes; without them, every layer has plain LoRA. shared: layers of
-    the query's rank have one tensor as their A.
+    the query's rank have one tensor as their A. query: magnitude of the query's weight, as of `gate` in lora_mlp.
     """
     E, D = shape
     key = value = (max(1, E // groups), D)
     layers = draw_adapted_layers(
         dtype, generator, [(E, D), key, value], ranks=ranks, scaling=scaling, bias=bias, dora=dora, shared=shared
     )
+    lora_mlp.change_first(layers, query)
     if bias and not key_bias:
         layers["biases"] = [None if layer == 1 else b for layer, b in enumerate(layers["biases"])]
     return {"x": draw(generator, dtype, *rows, D), **layers}
