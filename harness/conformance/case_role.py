@@ -29,6 +29,8 @@ class CaseRole:
     """True if the case tries fewer checks (`suite_run.run_case`)."""
     stays_brief: bool = False
     """True if the case is brief also when the selection is wide: a tensor is so large that `calls` would take a minute."""
+    checks: tuple[str, ...] = ()
+    """Names of the only checks to run. If empty, all checks of the suite run."""
     is_large: bool = False
     """True if a tensor is very large."""
     first: CaseRole | None = None

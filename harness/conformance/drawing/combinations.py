@@ -43,10 +43,11 @@ def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]
 
     names: the names of all factors. wide: whether the selection of cases is wide.
 
-    A weight, a parameter of an optimizer or an input of `dynamic_quantize` has more than 2^20 numbers. If an Operation only
-    quantises or decodes a 4-bit weight, the weight has more than 2^22 and, in a wide selection, also more than 2^24. A
-    further case of an Operation has more rows, or more blocks of a quantised weight, than 16 bits can count. Stacked experts
-    have no such case: their gradients are sums over all rows, and the rounding errors of these sums exceed the tolerance.
+    A weight, a parameter of an optimizer or an input of `dynamic_quantize` has more than 2^20 numbers. If an Operation
+    only quantises or decodes a 4-bit weight, the weight has more than 2^22 and, in a wide selection, also more than 2^24,
+    as has the parameter of an 8-bit optimizer. A further case of an Operation has more rows, or more blocks of a
+    quantised weight, than 16 bits can count. Stacked experts have no such case: their gradients are sums over all rows,
+    and the rounding errors of these sums exceed the tolerance.
     """
     if "chosen" in names:
         return
@@ -59,6 +60,8 @@ def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]
         yield {"shape": (BEYOND_17_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}
+        if wide and {"step", "gradient"} <= {*names} and "ranks" not in names and "rank" not in names:
+            yield {"shape": BEYOND_24_BITS}
         for name in {"rows", "tokens"} & {*names}:
             one_sequence = {"ids": (0,)} if "ids" in names else {}
             yield {name: (BEYOND_16_BITS,) if name == "rows" else BEYOND_16_BITS, "shape": _THIN, **one_sequence}

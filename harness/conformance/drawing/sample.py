@@ -48,6 +48,8 @@ _SIDES = Factor(
 """Numbers of input and output features of the first adapted layer."""
 _LEAST_SIDE = 8
 """Smallest number of features, except in a case with sides from _SINGLE."""
+_CHECKS_OF_HUGE_STEPS = ("outputs",)
+"""Checks of an optimizer's step with more than 2^24 parameters. Each check takes half a minute."""
 _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
 _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
@@ -178,7 +180,8 @@ def _large(
             return
         if is_accepted(plan, case):
             huge = some.get("shape") == BEYOND_24_BITS
-            yield replace(case, sampled=True, is_brief=True, is_large=True, stays_brief=huge)
+            few = _CHECKS_OF_HUGE_STEPS if huge and "step" in names else ()
+            yield replace(case, sampled=True, is_brief=True, is_large=True, stays_brief=huge, checks=few)
 
 
 def _of_missing_values(

@@ -137,12 +137,13 @@ def run_case(
     seed: decides the random walks, together with the case. only: names of the only checks to run, if any are given.
     """
     runner = CaseRunner(implementation, str(of), of.dtype, {} if of.drawn else sample.settings_of(plan, of))
-    every = {name: checks.every()[name] for name in plan.checks if name in only or not only}
+    wanted = [name for name in plan.checks if all(name in some for some in (only, of.checks) if some)]
+    every = {name: checks.every()[name] for name in wanted}
     role = {name: getattr(of, name) for name in ("sampled", "typical", "representative", "minor")}
     role |= {"brief": of.is_brief, "has_first": of.first is not None}
     tried = [name for name, one in every.items() if one.is_tried(wide=wide and not of.stays_brief, **role)]
     wide = wide and not of.is_brief
-    if only and not tried:
+    if (only or of.checks) and not tried:
         return
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, device, tried, wide)

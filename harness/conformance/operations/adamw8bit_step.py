@@ -48,10 +48,9 @@ def arguments(
 
     gradient_dtype: float32 is that of gradients which a program accumulates in float32 beside parameters in 16 bits.
     gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
-    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. `zero` makes the gradient zero, as of
-    an expert that no token reaches. parameter: `large` makes the
-    parameter 64 times as large. By default, lr is so large that
-    the step is as large as the parameter.
+    blocks. `small` makes them 1e-5 times as large, as in a model that is nearly trained. `zero` makes the gradient zero,
+    as of an expert that no token reaches. parameter: `large` makes the parameter 64 times as large. By default, lr is so
+    large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))

@@ -48,8 +48,8 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. `small-rows`: both are very small (`functional_layer.smaller`). The magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W,
-    as when training starts.
+    256 times as large. `small-rows`: both are very small (`functional_layer.smaller`). The magnitudes m are noise of
+    either sign. `start`: B is zero and m has the norms of the rows of W, as when training starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
