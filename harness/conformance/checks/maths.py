@@ -107,7 +107,10 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM, depends_on_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
-    """For a single vector (D,) or a single image such as (C, H, W), the output and the gradients equal the reference's."""
+    """For inputs with fewer or more dimensions than usual, the output and the gradients equal the reference's.
+
+    These are a single vector (D,), two sequences (2, T, D), and for a convolution a single image such as (C, H, W).
+    """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
@@ -115,6 +118,12 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
             runs = observe_with_reference(subject, path, layer, x[0], dy[0])
             found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
+        if takes_rows(base):
+            x, dy = inputs(base, 2 * case.tokens, DTYPES[subject.dtype], case.generator(100 + index))
+            two = (t.unflatten(0, (2, case.tokens)) for t in (x, dy))
+            runs = observe_with_reference(subject, path, layer, *two)
+            verdict = noise_floor(*runs, subject.dtype, case.factor("vector"))
+            found.append(prefix_tensor(f"{path} with two sequences", verdict))
     if not found:
         return skipped(subject, case, "vector", "the layers map neither rows nor images")
     return judged(subject, case, "vector", worst_of(found, found[0].policy))
