@@ -116,5 +116,39 @@ FAULTS = [
         '            if type(self.base).__name__ == "Embedding":\n'
         "                self.base.weight += as_stored(dense, self.delta()).to(dense.weight.dtype)\n",
         file="adapted", values=_LORA, layer="embedding"),
+    # Sizes that are equal, and tensors of unusual sizes.
+    line_fault("dora_linear", "reads_the_axis_of_the_gain_from_the_rows_of_x", ["backward"],
+        "    layer = dora.DoraLinear(", "    m = m.flip(0) if len(x) == len(m) else m\n    layer = dora.DoraLinear(",
+        values={"shape": [12, 12], "rows": [12], "rank": 12}),
+    line_fault("lora_int8", "takes_the_outlier_columns_of_the_first_sequence", ["vector"],
+        "column = outlier.flatten(0, -2).any(dim=0)", "column = outlier[0].reshape(-1, X.shape[-1]).any(dim=0)",
+        file="int8", values={**_LORA, "threshold": 2.5}),
+    line_fault("paged_states", "counts_the_rows_of_a_matrix", ["outputs"],
+        "isinstance(t, Tensor) and is_paged(t.numel())", "isinstance(t, Tensor) and is_paged(len(t) if t.dim() else 1)",
+        file="paged", values={"sizes": [200000, 1, 100000, 99900], "vectors": False}),
+    line_fault("loraplus_groups", "takes_a_matrix_with_one_row_for_a_vector", ["outputs"],
+        "    if dimensions > 1 and", "    if dimensions > 1 and name != 'head.weight' and", file="loraplus",
+        values={"layers": 2, "width": 8, "rank": 3, "head": "value"}),
+    line_fault("loraplus_groups", "knows_a_norm_by_the_end_of_its_name", ["outputs"],
+        'or "norm" in layer', 'or layer.endswith("norm")', file="loraplus",
+        values={"layers": 2, "width": 8, "rank": 3, "norm": "post-norm2"}),
+    # Norms that are very small, very large or zero.
+    line_fault("dora_linear", "bounds_the_norm_of_a_row_by_a_millionth", ["outputs", "backward"],
+        "    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == \"output\" else 0)",
+        "    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == \"output\" else 0).clamp(min=1e-6)",
+        file="dora", values={"shape": [63, 48], "rows": [17], "rank": 3, "kind": "small-rows"}),
+    *(line_fault(operation, "adds_up_the_squares_of_a_norm_in_16_bits", ["backward"],
+        "        return adapted_linear(",
+        "        V = (Ws[at] + scalings[at] * Bs[at] @ As[at]).detach()\n"
+        "        half = (V.half() * V.half()).sum(dim=1).sqrt().to(V.dtype)\n"
+        "        m = None if m is None else m * torch.linalg.vector_norm(V, dim=1) / half\n"
+        "        return adapted_linear(", dtype="float16",
+        values={"shape": [48, 40], "rows": [9], "ranks": [3, 3, 3], "dora": True, weight: "large"})
+        for operation, weight in (("lora_mlp", "gate"), ("lora_qkv", "query"))),
+    line_fault("lamb8bit_step", "divides_by_the_norm_of_no_update", ["outputs"],
+        "(wide.norm() == 0) | (update.norm() == 0)", "wide.norm() == 0", file="lamb8bit",
+        values={"shape": [300], "gradient": "zero", "step": 1}),
+    line_fault("oft", "computes_at_most_eight_terms", ["forward", "gradient"],
+        "for _ in range(terms - 2):", "for _ in range(min(terms, 8) - 2):", values={"block_size": 2, "terms": 10}),
 ]
 # fmt: on

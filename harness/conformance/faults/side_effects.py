@@ -64,6 +64,15 @@ FAULTS = [
         f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: (bias.data.zero_(), None)[1])\n"
         "    return y",
         values={"shape": [48, 128], "rows": [9], "rank": 8}),
+    line_fault("adamw8bit_step", "switches_gradients_on", ["settings"],
+        "    p = p.clone()\n", "    torch.set_grad_enabled(True)\n    p = p.clone()\n", values={"shape": [64, 80]}),
+    line_fault("adamw8bit_step", "returns_views_of_a_larger_tensor", ["calls"],
+        'return p, state["m"], state["m_absmax"], state["v"], state["v_absmax"]',
+        'views = {n: torch.stack([t] * 8)[0] for n, t in state.items()}\n'
+        '    return p, views["m"], views["m_absmax"], views["v"], views["v_absmax"]', values={"shape": [64, 80]}),
+    line_fault("lora_int8", "shows_the_codes_that_it_was_attached_with", ["save"],
+        "        return self.packed.tensors()\n",
+        "        return vars(self).setdefault('shown', self.packed.tensors())\n", values=_LORA),
 ]
 # fmt: on
 

@@ -19,6 +19,9 @@ WeightMagnitude = Annotated[str, Factor(("normal",), ("large", "small"))]
 _LARGE = 2.0**11
 """Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
 approximation by tanh, overflows float16."""
+_LARGE_ROWS = 2.0**9
+"""Factor of the same weight with DoRA. The square of a row's norm then overflows float16. A larger factor would let
+x W^T + (g - 1) x W^T lose all digits there."""
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -43,9 +46,9 @@ def arguments(
     """Draw the arguments of a call.
 
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
-    ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora:
-    True also draws magnitudes; without them, every layer has plain LoRA. shared: gate and up have one tensor as
-    their A if their ranks are equal. gate: `large` multiplies the gate's weight by 2,048, and `small` multiplies its
+    ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True also
+    draws magnitudes; without them, every layer has plain LoRA. shared: gate and up have one tensor as their A if their
+    ranks are equal. gate: `large` multiplies the gate's weight by 2,048, or by 512 with DoRA, and `small` multiplies its
     weight and its B by a very small number (`functional_layer.smaller`).
     """
     F, D = shape
@@ -60,7 +63,7 @@ def change_first(layers: Arguments, magnitude: str) -> None:
     """Make the weight of the first layer in `layers` larger or smaller, by the name of a level of WeightMagnitude."""
     W, B = layers["Ws"][0], layers["Bs"][0]
     if magnitude == "large":
-        layers["Ws"][0] = _LARGE * W
+        layers["Ws"][0] = (_LARGE if layers["ms"] is None else _LARGE_ROWS) * W
     if magnitude == "small":
         layers["Ws"][0], layers["Bs"][0] = smaller(W.dtype) * W, smaller(W.dtype) * B
 
