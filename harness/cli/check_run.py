@@ -190,7 +190,7 @@ def _judge_with(
     if request.breadth.case or request.breadth.checks:
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
         without = [f"{name} {target}" for name, _, target in sorted(done - named)]
-        if not request.implementations and len(without) > 1:
+        if not (request.methods or request.operations) and len(without) > 1:
             without = [f"{len(without)} targets of implementations"]
         skipped |= dict.fromkeys(without, _why_nothing(request.breadth))
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
@@ -229,10 +229,8 @@ def _why_nothing(breadth: CaseSelection) -> str:
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
             "cases"
         )
-    named = "no check " + " or ".join(breadth.checks)
-    hint = (
-        "add --wide" if not breadth.is_wide and checks.names_of_wide(never_by_default=True) & {*breadth.checks} else ""
-    )
+    named, wide = "no check " + " or ".join(breadth.checks), checks.names_of_wide(never_by_default=not breadth.case)
+    hint = "add --wide" if not breadth.is_wide and wide & {*breadth.checks} else ""
     where = f" in a case with {breadth.case!r} in its name and dtype" if breadth.case else ""
     return f"these options try {named}{where}" + (f"; {hint}" if hint else "")
 
@@ -334,7 +332,8 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     known = {i.name for i in registry.implementations} | {*registry.broken}
     named_checks = [name for name in request.implementations if name in checks.docstrings().keys() - known]
     for name in named_checks:
-        hint = f"select it by `--check {name}`; `peft-harness explain {name}` states its rule"
+        there = f"select it by `--check {name}`; " if name in parity_suite.check_names() else ""
+        hint = f"{there}`peft-harness explain {name}` states its rule"
         yield Problem("check", f"{name!r} is a check, not an implementation", hint)
     implementations = [name for name in request.implementations if name not in {*registry.broken, *named_checks}]
     yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours, always=bool(registry.broken))
@@ -342,7 +341,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     yield from of_methods.unknown(referenced, (of_operations, of_arguments))
     yield from of_operations.unknown(request.operations, (of_methods, of_arguments))
     yield from NameOption("--dtype", "dtype", DTYPES).unknown(request.dtypes)
-    yield from NameOption("--check", "check", sorted(checks.docstrings())).unknown(request.breadth.checks)
+    yield from NameOption("--check", "check", sorted(parity_suite.check_names())).unknown(request.breadth.checks)
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]:

@@ -319,6 +319,12 @@ def names() -> list[str]:
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
+def check_names() -> set[str]:
+    """Return the names of the checks of all parity suites. A suite with a mistake is left out."""
+    documents = (yaml_validation.load(path_of(name)).data for name in names())
+    return {check for one in documents if isinstance(one, dict) for check in one.get("checks", ())}
+
+
 def kind_of(name: str) -> TargetKind:
     """Return what the parity suite of this name judges: `method`, `base`, `operation` or `loader`."""
     data = yaml_validation.load(_existing(name)).data

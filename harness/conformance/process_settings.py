@@ -95,9 +95,10 @@ def list_changes(before: dict[str, object]) -> list[str]:
 def others() -> Iterator[list[str]]:
     """Change some settings inside the context, and restore all settings at its end.
 
-    A program may have any value of these settings while it attaches an adapter: torch's default dtype, the recording of
-    gradients, the number of threads, determinism, the filling of fresh memory and cudnn's search for the fastest
-    algorithm. At the end, the yielded list gets a description of each change that the code inside the context made.
+    A program may have any value of these settings while it attaches or calls an adapter: torch's default dtype, the
+    recording of gradients, the number of threads, determinism, the filling of fresh memory and cudnn's search for the
+    fastest algorithm. At the end, the yielded list gets a description of each change that the code inside the context
+    made.
     """
     with restored():
         torch.set_default_dtype(torch.float64 if torch.get_default_dtype() != torch.float64 else torch.float32)

@@ -57,7 +57,8 @@ class Adapted(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Map `<path>.<name>` to tensors that the Method created and does not train (PiSSA's residual, VeRA's A and B).
 
-        The model's state_dict has these tensors, except constants that follow from the config alone (VeRA's A and B).
+        The model's state_dict has these tensors, except constants that follow from the config alone (VeRA's A and B). Each
+        call looks them up, as `tensors` does.
         """
 
     def parameters(self) -> list[nn.Parameter]:

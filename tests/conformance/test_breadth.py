@@ -413,12 +413,12 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
     )
     typical = next(case for case in plan.cases(FEW, ["float32"]) if case.typical)
 
-    def allowed(dtype: str, rows: int) -> set[float]:
+    def allowed(dtype: str, rows: int) -> float:
         case = dataclasses.replace(typical, dtype=dtype, values={**typical.values, "rows": [rows]})
-        return {suite_run.call(mine, plan, case)[1].factor(check) for check in ("backward", "calls")}
+        return suite_run.call(mine, plan, case)[1].factor("backward")
 
-    assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == {NOISE_FACTOR}
-    assert min(allowed("float32", LONG_SUM + 1)) > NOISE_FACTOR
+    assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == NOISE_FACTOR
+    assert allowed("float32", LONG_SUM + 1) > NOISE_FACTOR
 
 
 @pytest.mark.slow

@@ -152,7 +152,10 @@ def _outputs(subject: Subject, case: Case) -> dict[str, dict[str, Tensor]]:
 
 
 def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:
-    """Let the model load the adapter's tensors of `saved` as new Parameters, and yield a failure if some are not listed."""
+    """Let the model load the adapter's tensors of `saved` as new tensors, and yield a failure if the adapter has old ones.
+
+    First it loads the tensors that train, then those of `state()`.
+    """
     tensors = subject.adapted.tensors()
     if not owns(subject.model, tensors):
         return
@@ -165,20 +168,29 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
-    # A library's own kind of tensor, such as bitsandbytes' 4-bit weight, needs more than its numbers.
-    owned = [*subject.model.named_parameters(), *subject.model.named_buffers()]
-    places = {t.data_ptr(): name for name, t in owned if type(t) in (Tensor, nn.Parameter)}
-    state = {name: places[t.data_ptr()] for name, t in subject.state().items() if t.numel() and t.data_ptr() in places}
-    new = {place: saved[place].clone() for place in state.values() if place in saved}
+    before, state = _owned(subject.model), {name: t for name, t in subject.state().items() if t.numel()}
+    places = {name: [n for n, own in before.items() if own.data_ptr() == t.data_ptr()] for name, t in state.items()}
+    new = {place: saved[place].clone() for some in places.values() for place in some if place in saved}
     try:
         subject.model.load_state_dict(new, strict=False, assign=True)
     except _REFUSALS:
         return
-    now = subject.model.state_dict()
-    for name in [name for name, t in subject.state().items() if state.get(name) in new]:
-        if subject.state()[name].data_ptr() != now[state[name]].data_ptr():
+    now = _owned(subject.model)
+    for name, some in places.items():
+        right = [now[place].data_ptr() for place in some if place in new]
+        if right and subject.state()[name].data_ptr() not in right:
             why = "state() has not the model's tensor after load_state_dict(assign=True)"
             yield Judgement(False, None, None, name, why, "exact", 0)
+
+
+def _owned(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters and buffers by each of their names.
+
+    A library's own kind of tensor, such as bitsandbytes' 4-bit weight, needs more than its numbers. It is left out.
+    """
+    buffers = model.named_buffers(remove_duplicate=False)
+    named = [*model.named_parameters(remove_duplicate=False), *buffers]
+    return {name: t for name, t in named if type(t) in (Tensor, nn.Parameter)}
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

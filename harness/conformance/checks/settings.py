@@ -41,7 +41,7 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
             seeded = process_settings.find_seeding(subject.call)
-        with process_settings.others() as changed_others, contextlib.suppress(RuntimeError):  # `calls` judges refusals
+        with process_settings.others() as changed_others, contextlib.suppress(RuntimeError):  # see `calls`
             subject.call()
         others = [f"in a call under other settings, {one}" for one in changed_others]
         return from_problems(subject, case, "settings", [*changed, *seeded, *others])
@@ -54,7 +54,7 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
 
 def _under_other_settings(subject: Subject, case: Case) -> Iterator[str]:
-    """Attach while process-wide settings have unusual values. Yield a message for each setting that attaching changes.
+    """Attach, and call a layer, while process-wide settings have unusual values. Yield a message for each changed setting.
 
     Also yield a message for each filter of Python's warnings that attaching adds. All filters are removed before,
     because Python would move an equal filter to the front instead of adding another one.

@@ -26,7 +26,7 @@ from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
 _SPARE = 4096
-"""Bytes that outputs may keep in memory beyond twice their own, for example by a last block that was filled up."""
+"""Numbers that an output may keep in memory beyond twice its own: the longest block, if the last one was filled up."""
 _Named = dict[str, Tensor]
 
 
@@ -154,7 +154,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     Backward is called for one argument alone, from one output alone, with other layouts of the incoming gradients, twice
     through one graph, with gradients of zeros, and with arguments that are not leaves.
     """
-    differentiable, factor = subject.operation.differentiable, case.factor("calls")
+    differentiable, factor = subject.operation.differentiable, max(case.factor("calls"), case.factor("backward"))
 
     def judge(form: str, **how: Any) -> Judgement:
         return prefix_tensor(form, operation_call.judge_gradients(subject, case, factor, **how))
@@ -198,8 +198,12 @@ def _views(subject: OperationSubject) -> str:
     """
     given = cloned(subject.arguments)
     storages = {t.untyped_storage().data_ptr() for t in operation_call.flatten(given).values()}
-    outputs = subject.operation.named(subject.function(**given)).values()
-    return describe_views([t for t in outputs if t.untyped_storage().data_ptr() not in storages], _SPARE)
+    of_storage: dict[int, list[Tensor]] = {}
+    for output in subject.operation.named(subject.function(**given)).values():
+        of_storage.setdefault(output.untyped_storage().data_ptr(), []).append(output)
+    own = (outputs for place, outputs in of_storage.items() if place not in storages)
+    found = (describe_views(outputs, _SPARE * outputs[0].element_size()) for outputs in own)
+    return next(filter(None, found), "")
 
 
 def _changed_before_backward(subject: OperationSubject, case: Case, name: str) -> Iterator[Judgement]:

@@ -60,7 +60,7 @@ def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]
         yield {"shape": (BEYOND_17_BITS, _LEAST_BLOCK), "block": _LEAST_BLOCK}
     elif "shape" in names:
         yield {"shape": BEYOND_20_BITS}
-        if wide and {"step", "gradient"} <= {*names} and "ranks" not in names and "rank" not in names:
+        if wide and "gradient" in names and not {"rank", "ranks"} & {*names}:
             yield {"shape": BEYOND_24_BITS}
         for name in {"rows", "tokens"} & {*names}:
             one_sequence = {"ids": (0,)} if "ids" in names else {}

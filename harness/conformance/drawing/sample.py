@@ -180,7 +180,7 @@ def _large(
             return
         if is_accepted(plan, case):
             huge = some.get("shape") == BEYOND_24_BITS
-            few = _CHECKS_OF_HUGE_STEPS if huge and "step" in names else ()
+            few = _CHECKS_OF_HUGE_STEPS if huge and "gradient" in names else ()
             yield replace(case, sampled=True, is_brief=True, is_large=True, stays_brief=huge, checks=few)
 
 

@@ -279,9 +279,9 @@ def call(
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     walks, factors = 0 if of.sampled else WALKS, dict(plan.factors())
-    floats = (one for one in subject.arguments.values() if isinstance(one, torch.Tensor) and one.is_floating_point())
-    if max((one.shape[:-1].numel() for one in floats), default=0) > LONG_SUM and of.dtype in ("float32", "float64"):
-        factors |= {check: LONG_SUM_FACTOR * factors.get(check, NOISE_FACTOR) for check in ("backward", "calls")}
+    x = subject.arguments.get("x", torch.empty(0))
+    if x.shape[:-1].numel() > LONG_SUM and of.dtype in ("float32", "float64"):
+        factors["backward"] = LONG_SUM_FACTOR * factors.get("backward", NOISE_FACTOR)
     return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=factors)
 
 

@@ -137,6 +137,10 @@ FAULTS = [
         "    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == \"output\" else 0)",
         "    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == \"output\" else 0).clamp(min=1e-6)",
         file="dora", values={"shape": [63, 48], "rows": [17], "rank": 3, "kind": "small-rows"}),
+    line_fault("dora_linear", "adds_up_the_squares_of_a_small_row_in_16_bits", ["backward"],
+        "    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == \"output\" else 0)",
+        "    norm: Tensor = (V_ED.half() * V_ED.half()).sum(dim=1 if per == \"output\" else 0).sqrt().to(V_ED.dtype)",
+        file="dora", dtype="float16", values={"shape": [63, 1030], "rows": [5], "rank": 3, "kind": "small-rows"}),
     *(line_fault(operation, "adds_up_the_squares_of_a_norm_in_16_bits", ["backward"],
         "        return adapted_linear(",
         "        V = (Ws[at] + scalings[at] * Bs[at] @ As[at]).detach()\n"

@@ -48,8 +48,9 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. `small-rows`: both are very small (`functional_layer.smaller`). The magnitudes m are noise of
-    either sign. `start`: B is zero and m has the norms of the rows of W, as when training starts.
+    256 times as large. `small-rows`: W and B, and in float16 also m, are very small (`functional_layer.smaller`). The
+    magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W, as when training
+    starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -66,6 +67,8 @@ def arguments(
         W[fourth], B[fourth], m[fourth] = _LARGE * W[fourth], _LARGE * B[fourth], _LARGE_M * m[fourth]
     if kind == "small-rows":
         W[fourth], B[fourth] = smaller(dtype) * W[fourth], smaller(dtype) * B[fourth]
+        if dtype == torch.float16:  # a gain of 256 would make gradients of a large x overflow
+            m[fourth] = smaller(dtype) * m[fourth]
     return {
         "W": W.to(dtype),
         "A": A.to(dtype),

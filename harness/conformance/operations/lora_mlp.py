@@ -66,6 +66,8 @@ def change_first(layers: Arguments, magnitude: str) -> None:
         layers["Ws"][0] = (_LARGE if layers["ms"] is None else _LARGE_ROWS) * W
     if magnitude == "small":
         layers["Ws"][0], layers["Bs"][0] = smaller(W.dtype) * W, smaller(W.dtype) * B
+        if layers["ms"] is not None and W.dtype == torch.float16:  # a large gain would make gradients overflow
+            layers["ms"][0] = smaller(W.dtype) * layers["ms"][0]
 
 
 def reference(
