@@ -77,6 +77,7 @@ _NOT_OF_THIS_CASE = (
     "with a tiny {}", "under no_grad in training mode", "under no_grad in training mode before a later call",  # no dropout
     "with tensors that are changed before backward", "with {} changed before backward",  # which torch refuses
     "with outputs that are changed in place",  # likewise
+    "outputs that are views of larger tensors",  # of an operation without gradients
     "before other gradients", "with a graph that nothing needs",  # only of a failure
     "still in memory after the program dropped it",  # likewise
     "on stacked weights far apart in memory",  # of experts, in 16 bits
