@@ -121,15 +121,13 @@ def check(
     if (offline or find_links) and not environments:
         option = "--offline" if offline else "--find-links"
         raise UsageError("has no effect without --with", where=option, hint="add --with LIBRARY==VERSION")
+    selection = (checks, case is not None, full, wide, drawn)
     if loop is not None:
-        names = (implementations, methods, operations, dtypes, checks, served, adapters, base_model)
+        names = (implementations, methods, operations, dtypes, served, adapters, base_model)
         if any(
             (
                 *names,
-                case is not None,
-                full,
-                wide,
-                drawn,
+                *selection,
                 jobs,
                 echo,
                 concurrency,
@@ -157,11 +155,7 @@ def check(
             implementations,
             methods,
             operations,
-            checks,
-            case is not None,
-            full,
-            wide,
-            drawn,
+            *selection,
             jobs,
             environments,
             junit,
@@ -192,18 +186,7 @@ def check(
         if given and not self_test:
             raise UsageError("has no effect without --self-test", where=option, hint="add --self-test")
     if self_test:
-        if (
-            implementations
-            or dtypes
-            or checks
-            or case is not None
-            or full
-            or wide
-            or drawn
-            or junit
-            or html
-            or environments
-        ):
+        if any((implementations, dtypes, *selection, junit, html, environments)):
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
                 hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",

@@ -229,10 +229,16 @@ def _why_nothing(breadth: CaseSelection) -> str:
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
             "cases"
         )
-    named, wide = "no check " + " or ".join(breadth.checks), checks.names_of_wide(never_by_default=not breadth.case)
-    hint = "add --wide" if not breadth.is_wide and wide & {*breadth.checks} else ""
+    # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
+    wide = checks.names_of_wide(never_by_default=not breadth.case)
+    hint = "; add --wide" if not breadth.is_wide and wide & {*breadth.checks} else ""
     where = f" in a case with {breadth.case!r} in its name and dtype" if breadth.case else ""
-    return f"these options try {named}{where}" + (f"; {hint}" if hint else "")
+    named = (
+        f"the checks {', '.join(breadth.checks)} do"
+        if len(breadth.checks) > 1
+        else f"the check {breadth.checks[0]} does"
+    )
+    return f"{named} not run with these options{where}{hint}"
 
 
 def _was_fully_tried(
@@ -250,7 +256,7 @@ def _was_fully_tried(
     return (
         (by_dtype or not request.dtypes)
         and not request.breadth.case
-        and not request.breadth.checks
+        and not request.breadth.checks  # an entry may name any check by `*`
         and all(
             (i.name, i.kind, i.target) in done
             for i in registry.implementations
@@ -325,10 +331,6 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
     if registry.broken:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; entry points that could not be loaded: {broken}"
-    points = (point for distribution in distributions() for point in distribution.entry_points)
-    if misplaced := [point for point in points if "harness" in point.group and point.group != GROUP]:
-        groups = ", ".join(f"`{point.name}` is in {point.group}" for point in misplaced)
-        yours += f"; entry points in groups that are not read: {groups}"
     known = {i.name for i in registry.implementations} | {*registry.broken}
     named_checks = [name for name in request.implementations if name in checks.docstrings().keys() - known]
     for name in named_checks:
@@ -336,12 +338,17 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[Problem]:
         hint = f"{there}`peft-harness explain {name}` states its rule"
         yield Problem("check", f"{name!r} is a check, not an implementation", hint)
     implementations = [name for name in request.implementations if name not in {*registry.broken, *named_checks}]
+    points = (point for distribution in distributions() for point in distribution.entry_points)
+    if {*implementations} - known and (found := [p for p in points if "harness" in p.group and p.group != GROUP]):
+        groups = ", ".join(f"`{point.name}` is in {point.group}" for point in found)
+        yours += f"; entry points in groups that are not read: {groups}"
     yield from of_arguments.unknown(implementations, (of_operations, of_methods), yours, always=bool(registry.broken))
     referenced = [name for name in request.methods if name not in UNREFERENCED]
     yield from of_methods.unknown(referenced, (of_operations, of_arguments))
     yield from of_operations.unknown(request.operations, (of_methods, of_arguments))
     yield from NameOption("--dtype", "dtype", DTYPES).unknown(request.dtypes)
-    yield from NameOption("--check", "check", sorted(parity_suite.check_names())).unknown(request.breadth.checks)
+    if request.breadth.checks:  # otherwise no other suite need be read
+        yield from NameOption("--check", "check", sorted(parity_suite.check_names())).unknown(request.breadth.checks)
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[Problem]:

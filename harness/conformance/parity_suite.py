@@ -320,7 +320,7 @@ def names() -> list[str]:
 
 
 def check_names() -> set[str]:
-    """Return the names of the checks of all parity suites. A suite with a mistake is left out."""
+    """Return the names of the checks of all parity suites. Raises SuiteError if a file is no valid YAML."""
     documents = (yaml_validation.load(path_of(name)).data for name in names())
     return {check for one in documents if isinstance(one, dict) for check in one.get("checks", ())}
 

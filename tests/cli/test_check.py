@@ -288,14 +288,14 @@ def test_one_check_is_tried_alone(fork_sandbox: ForkSandbox) -> None:
     document = json.loads(fork_sandbox.command(*asked, "--check", "outputs", "--check", "written").out)
     names = {row["result"]["check"].split("/")[1] for row in document["checks"]}
     assert names == {"outputs", "written"}
-    assert document["skipped"] == {"reference frozen": "these options try no check outputs or written"}
+    assert document["skipped"] == {"reference frozen": "the checks outputs, written do not run with these options"}
     assert document["complaints"] == []
 
 
 def test_a_check_that_needs_wide_is_said(fork_sandbox: ForkSandbox) -> None:
     done = fork_sandbox.command("check", "reference", "--method", "lora", "--check", "walk")
     assert done.code == Exit.INFRASTRUCTURE
-    assert "not checked: reference lora: these options try no check walk; add --wide" in done.out
+    assert "not checked: reference lora: the check walk does not run with these options; add --wide" in done.out
 
 
 # ---- wrong use
@@ -692,6 +692,7 @@ defects:
         (["--method", "frozen"], {"narrow", "every-dtype"}),
         (["--method", "frozen", "--dtype", "float32"], {"narrow"}),
         (["--method", "frozen", "--case", "float32"], set()),
+        (["--method", "frozen", "--check", "layers"], set()),
         (["--method", "frozen", "--method", "full", "--dtype", "float32"], {"narrow", "other-too"}),
     ],
 )
@@ -702,6 +703,12 @@ def test_a_defect_is_missed_only_where_all_its_cases_were_tried(
     suites("defects/known.yaml", STALE)
     assert main(["check", "reference", *asked, "--json"]) == (Exit.FAIL if complained else Exit.PASS)
     assert {line.split()[2] for line in json.loads(capsys.readouterr().out)["complaints"]} == complained
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_mistake_in_the_suite_of_another_method_does_not_matter(suites) -> None:
+    suites("vera.yaml", "checks: [\n")
+    assert main(["check", "reference", "--method", "frozen"]) == Exit.PASS
 
 
 def test_a_killed_check_takes_its_workers_along(sandbox: Sandbox) -> None:

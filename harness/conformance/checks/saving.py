@@ -152,9 +152,9 @@ def _outputs(subject: Subject, case: Case) -> dict[str, dict[str, Tensor]]:
 
 
 def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:
-    """Let the model load the adapter's tensors of `saved` as new tensors, and yield a failure if the adapter has old ones.
+    """Let the model load the adapter's tensors of `saved` as new Parameters, and yield a failure if some are not listed.
 
-    First it loads the tensors that train, then those of `state()`.
+    Then do the same with the tensors of `state()`.
     """
     tensors = subject.adapted.tensors()
     if not owns(subject.model, tensors):
@@ -168,6 +168,11 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
+    yield from _after_assigning_state(subject, saved)
+
+
+def _after_assigning_state(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[Judgement]:
+    """Let the model load the tensors of `state()` as new tensors, and yield a failure for each that stays the old one."""
     before, state = _owned(subject.model), {name: t for name, t in subject.state().items() if t.numel()}
     places = {name: [n for n, own in before.items() if own.data_ptr() == t.data_ptr()] for name, t in state.items()}
     new = {place: saved[place].clone() for some in places.values() for place in some if place in saved}
@@ -188,8 +193,7 @@ def _owned(model: nn.Module) -> dict[str, Tensor]:
 
     A library's own kind of tensor, such as bitsandbytes' 4-bit weight, needs more than its numbers. It is left out.
     """
-    buffers = model.named_buffers(remove_duplicate=False)
-    named = [*model.named_parameters(remove_duplicate=False), *buffers]
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: t for name, t in named if type(t) in (Tensor, nn.Parameter)}
 
 

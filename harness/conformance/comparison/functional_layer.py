@@ -16,6 +16,12 @@ from reference import dora, lora
 
 _TIMES = (1.0, 0.5, 3.0)
 """Scalings of several layers, as multiples of the first layer's scaling."""
+_LARGE = 2.0**11
+"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
+approximation by tanh, overflows float16."""
+_LARGE_ROWS = 2.0**9
+"""Factor of the same weight with DoRA. The square of a row's norm then overflows float16. A larger factor would let
+x W^T + (g - 1) x W^T lose all digits there."""
 
 
 class Masked(nn.Module):
@@ -138,6 +144,17 @@ def draw_adapted_layers(
         "scalings": [scaling * times for times in _TIMES[: len(shapes)]],
         "ms": [draw(generator, dtype, E) for E, _ in shapes] if dora else None,
     }
+
+
+def change_first(layers: Arguments, magnitude: str) -> None:
+    """Make the weight of the first layer in `layers` larger or smaller, by the name of a level of WeightMagnitude."""
+    W, B = layers["Ws"][0], layers["Bs"][0]
+    if magnitude == "large":
+        layers["Ws"][0] = (_LARGE if layers["ms"] is None else _LARGE_ROWS) * W
+    if magnitude == "small":
+        layers["Ws"][0], layers["Bs"][0] = smaller(W.dtype) * W, smaller(W.dtype) * B
+        if layers["ms"] is not None and W.dtype == torch.float16:  # a large gain would make gradients overflow
+            layers["ms"][0] = smaller(W.dtype) * layers["ms"][0]
 
 
 def adapted_linear(

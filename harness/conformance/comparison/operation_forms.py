@@ -26,7 +26,8 @@ from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 
 _SPARE = 4096
-"""Numbers that an output may keep in memory beyond twice its own: the longest block, if the last one was filled up."""
+"""Number of elements that outputs may keep in memory beyond twice their own. A program may fill up the last block, and the
+longest block of a suite has 4096 elements."""
 _Named = dict[str, Tensor]
 
 

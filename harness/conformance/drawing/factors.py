@@ -87,6 +87,7 @@ WeightDecay = Annotated[float, Factor((0.0, 0.1, 0.5), (0.001, 2.0), least=0.0, 
 Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), (0.95, 0.99, 0.9999), least=0.0, most=0.999)]
 Eps = Annotated[float, Factor((1e-6, 1e-8, 1e-3, 0.1), (1e-12, 1.0), least=1e-8, most=1.0)]
 LearningRate = Annotated[float, Factor((0.1,), (0.0, 1e-3, 1.0, 4.0), least=0.0, most=4.0)]
+WeightMagnitude = Annotated[str, Factor(("normal",), ("large", "small"))]
 Numel = Annotated[int, Factor((1024, 1, 600, 4097, 65_700), (2, 255, 2049, 270_001), least=1, most=ELEMENTS)]
 Block = Literal[64, 32, 128, 256, 512, 1024, 2048, 4096]
 Matrix = Annotated[

@@ -117,7 +117,7 @@ FAULTS = [
         "                self.base.weight += as_stored(dense, self.delta()).to(dense.weight.dtype)\n",
         file="adapted", values=_LORA, layer="embedding"),
     # Sizes that are equal, and tensors of unusual sizes.
-    line_fault("dora_linear", "reads_the_axis_of_the_gain_from_the_rows_of_x", ["backward"],
+    line_fault("dora_linear", "reads_the_axis_of_the_gain_from_the_rows_of_x", ["outputs", "backward"],
         "    layer = dora.DoraLinear(", "    m = m.flip(0) if len(x) == len(m) else m\n    layer = dora.DoraLinear(",
         values={"shape": [12, 12], "rows": [12], "rank": 12}),
     line_fault("lora_int8", "takes_the_outlier_columns_of_the_first_sequence", ["vector"],

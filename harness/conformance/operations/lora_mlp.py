@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers, smaller
-from harness.conformance.drawing.factors import Factor, Matrix, Rows, Scaling, ThreeRanks
+from harness.conformance.comparison.functional_layer import adapted_linear, change_first, draw_adapted_layers
+from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks, WeightMagnitude
 from harness.conformance.operation import Arguments, Operation, draw
 
 Activation = Literal["silu", "gelu", "gelu-tanh"]
-WeightMagnitude = Annotated[str, Factor(("normal",), ("large", "small"))]
-_LARGE = 2.0**11
-"""Factor of a large gate's weight. Many outputs of the gate then exceed 1,211. Their square times 0.0447, as in GELU's
-approximation by tanh, overflows float16."""
-_LARGE_ROWS = 2.0**9
-"""Factor of the same weight with DoRA. The square of a row's norm then overflows float16. A larger factor would let
-x W^T + (g - 1) x W^T lose all digits there."""
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -57,17 +50,6 @@ def arguments(
     )
     change_first(layers, gate)
     return {"x": draw(generator, dtype, *rows, D), **layers, "activation": activation}
-
-
-def change_first(layers: Arguments, magnitude: str) -> None:
-    """Make the weight of the first layer in `layers` larger or smaller, by the name of a level of WeightMagnitude."""
-    W, B = layers["Ws"][0], layers["Bs"][0]
-    if magnitude == "large":
-        layers["Ws"][0] = (_LARGE if layers["ms"] is None else _LARGE_ROWS) * W
-    if magnitude == "small":
-        layers["Ws"][0], layers["Bs"][0] = smaller(W.dtype) * W, smaller(W.dtype) * B
-        if layers["ms"] is not None and W.dtype == torch.float16:  # a large gain would make gradients overflow
-            layers["ms"][0] = smaller(W.dtype) * layers["ms"][0]
 
 
 def reference(

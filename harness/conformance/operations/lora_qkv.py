@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import adapted_linear, draw_adapted_layers
-from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks
+from harness.conformance.comparison.functional_layer import adapted_linear, change_first, draw_adapted_layers
+from harness.conformance.drawing.factors import Matrix, Rows, Scaling, ThreeRanks, WeightMagnitude
 from harness.conformance.operation import Arguments, Operation, draw
-from harness.conformance.operations import lora_mlp
 
 
 def arguments(
@@ -27,7 +26,7 @@ def arguments(
     key_bias: bool = True,
     dora: bool = False,
     shared: bool = False,
-    query: lora_mlp.WeightMagnitude = "normal",
+    query: WeightMagnitude = "normal",
 ) -> Arguments:
     """Draw the arguments of a call.
 
@@ -42,7 +41,7 @@ def arguments(
     layers = draw_adapted_layers(
         dtype, generator, [(E, D), key, value], ranks=ranks, scaling=scaling, bias=bias, dora=dora, shared=shared
     )
-    lora_mlp.change_first(layers, query)
+    change_first(layers, query)
     if bias and not key_bias:
         layers["biases"] = [None if layer == 1 else b for layer, b in enumerate(layers["biases"])]
     return {"x": draw(generator, dtype, *rows, D), **layers}
