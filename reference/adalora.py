@@ -22,6 +22,7 @@ from reference.shared.layers import (
     CONVOLUTIONS,
     LINEAR_OR_CONV1D,
     Convolution,
+    device_of,
     features_in_out,
     floating_dtype,
     kind_of,
@@ -368,7 +369,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaL
     model.requires_grad_(False)
     layers = {}
     for path, base in found.items():
-        dtype, device = floating_dtype(base), next(base.parameters()).device
+        dtype, device = floating_dtype(base), device_of(base)
         inputs, outputs = features_in_out(base)
         # Drawn in float64 so that every dtype starts from the same numbers.
         A, B = (

@@ -91,10 +91,10 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="randomised SVD",
             paper="an exact SVD; its sequel, GaLore 2 (arXiv:2504.20437), uses a randomised one",
-            here="exact by default; niter > 0 runs that many subspace iterations, from the previous basis and 10 "
-            "random vectors, or the first time from random vectors only",
-            why="the exact SVD of a large layer takes longer than many steps. The random vectors are the same at "
-            "every refresh, so that a resumed run continues exactly",
+            here="exact by default; niter > 0 runs that many subspace iterations, from the previous basis and 10 random "
+            "vectors, or at first from random vectors only: the last columns of a float64 torch.randn of shape "
+            "(min(m, n), min(r + 10, m, n)), seed 0",
+            why="the exact SVD of a large layer is slow; with the same vectors, a resumed run continues exactly",
         ),
         Deviation(
             topic="refresh with per-layer updates",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import floating_dtype, replace, targets
+from reference.shared.layers import device_of, floating_dtype, replace, targets
 from reference.shared.row_dropout import RowDropout
 from reference.spec import Deviation, ReferenceSpec
 
@@ -65,7 +65,8 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that a row of the update (one output feature) is dropped in training."""
+    """Probability that a row of the update (one output feature) is dropped in training. The other rows are divided by their
+    share of all rows."""
 
     @property
     def scaling(self) -> float:
@@ -111,7 +112,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     layers = {}
     for path, base in targets(model, config.targets).items():
         E, D, R = base.out_features, base.in_features, config.rank
-        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": device_of(base)}
         A1, B1, B2 = (_uniform(*shape, generator).to(**like) for shape in ((R, D), (E, R), (E, R)))
         A2 = torch.zeros(R, D, **like)
         layers[path] = LohaLinear(base, A1, B1, A2, B2, config.scaling, config.rank_dropout)

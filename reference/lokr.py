@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import floating_dtype, replace, targets
+from reference.shared.layers import device_of, floating_dtype, replace, targets
 from reference.shared.row_dropout import RowDropout
 from reference.spec import Deviation, ReferenceSpec
 
@@ -82,9 +82,11 @@ class Config:
     factor: int = field(default=-1, metadata={"minimum": -1, "maximum": 4096})
     """Largest number of rows and of columns of the left block C. A value below 1 sets no limit besides sqrt(size)."""
     init: str = field(default="peft", metadata={"choices": ("peft", "lycoris")})
-    """`peft`: the left block starts at zero, as in HF peft. `lycoris`: the right block starts at zero, as in LyCORIS."""
+    """`peft`: the left block starts at zero, as in HF peft. `lycoris`: the right block (A, or W2)
+    starts at zero, as in LyCORIS."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that a row of the update (one output feature) is dropped in training."""
+    """Probability that a row of the update (one output feature) is dropped in training. The other rows are divided by their
+    share of all rows."""
 
     @property
     def scaling(self) -> float:
@@ -151,7 +153,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         full = config.rank >= max(V_E, V_D) / 2
         shapes = {"W2": (V_E, V_D)} if full else {"B": (V_E, config.rank), "A": (config.rank, V_D)}
         zero = "C" if config.init == "peft" else "W2" if full else "A"
-        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+        like: dict[str, Any] = {"dtype": floating_dtype(base), "device": device_of(base)}
         drawn = {
             name: torch.zeros(shape, **like) if name == zero else _uniform(*shape, generator).to(**like)
             for name, shape in {"C": (U_E, U_D), **shapes}.items()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reference.lora_experts import LoraExperts, expert_factors
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer, adapt
-from reference.shared.layers import CONVOLUTIONS, KINDS, features_in_out, floating_dtype, kind_of, targets
+from reference.shared.layers import CONVOLUTIONS, KINDS, device_of, features_in_out, floating_dtype, kind_of, targets
 from reference.shared.lora_layers import LoraConv, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import embedding_factors, initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -167,7 +167,8 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
     """Return a new LoRA layer around `base`, with its initial A and B."""
-    like, kind = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}, kind_of(base)
+    like: dict[str, Any] = {"dtype": floating_dtype(base), "device": device_of(base)}
+    kind = kind_of(base)
     R, s, p = config.rank, config.scaling, config.dropout
 
     def factors(rank: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from reference.shared.adapted import AdaptedLayer
-from reference.shared.layers import floating_dtype, stacked_weights
+from reference.shared.layers import device_of, floating_dtype, stacked_weights
 from reference.shared.lora_start import initial_factors
 from reference.shared.nf4_weight import Nf4Weight
 
@@ -157,7 +157,7 @@ def expert_factors(
     """
     if dropout:
         raise ValueError(f"LoRA on stacked experts has no dropout, and dropout is {dropout:g}; HF peft has none either")
-    dtype, device = floating_dtype(base), next(base.parameters()).device
+    dtype, device = floating_dtype(base), device_of(base)
     factors = {}
     for name, weight in stacked_weights(base).items():
         experts, outputs, inputs = weight.shape

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import floating_dtype, replace, targets
+from reference.shared.layers import device_of, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -171,7 +171,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     for path, base in found.items():
         size = sizes[path]
         shape = base.in_features // size, size * (size - 1) // 2
-        Q = torch.zeros(shape, dtype=floating_dtype(base), device=next(base.parameters()).device)
+        Q = torch.zeros(shape, dtype=floating_dtype(base), device=device_of(base))
         layers[path] = OftLinear(base, Q, size, config.cayley, config.terms)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import LINEAR_OR_CONV1D, features_in_out, floating_dtype, replace, targets
+from reference.shared.layers import LINEAR_OR_CONV1D, device_of, features_in_out, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -151,7 +151,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     layers = {}
     for path, base in found.items():
         D, E = features_in_out(base)
-        dtype, device = floating_dtype(base), next(base.parameters()).device
+        dtype, device = floating_dtype(base), device_of(base)
         if (device, dtype) not in shared:  # layers on one device and in one dtype share a pair
             shared[device, dtype] = (A_shared.to(device, dtype), B_shared.to(device, dtype))
         A, B = shared[device, dtype]

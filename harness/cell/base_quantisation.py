@@ -15,6 +15,7 @@ from torch import nn
 
 from harness.conformance.comparison.packed_codes import judge_in_pieces
 from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.conformance.packing import pack as pack_layers
 from harness.conformance.subject import ExpectedCodes, PackedLayer, is_small
 from harness.errors import UsageError
 from harness.methods.registry import Registry
@@ -79,7 +80,7 @@ def pack(
             layer: Any = model.get_submodule(path)
             if small and judge:
                 found.expected[path] = ExpectedCodes.of(layer.weight, bias=layer.bias)
-            found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
+            found.forms[path] = pack_layers(packs, model, [path], dtype)[path]
             if not small and judge:
                 packed: Any = model.get_submodule(path)
                 found.judged[path] = judge_in_pieces(found.forms[path], layer, packed.bias)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,10 @@ from harness.methods.registry import discover, optional_features
 from harness.methods.spec import Adapted, method_info, methods
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import LINEAR, kind_of
+from reference.spec import ReferenceSpec
+
+_SHARED = ("reference.shared.lora_layers", "reference.shared.lora_start", "reference.lora_experts")
+"""Modules with layers of other kinds than `linear`, and with start values, which several Methods share."""
 
 
 def of_operation(name: str) -> Iterator[str]:
@@ -60,9 +65,9 @@ def of_operation(name: str) -> Iterator[str]:
     yield "no result depends on torch's default dtype; repeated calls do not make memory grow"
     if operation.differentiable and "calls" in plan.checks:
         yield "under autocast, the outputs may stay in float32, but have the same dtype for one row of x as for several"
+    yield from _arithmetic(name)
     yield from ("", *_examples(plan), "")
     yield from _settings(plan)
-    yield from _arithmetic(name)
 
 
 def of_method(name: str) -> Iterator[str]:
@@ -85,10 +90,25 @@ def of_method(name: str) -> Iterator[str]:
         named.append((key, value, f"in `state()`{kept}"))
     there = [one for one in named if one[0].startswith("first")]
     yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value, title in there)
+    if not subject.added():
+        yield "  a weight that two targets share has an entry in `tensors()` under each of its names"
     yield from _work(adapted)
     yield from _optimizer_state(adapted)
+    yield from _shared_parts(name)
     yield from ("", *_layers(plan), "", *_examples(plan), "")
     yield from _settings(plan)
+
+
+def _shared_parts(name: str) -> Iterator[str]:
+    """Yield the docstrings of what the reference of a Method shares with others: layers of other kinds, and start values."""
+    used = [
+        one
+        for one in vars(importlib.import_module(f"reference.{name}")).values()
+        if inspect.isroutine(one) or inspect.isclass(one)
+    ]
+    parts = {one.__name__: one for one in used if one.__module__ in _SHARED}
+    for part in parts.values():
+        yield f"  {part.__name__}: {' '.join((inspect.getdoc(part) or '').split())}"
 
 
 def _optimizer_state(adapted: Adapted) -> Iterator[str]:
@@ -120,6 +140,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
 
 
 def _rules(plan: MethodSuite) -> Iterator[str]:
+    yield "`all-linear` in `targets` leaves out heads and layers that compute logits: `peft-harness explain targets`"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
@@ -161,10 +182,22 @@ def _arithmetic(name: str) -> Iterator[str]:
         module = importlib.import_module(file)
         yield from ("", f"{file.replace('.', '/')}.py:")
         yield from (f"  {line}" for line in (inspect.getdoc(module) or "").splitlines())
+        if spec := getattr(module, "SPEC", None):
+            yield from (f"  {line}" for line in differences(spec))
         for key, function in vars(module).items():
             if inspect.isfunction(function) and function.__module__ == file and not key.startswith("_"):
                 yield f"  {key}({', '.join(inspect.signature(function).parameters)})"
                 yield from (f"    {line}" for line in (inspect.getdoc(function) or "").splitlines())
+
+
+def differences(spec: ReferenceSpec) -> Iterator[str]:
+    """Yield lines about where a reference differs from its paper, or decides what the paper leaves open."""
+    if spec.deviations:
+        yield "differences from the paper, and what it leaves open:"
+    for one in spec.deviations:
+        yield f"  {one.topic}"
+        for label, text in (("paper", one.paper), ("here", one.here), ("why", one.why)):
+            yield from textwrap.wrap(text, 100, initial_indent=f"    {label + ':':<7}", subsequent_indent=" " * 11)
 
 
 def _work(adapted: Adapted) -> Iterator[str]:

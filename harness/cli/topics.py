@@ -334,13 +334,7 @@ def _method(info: MethodInfo) -> str:
     if referenced:
         from harness.cli import interfaces  # imports torch
 
-        lines += ["", *_folded(interfaces.of_method(info.name))]
-    if info.spec.deviations:
-        lines += ["", "differences from the paper:"]
-    for one in info.spec.deviations:
-        lines.append(f"  {one.topic}")
-        for label, text in (("paper", one.paper), ("here", one.here), ("why", one.why)):
-            lines += textwrap.wrap(text, 100, initial_indent=f"    {label + ':':<7}", subsequent_indent=" " * 11)
+        lines += ["", *interfaces.differences(info.spec), "", *_folded(interfaces.of_method(info.name))]
     return _titled(f"method {info.name}", "\n".join(lines))
 
 

@@ -17,6 +17,7 @@ from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_role import CaseRole, Dtype
 from harness.conformance.case_selection import CaseSelection, Values
+from harness.conformance.tolerance_constants import LONG_SUM, LONG_SUM_FACTOR, NOISE_FACTOR
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
 from harness.records.record import FrozenModel
@@ -82,9 +83,14 @@ class SettingRange(FrozenModel):
 class _Tolerant(FrozenModel):
     tolerances: dict[str, Tolerance] = Field(default={})
 
-    def factors(self) -> dict[str, float]:
-        """Map each check in `tolerances` to the factor that replaces NOISE_FACTOR for this check."""
-        return {check: looser.factor for check, looser in self.tolerances.items()}
+    def factors(self, gradients: str = "", rows: int = 0, dtype: str = "") -> dict[str, float]:
+        """Map checks to the factor that replaces NOISE_FACTOR for them: those in `tolerances`, and the check `gradients` if
+        the input in `dtype` has so many rows that sums over them round (see LONG_SUM).
+        """
+        factors = {check: looser.factor for check, looser in self.tolerances.items()}
+        if rows > LONG_SUM and dtype in ("float32", "float64"):
+            factors[gradients] = LONG_SUM_FACTOR * factors.get(gradients, NOISE_FACTOR)
+        return factors
 
 
 class MethodSuite(_Tolerant):

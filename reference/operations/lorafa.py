@@ -59,7 +59,7 @@ Correction = Literal["least-squares", "none"]
 
 
 def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
-    """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g.
+    """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g. DELTA is 1e-8.
 
     ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0. If A A^T
     is not finite, the result is NaN.

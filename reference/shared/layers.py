@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
@@ -158,6 +159,11 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     return computed or next((buffer.dtype for buffer in base.buffers() if buffer.is_floating_point()), torch.float32)
 
 
+def device_of(base: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer of `base`. A packed layer may have buffers only."""
+    return next(itertools.chain(base.parameters(), base.buffers())).device
+
+
 def features_in_out(base: Any) -> tuple[int, int]:
     """Return D and E, the sizes of a layer's inputs and outputs. The layer is of any kind except `experts`.
 
@@ -194,7 +200,7 @@ def dense_weight(base: Any) -> torch.Tensor:
         return transposed
     if type(base) is nn.Linear:
         return base.weight.clone()
-    unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)
+    unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=device_of(base))
     was_training, bias = base.training, base.bias
     base.bias = None  # type: ignore[assignment]  # (w + b) - b would round
     try:

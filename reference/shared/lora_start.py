@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference.shared.layers import features_in_out, floating_dtype
+from reference.shared.layers import device_of, features_in_out, floating_dtype
 
 _ORTHOGONAL_DIVISOR = 10.0
 """Number by which both orthogonal factors are divided, as in HF peft."""
@@ -43,7 +43,7 @@ def linear_factors(base: nn.Module, rank: int, generator: torch.Generator) -> tu
     Dtype and device are those of the layer.
     """
     A, B = initial_factors("kaiming", rank, *features_in_out(base), generator)
-    dtype, device = floating_dtype(base), next(base.parameters()).device
+    dtype, device = floating_dtype(base), device_of(base)
     return A.to(device, dtype), B.to(device, dtype)
 
 

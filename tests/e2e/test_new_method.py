@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.layers import dense_copy, device_of, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -77,7 +77,7 @@ class FedParaLinear(AdaptedLayer):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     layers = {}
     for path, base in targets(model, config.targets).items():
-        like = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
+        like = {"dtype": floating_dtype(base), "device": device_of(base)}
         (E, D), R = base.weight.shape, config.rank
         factors = {
             name: torch.randn(shape, generator=generator, dtype=torch.float64).div(math.sqrt(shape[1])).to(**like)

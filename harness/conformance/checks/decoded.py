@@ -16,6 +16,7 @@ from harness.conformance.comparison.tolerance_policies import Judgement, rounded
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
+from reference.shared.layers import device_of
 
 _UNIT_ROWS = 64
 """Largest number of rows of the identity matrix."""
@@ -62,6 +63,6 @@ def _of_layers(subject: Subject) -> Iterator[Judgement]:
         base = subject.original_base(path)
         if isinstance(base, nn.Linear) and base.bias is None:
             reference = subject.reference(path, subject.dtype).layer
-            x = _rows(torch.empty(base.in_features, dtype=DTYPES[subject.dtype], device=base.weight.device))
+            x = _rows(torch.empty(base.in_features, dtype=DTYPES[subject.dtype], device=device_of(base)))
             with torch.no_grad():
                 yield prefix_tensor(path, rounded_once({"y": layer(x)}, {"y": reference(x).double()}))

@@ -17,7 +17,7 @@ from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.module_copy import copied
 from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.shared.layers import Convolution, as_stored, features_in_out, floating_dtype
+from reference.shared.layers import Convolution, as_stored, device_of, features_in_out, floating_dtype
 
 
 @check()
@@ -94,6 +94,6 @@ def _matrix(layer: nn.Module, base: Any) -> Tensor | None:
     if isinstance(base, nn.Embedding):
         table: Tensor = layer(torch.arange(base.num_embeddings, device=base.weight.device))
         return table.T / getattr(base, "embed_scale", 1.0)
-    unit = torch.eye(features_in_out(base)[0], dtype=floating_dtype(layer), device=next(layer.parameters()).device)
+    unit = torch.eye(features_in_out(base)[0], dtype=floating_dtype(layer), device=device_of(layer))
     outputs: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
     return outputs.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +73,13 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
     `subject`. Nothing is judged if the model was too large to be copied. With packed weights (8-bit integers) it loads only
-    the second, and if the base was packed before, neither.
+    the second, and if the given model was packed, neither.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:
         return
-    model = copied(subject.original.model)
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):  # a base that was packed before
+    model = copied(subject.unpacked or subject.original.model)
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
         yield from _of_constants(subject, saved)
         yield from _after_assigning(fresh, saved)
         return
@@ -88,7 +88,8 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
             parameter.mul_(-0.5)
     other = case.attach_again(model=model)
     assert other is not None  # noqa: S101  # it was attached before
-    _outputs(other, case)  # what a layer keeps of its old weights must not outlive them
+    # What a layer keeps of its old weights must not outlive them, whether it keeps them in eval or in training mode.
+    _outputs(other, case, modes=(True, False))
     trained = _trainable(other)
     if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):
         try:
@@ -140,14 +141,18 @@ def _alike(subject: Subject, other: Subject, trained: set[str], case: Case) -> I
         yield prefix_tensor(f"after load_state_dict, {name}", exact(loaded[name], seen))
 
 
-def _outputs(subject: Subject, case: Case) -> dict[str, dict[str, Tensor]]:
-    """Run every layer in eval mode and, if it has no dropout, in training mode. Return outputs and gradients by name."""
+def _outputs(subject: Subject, case: Case, modes: Sequence[bool] = (False, True)) -> dict[str, dict[str, Tensor]]:
+    """Run every layer in eval mode and, if it has no dropout, in training mode. Return outputs and gradients by name.
+
+    modes: the order of the modes; True is training.
+    """
     found = {}
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        found[path] = observe(layer, subject.tensors_of(path), x, dy)
-        if subject.trains_plainly:
-            found[f"{path} in training"] = observe(layer, subject.tensors_of(path), x, dy, training=True)
+        for training in modes:
+            if subject.trains_plainly or not training:
+                name = f"{path} in training" if training else path
+                found[name] = observe(layer, subject.tensors_of(path), x, dy, training=training)
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES
-from reference.shared.layers import Convolution, kind_of
+from reference.shared.layers import Convolution, device_of, kind_of
 
 HALF = 0.5
 """Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
@@ -57,7 +57,7 @@ def inputs(
         D, E = features(base)
         x = normal_noise((tokens, D), generator)
         dy = normal_noise((tokens, E), generator)
-    device = next(base.parameters()).device
+    device = device_of(base)
     return vary(x, magnitude, dtype).to(device, dtype), dy.to(device, dtype)
 
 

@@ -7,7 +7,6 @@ both are right.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,6 @@ PIECE = 2**22
 """Number of elements of a weight that are judged at a time. It is a multiple of the block size."""
 _BLOCK = 64
 _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
-
-
-def packed_layers(base: str, returned: Any) -> dict[str, PackedLayer]:
-    """Return the packed layers, by path, that an implementation of a quantised base has returned.
-
-    base: name of the base, for the message. Raises TypeError if `returned` has another form.
-    """
-    try:
-        return {path: PackedLayer(*form) for path, form in returned.items()}
-    except (AttributeError, TypeError) as error:
-        form = "{path: (packed, absmax, block)}" if base == "nf4" else "{path: (packed, absmax, block, True)}"
-        raise TypeError(f"{base} should return {form}; it returned {type(returned).__name__}: {error}") from error
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:

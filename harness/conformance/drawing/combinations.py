@@ -112,3 +112,18 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
             words = factor.optional and not isinstance(factor.levels[0], float)
             yield from ({name: level, "sides": square} for level in factor.levels[1:] if words)
         yield from ({"kind": kind, "sides": _VOCABULARY} for kind in factors["kind"].levels if kind == "embedding")
+
+
+def switched_kinds(there: Mapping[str, Factor], tried: Mapping[str, Collection[str]]) -> Iterator[dict[str, Any]]:
+    """Yield each switch that is off by default, together with each kind of layer: each kind may have its own code.
+
+    there: the factors, among them `kind`. tried: for each switch, the kinds that are left out. Variants of one kind, such as
+    `conv2d` and `conv2d-grouped`, count as one.
+    """
+    for name, factor in there.items():
+        if factor.levels[0] is False:
+            met = list(tried[name])
+            for kind in there["kind"].levels:
+                if not any(kind.startswith(one) or one.startswith(kind) for one in met):
+                    met.append(kind)
+                    yield {name: True, "kind": kind}

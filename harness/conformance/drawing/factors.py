@@ -190,3 +190,8 @@ def _others(values: Sequence[Any], levels: Sequence[Any], least: float | None, m
 
 def _distinct(levels: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(levels))
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a number, or every item of a list of numbers, is above 0. A switch counts as positive."""
+    return isinstance(value, bool) or (all(one > 0 for one in value) if isinstance(value, tuple) else value > 0)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import strategies
-from harness.conformance.drawing.combinations import BEYOND_24_BITS, combinations, large_tensors
+from harness.conformance.drawing.combinations import BEYOND_24_BITS, combinations, large_tensors, switched_kinds
 from harness.conformance.drawing.covering import covering, each_value, every_pair, one_at_a_time, values
-from harness.conformance.drawing.factors import Factor, of_config, of_signature
+from harness.conformance.drawing.factors import Factor, is_positive, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
     MAIN_MAGNITUDES,
@@ -192,31 +192,30 @@ def _of_missing_values(
 ) -> Iterator[AnyCase]:
     """Yield cases with the values that no example has, each once.
 
-    A case has such a value for several sizes, or for several other numbers, at once. A word, a zero and the value of an
-    optional factor each have a case of their own: a word or a zero may hide the other values, and an implementation may
-    lack an option. Some values of a Method are left out: other magnitudes, forms of the model and shares of dropout, because
-    many checks would have to try them, and very wide outputs, because the ParityModel has a square weight of this side.
+    A case has such a value for several sizes, or for several other numbers, at once. A word, a zero, the value of an
+    optional factor, and a switch with a kind of layer have a case each: a word or a zero may hide the other values, and an
+    implementation may lack an option. Some values of a Method are left out: other magnitudes, forms of the model and shares
+    of dropout, because many checks would have to try them, and very wide outputs, because the ParityModel has a square
+    weight of this side.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
     left_out = ("dtype", *(LEFT_OUT if isinstance(plan, MethodSuite) else ()))
-    for name in [name for name in there if name not in left_out]:
-        factor, tried = there[name], {plain[name], *(value_of(plan, case, name) for case in examples)}
+    for name, factor in ((name, factor) for name, factor in there.items() if name not in left_out):
+        tried = {plain[name], *(value_of(plan, case, name) for case in examples)}
         for value in [one for one in (*factor.levels, *factor.extremes) if one not in tried]:
             if name == "sides" and value[1] > _WIDEST_OUTPUT:
                 continue
-            if factor.optional or isinstance(value, str) or not _is_positive(value):
+            if factor.optional or isinstance(value, str) or not is_positive(value):
                 alone.append(plain | {name: value})
             else:
                 (sizes if name in _SIZES else numbers).setdefault(name, []).append(value)
+    if isinstance(plan, MethodSuite) and not plan.base:
+        on = {n: {value_of(plan, one, "kind") for one in examples if value_of(plan, one, n) is True} for n in there}
+        alone += [plain | some for some in switched_kinds(there, on)]
     together = [chosen for some in (sizes, numbers) for chosen in each_value(plain, some, valid)]
     for chosen in [*together, *filter(valid, alone)]:
         yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
-
-
-def _is_positive(value: Any) -> bool:
-    """Return whether a number, or every item of a list of numbers, is above 0. A switch counts as positive."""
-    return isinstance(value, bool) or (all(one > 0 for one in value) if isinstance(value, tuple) else value > 0)
 
 
 def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> Any:

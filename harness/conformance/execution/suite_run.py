@@ -18,11 +18,11 @@ from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
-from harness.conformance.comparison.packed_codes import packed_layers
 from harness.conformance.drawing import sample
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.conformance.operation import Arguments, OperationSubject, moved
+from harness.conformance.packing import pack
 from harness.conformance.parity_suite import (
     AnyCase,
     LoaderCase,
@@ -45,7 +45,6 @@ from harness.conformance.subject import (
     configure,
     warm,
 )
-from harness.conformance.tolerance_constants import LONG_SUM, LONG_SUM_FACTOR, NOISE_FACTOR
 from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.methods.registry import Implementation, sibling
@@ -278,11 +277,12 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    walks, factors = 0 if of.sampled else WALKS, dict(plan.factors())
-    x = subject.arguments.get("x", torch.empty(0))
-    if x.shape[:-1].numel() > LONG_SUM and of.dtype in ("float32", "float64"):
-        factors["backward"] = LONG_SUM_FACTOR * factors.get("backward", NOISE_FACTOR)
-    return subject, Case("call", seed=SEED, walks=walks, is_drawn=of.drawn, magnitude=of.magnitude, factors=factors)
+    rows = subject.arguments.get("x", torch.empty(0)).shape[:-1].numel()
+    case = Case(
+        "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
+        factors=plan.factors("backward", rows, of.dtype),
+    )  # fmt: skip
+    return subject, case
 
 
 def attach(
@@ -337,8 +337,7 @@ def attach(
                 path: codes_of(path) if usual else ExpectedCodes.of(one.weight, bias=one.bias)
                 for path, one in linear.items()
             }
-            packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
-            packed = packed_layers(plan.base, packed_forms)
+            packed = pack(implementation, model, bases, DTYPES[of.dtype])
             bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
@@ -362,7 +361,8 @@ def attach(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
-        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, factors=plan.factors(),
+        forward_of=lambda model: whole(model)[1], attach_fresh=fresh,
+        factors=plan.factors("gradient", of.shape.tokens, of.dtype),
     )  # fmt: skip
     return subject, case
 

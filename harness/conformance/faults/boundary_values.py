@@ -107,6 +107,8 @@ FAULTS = [
     # Merging and saving.
     line_fault("qlora", "puts_a_layer_back_in_its_old_mode", ["merge"],
         "    module.train(model.get_submodule(path).training)\n", "", file="layers", values=_LORA),
+    line_fault("lora", "leaves_new_layers_in_training_mode", ["eval_mode"],
+        "    module.train(model.get_submodule(path).training)\n", "", file="layers", values={**_LORA, "dropout": 0.25}),
     line_fault("lora_int8", "leaves_the_absmax_out_of_the_state_dict", ["save"],
         'self.register_buffer("absmax", absmax)', 'self.register_buffer("absmax", absmax, persistent=False)',
         file="int8_weight", values=_LORA),

@@ -92,3 +92,22 @@ def adds_a_bias_that_was_removed(copy: PatchedCopy) -> None:
 def _with_first_bias(layer: Any, bias: Tensor | None, right: Right, x: Tensor) -> Tensor:
     y = right(x)
     return y if bias is None or layer.bias is not None else y + bias
+
+
+@_planted("save")
+def keeps_the_decoded_weight_in_eval_mode(copy: PatchedCopy) -> None:
+    def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
+        packed = right(model, paths)
+        for path in paths:
+            layer: Any = model.get_submodule(path)
+            layer.forward = partial(_with_kept_weight, layer)
+        return packed
+
+    copy.replace_packing(wrong)
+
+
+def _with_kept_weight(layer: Any, x: Tensor) -> Tensor:
+    if layer.training or "kept" not in layer.__dict__:
+        unit = torch.eye(layer.in_features, dtype=x.dtype)
+        layer.kept = (type(layer).forward(layer, unit) - (0 if layer.bias is None else layer.bias)).T
+    return nn.functional.linear(x, layer.kept.to(x.dtype), layer.bias)

@@ -14,6 +14,9 @@ from reference import galore
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), (0.01, 100.0), least=0.01, most=8.0)]
 LearningRate = Annotated[float, Factor((4.0,), (0.0, 0.01, 0.1, 1.0), least=0.0, most=8.0)]
+Gradient = Literal["dense", "large"]
+LARGE = 256.0
+"""Factor of a large gradient. The square of most of its numbers exceeds the largest float16."""
 NEVER = 1_000_000
 """Number of steps until the projection matrices are computed anew. No case has so many steps."""
 
@@ -32,11 +35,13 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
     lr: LearningRate = 4.0,
+    gradient: Gradient = "dense",
 ) -> Arguments:
     """Draw a weight (m, n), its gradient, its moments, and orthonormal projection matrices: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step; for step 1, the moments are zero. By default, lr is so large that the step is as large as the weight.
+    step; for step 1, the moments are zero. gradient: `large` multiplies the gradient by 256. By default, lr is so large
+    that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)
@@ -49,7 +54,7 @@ def arguments(
     low = (r if left else m, r if right else n)
     return {
         "W": draw(generator, dtype, m, n),
-        "G": draw(generator, dtype, m, n),
+        "G": draw(generator, dtype, m, n) * (LARGE if gradient == "large" else 1.0),
         "P": basis(m) if left else None,
         "Q": basis(n) if right else None,
         "M": draw(generator, dtype, *low) * (step > 1),
