@@ -234,11 +234,23 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("galore", "M: float32 [3, 128]"),
         ("vera", "deep: ten layers to adapt."),
         ("vera", "zero-rows: every second row is 0."),
+        ("lorafa_step", "the pseudo-inverse of A A^T + 1e-8 I"),
+        ("lora", "LoraConv: A frozen convolution"),
+        ("galore", "has an entry in `tensors()` under each of its names"),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["lora", "lamb8bit_step"])
+def test_the_differences_from_the_paper_come_before_the_cases(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == Exit.PASS
+    shown = capsys.readouterr().out
+    assert (
+        0 < shown.index("differences from the paper, and what it leaves open") < shown.index("cases that `check` tries")
+    )
 
 
 @pytest.mark.parametrize("name", list(app.commands.commands))

@@ -19,8 +19,9 @@ from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.drawing import sample
+from harness.conformance.drawing.combinations import switched_kinds
 from harness.conformance.drawing.covering import covering, each_value, every_pair, values
-from harness.conformance.drawing.factors import of_config, of_signature
+from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.drawing.search import search
 from harness.conformance.execution import suite_run
 from harness.conformance.execution.acceptance import is_accepted
@@ -28,7 +29,7 @@ from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.tolerance_constants import LONG_SUM, NOISE_FACTOR
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
-from harness.methods.spec import methods
+from harness.methods.spec import Adapted, methods
 from harness.records.record import CheckResult, Outcome
 from reference import adalora, galore, lora
 from reference.operations import multi_lora
@@ -419,6 +420,31 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
 
     assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == NOISE_FACTOR
     assert allowed("float32", LONG_SUM + 1) > NOISE_FACTOR
+    of_layers = parity_suite.load("lora").factors("gradient", LONG_SUM + 1, "float32")
+    assert of_layers["gradient"] > NOISE_FACTOR
+    assert "forward" not in of_layers
+
+
+def test_a_switch_is_tried_with_each_kind_of_layer() -> None:
+    there = {
+        "a": Factor((False, True)),
+        "b": Factor((True, False)),
+        "kind": Factor(("linear", "conv", "conv-x", "table")),
+    }
+    assert [*switched_kinds(there, {"a": ["linear"]})] == [{"a": True, "kind": "conv"}, {"a": True, "kind": "table"}]
+    assert [*switched_kinds(there, {"a": ["conv-x", "linear"]})] == [{"a": True, "kind": "table"}]
+
+    def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> Adapted:
+        kinds = {type(model.get_submodule(name)) for name in config.targets}
+        is_table = nn.Embedding in kinds
+        return lora.attach(model, dataclasses.replace(config, rslora=config.rslora and not is_table), generator)
+
+    plan, mine = parity_suite.load("lora"), Implementation("mine", "method", "lora", attach, dtypes=DTYPES)
+    cases = [one for one in sample.fixed(plan, FEW, ["float32"]) if one.is_brief and "rslora=True" in str(one)]
+    outcomes = [one for case in cases for one in suite_run.run_case(mine, plan, case)]
+    assert {one.case for one in outcomes if one.result.outcome is Outcome.FAIL} == {
+        str(case) for case in cases if "embedding" in str(case)
+    }
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from harness.conformance.operation import cloned
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
 from reference import qlora
+from reference.operations import nf4
+from reference.shared.layers import replace as replace_layer
 
 
 def failures(target: str, change: Any, case: parity_suite.AnyCase) -> set[str]:
@@ -223,3 +225,65 @@ def test_a_layer_may_add_its_bias_before_the_weight_is_rounded() -> None:
 
     mine = Implementation("mine", "method", "qlora", attach, dtypes=("bfloat16",))
     assert {one.result.outcome for one in suite_run.run_case(mine, plan, case)} == {Outcome.PASS}
+
+
+class _InBuffers(nn.Linear):
+    """A linear layer in NF4 whose weight is None and whose codes are buffers. Without a bias, it has no parameter."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.is_like = dense.in_features, dense.out_features, dense.weight.dtype
+        self.register_parameter("weight", None)
+        bias = dense.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        codes, absmax = nf4.quantize(dense.weight)
+        self.register_buffer("packed", nf4.pack(codes))
+        self.register_buffer("absmax", absmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = nf4.unpack(self.get_buffer("packed"), self.in_features * self.out_features)
+        W = nf4.dequantize(codes, self.get_buffer("absmax"), 64).view(self.out_features, self.in_features)
+        return nn.functional.linear(x.to(self.is_like), W.to(self.is_like), self.bias)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_base_may_keep_its_codes_in_buffers(dtype: str) -> None:
+    def pack(model: nn.Module, paths: list[str], _: torch.dtype) -> dict[str, Any]:
+        packed = {path: _InBuffers(model.get_submodule(path)) for path in paths}  # type: ignore[arg-type]
+        for path, layer in packed.items():
+            replace_layer(model, path, layer)
+        return {path: (one.get_buffer("packed"), one.get_buffer("absmax"), 64) for path, one in packed.items()}
+
+    plan = parity_suite.load("nf4")
+    mine = Implementation("mine", "base", "nf4", pack, dtypes=(dtype,))
+    case = next(
+        one for one in sample.fixed(plan, FEW, [dtype]) if isinstance(one, parity_suite.MethodCase) and not one.minor
+    )
+    case = replace(case, kind="linear")
+    failed = [one.result.detail for one in suite_run.run_case(mine, plan, case) if one.result.outcome is Outcome.FAIL]
+    assert failed == []
+
+
+def test_lamb_may_replace_the_ratio_of_norms_that_are_nan_but_not_the_nan() -> None:
+    def found(act: Any) -> str:
+        plan = parity_suite.load_operation("lamb8bit_step")
+        mine = Implementation("mine", "operation", "lamb8bit_step", act, dtypes=("float32",))
+        typical = next(one for one in plan.cases(FEW, ["float32"]) if one.typical)
+        [outcome] = suite_run.run_case(mine, plan, typical, only=["nonfinite"])
+        return outcome.result.detail if outcome.result.outcome is Outcome.FAIL else ""
+
+    reference = operations.every()["lamb8bit_step"].reference
+
+    def guarded(p: Tensor, **given: Any) -> Any:
+        """Take 1 in the place of a norm that is NaN, as `norm > 0` does."""
+        after = list(reference(p=p, **given))
+        if after[0].isnan().all():
+            after[0] = torch.where(torch.arange(p.numel()).view_as(p) == p.numel() // 2, after[0], p)
+        return tuple(after)
+
+    def hiding(p: Tensor, **given: Any) -> Any:
+        after = list(reference(p=p, **given))
+        return (after[0].nan_to_num(), *after[1:])
+
+    assert found(guarded) == ""
+    assert "a NaN in p does not reach p" in found(hiding)
