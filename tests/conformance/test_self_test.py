@@ -40,6 +40,10 @@ def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
     copy.replace_line("a line that nobody wrote", "")
 
 
+SLOW_ELSEWHERE = ("walk", "calls", "each_setting")
+"""Checks that take much longer for the first target with such a fault than for LoRA."""
+
+
 @pytest.mark.nightly
 def test_every_fault_is_caught_by_the_checks_one_expects(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--self-test", "--json"]) == Exit.PASS
@@ -57,7 +61,8 @@ def test_each_check_catches_the_first_fault_that_names_it() -> None:
     first: dict[str, Fault] = {}
     for fault in faults.every():
         for name in fault.expected:
-            first.setdefault(name, fault)
+            if name not in SLOW_ELSEWHERE or fault.target == "lora":
+                first.setdefault(name, fault)
     missed = []
     for name, fault in first.items():
         failures = self_test._failures(self_test._spoilt(fault), fault, [name])
