@@ -153,8 +153,14 @@ def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tup
     """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
     python = environment.python if environment is not None else None
     # The pool's server imports torch while another process imports the plug-ins.
-    with worker_processes.worker_pool(request.device, python) as pool:
+    named = len(request.implementations) * len({*request.methods, *request.operations})
+    with worker_processes.worker_pool(request.device, python, few=0 < named <= _jobs(request)) as pool:
         return _judge_with(pool, request, environment)
+
+
+def _jobs(request: CheckRequest) -> int:
+    """Return the largest number of workers at a time."""
+    return request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
 
 
 def _judge_with(
@@ -173,7 +179,7 @@ def _judge_with(
     _require_known_names(request, registry)
     wanted = [i for i in registry.implementations if _is_requested(i, request)]
     plans, known = _read(wanted)
-    jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    jobs = _jobs(request)
     tasks, skipped = check_tasks.tasks(wanted, request, plans, jobs)
 
     def progress(line: str) -> None:

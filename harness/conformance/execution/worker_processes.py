@@ -36,7 +36,9 @@ from harness.records import environment
 PATIENCE = 120.0
 """Seconds without a result after which an implementation counts as hanging. A check normally takes milliseconds."""
 _PRELOADED = "harness.conformance.execution.preload"
-"""Module that imports what nearly every worker needs."""
+"""Module that imports what every worker needs."""
+_PRELOADED_FOR_MANY = "harness.conformance.execution.preload_all"
+"""Module that also imports what most workers need at some time."""
 
 
 @dataclass
@@ -139,14 +141,15 @@ class _Run:
         return remaining
 
 
-def worker_pool(device: str, python: Path | None = None) -> WorkerPool:
+def worker_pool(device: str, python: Path | None = None, *, few: bool = False) -> WorkerPool:
     """Return a pool for the workers of `run`, whose tensors are on `device`.
 
     If the workers are forks, the process that forks them starts now, and imports what nearly every worker needs. The
     libraries under test are not among these modules: each worker imports them itself, and reports what their import
-    changes. python: interpreter of the workers; by default, that of the caller.
+    changes. python: interpreter of the workers; by default, that of the caller. few: True if there is at most one task per
+    worker, so that fewer imports before the first worker save time.
     """
-    pool = WorkerPool(python, (_PRELOADED,) if forks(device) else ())
+    pool = WorkerPool(python, ((_PRELOADED if few else _PRELOADED_FOR_MANY),) if forks(device) else ())
     pool.start_server()
     return pool
 

@@ -1,0 +1,27 @@
+"""Import what most workers of `check` need at some time: torch's compiler, and transformers' stacked experts.
+
+If there are more tasks than workers at a time, the process that forks them imports this module once. A single worker would
+gain nothing, because it cannot start before.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from harness.conformance.execution import preload
+
+__all__ = ["LOADED", "preload"]
+
+LOADED = (
+    import_module("torch._dynamo"),  # the first optimizer imports it
+    # The first call of a compiled function imports this and the next two.
+    import_module("torch._decomp.decompositions_for_jvp"),
+    import_module("torch._dynamo.backends.common"),
+    import_module("torch._inductor.pattern_matcher"),
+    import_module("transformers.pytorch_utils"),
+    # The classes of stacked experts import this and the next two.
+    import_module("transformers.models.mixtral"),
+    import_module("transformers.activations"),
+    import_module("transformers.loss.loss_utils"),
+)
+"""Modules that a worker would otherwise import when it first needs them."""
