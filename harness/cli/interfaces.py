@@ -95,7 +95,7 @@ def of_method(name: str) -> Iterator[str]:
     yield from _work(adapted)
     yield from _optimizer_state(adapted)
     yield from _shared_parts(name)
-    yield from ("", *_layers(plan), "", *_examples(plan), "")
+    yield from ("", *_layers(plan), "", *differences(method_info(plan.method).spec), "", *_examples(plan), "")
     yield from _settings(plan)
 
 
@@ -107,8 +107,10 @@ def _shared_parts(name: str) -> Iterator[str]:
         if inspect.isroutine(one) or inspect.isclass(one)
     ]
     parts = {one.__name__: one for one in used if one.__module__ in _SHARED}
+    if parts:
+        yield "  its layers of other kinds, and its start:"
     for part in parts.values():
-        yield f"  {part.__name__}: {' '.join((inspect.getdoc(part) or '').split())}"
+        yield f"    {part.__name__}: {' '.join((inspect.getdoc(part) or '').split())}"
 
 
 def _optimizer_state(adapted: Adapted) -> Iterator[str]:

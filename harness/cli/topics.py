@@ -334,7 +334,7 @@ def _method(info: MethodInfo) -> str:
     if referenced:
         from harness.cli import interfaces  # imports torch
 
-        lines += ["", *interfaces.differences(info.spec), "", *_folded(interfaces.of_method(info.name))]
+        lines += ["", *_folded(interfaces.of_method(info.name))]
     return _titled(f"method {info.name}", "\n".join(lines))
 
 
