@@ -9,10 +9,11 @@ from typing import Any
 from harness import yaml_validation
 from harness.assets import shapes
 from harness.assets.table import Source, load_table
+from harness.cli.topics import glossary
 from harness.conformance import checks, parity_suite
 from harness.console import align_columns
 from harness.methods.peft_config import UNREFERENCED
-from harness.methods.registry import Registry, discover
+from harness.methods.registry import Registry, discover, targets
 from harness.methods.spec import methods
 from harness.records.record import SCHEMA
 from harness.resources import data_folder
@@ -80,6 +81,12 @@ def _methods(registry: Registry) -> list[ListRow]:
         }
         for info in (methods() | UNREFERENCED).values()
     ]
+
+
+def _bases(registry: Registry) -> list[ListRow]:
+    names = sorted(name for name, kind in targets().items() if kind == "base")
+    about = {name: glossary()["term"][name].partition(":")[0].partition("(")[0].strip() for name in names}
+    return [{"name": name, "implementations": registry.names("base", name), "summary": about[name]} for name in names]
 
 
 def _implementations(registry: Registry) -> list[ListRow]:
@@ -182,6 +189,7 @@ def _sources() -> dict[str, Source]:
 
 _ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
     "methods": _methods,
+    "bases": _bases,
     "operations": _operations,
     "implementations": _implementations,
     "suites": _suites,
@@ -193,6 +201,7 @@ _ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
 }
 _COLUMNS = {
     "methods": ("name", "implementations", "summary"),
+    "bases": ("name", "implementations", "summary"),
     "operations": ("name", "implementations", "follows"),
     "implementations": ("name", "kind", "target", "provider", "dtypes", "devices"),
     "broken": ("name", "reason"),

@@ -7,7 +7,18 @@ import click
 from harness.cli import options
 from harness.errors import Exit
 
-KINDS = ("methods", "operations", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
+KINDS = (
+    "methods",
+    "bases",
+    "operations",
+    "implementations",
+    "suites",
+    "models",
+    "tasks",
+    "checks",
+    "claims",
+    "measures",
+)
 
 
 @click.command("list")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from harness.errors import Problem, closest_match, did_you_mean
 
-_LISTED = ("method", "operation", "implementation")
-"""Kinds of names that `peft-harness list` prints."""
+_LISTED = {"method": "methods bases", "operation": "operations", "implementation": "implementations"}
+"""Kind of names -> arguments of `peft-harness list` that print them. `--method` also takes quantised bases."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class NameOption:
     def _hint(self, close: str, other: NameOption | None) -> str:
         """Return a hint with the closest name. other: the option that takes this name, if it is another one."""
         guess, kind = (f"{other.option} {close}", other.kind) if other else (close, self.kind)
-        return f"did you mean `{guess}`?" + (f" `peft-harness list {kind}s` shows all" if kind in _LISTED else "")
+        return f"did you mean `{guess}`?" + (
+            f" `peft-harness list {_LISTED[kind]}` shows all" if kind in _LISTED else ""
+        )
 
     def _all(self, name: str) -> str:
-        shows = f"`peft-harness list {self.kind}s` describes them" if self.kind in _LISTED else ""
+        shows = f"`peft-harness list {_LISTED[self.kind]}` describes them" if self.kind in _LISTED else ""
         return "; ".join(filter(None, (did_you_mean(name, self.known, "there are"), shows)))
