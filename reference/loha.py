@@ -65,8 +65,8 @@ class Config:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     rank_dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
-    """Probability that a row of the update (one output feature) is dropped in training. The other rows are divided by their
-    share of all rows."""
+    """Probability that a row of the update (one output feature) is dropped in training. The kept rows are divided by the
+    fraction of rows that are kept."""
 
     @property
     def scaling(self) -> float:

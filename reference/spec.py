@@ -1,7 +1,7 @@
 """Facts that the harness reads from the source of a reference, without importing torch.
 
 The file of a Method has one `SPEC = ReferenceSpec(...)`. `harness.methods.spec` evaluates it from the syntax tree, so
-it must contain only literals. In the file of an Operation, `SPEC` only informs the reader.
+it must contain only literals. `peft-harness explain` prints it, also that in the file of an Operation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ReferenceSpec:
     """arXiv number of the paper with its version, and the sections that matter. Without a paper, the reason why there
     is none."""
     deviations: tuple[Deviation, ...] = ()
-    """Differences from the paper."""
+    """Differences from the paper, and what it leaves open."""
     factors: tuple[str, ...] = ()
     """Letters of the low-rank factors that train. LoRA+ (`lr_ratio`) needs a factor B."""
     replaces_weight: str = ""

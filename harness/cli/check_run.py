@@ -152,9 +152,9 @@ def _with_declared_environments(report: CheckReport, missing: Collection[Target]
 def _judge_in(request: CheckRequest, environment: MadeEnvironment | None) -> tuple[CheckReport, Collection[Target]]:
     """Run the checks in one environment, or in this Python. Return the report, and targets whose libraries are missing."""
     python = environment.python if environment is not None else None
+    targets = len(request.implementations) * len({*request.methods, *request.operations})
     # The pool's server imports torch while another process imports the plug-ins.
-    named = len(request.implementations) * len({*request.methods, *request.operations})
-    with worker_processes.worker_pool(request.device, python, few=0 < named <= _jobs(request)) as pool:
+    with worker_processes.worker_pool(request.device, python, few=0 < targets <= _jobs(request)) as pool:
         return _judge_with(pool, request, environment)
 
 

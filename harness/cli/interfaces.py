@@ -25,12 +25,12 @@ from harness.conformance.parity_suite import MethodSuite, OperationSuite
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover, optional_features
 from harness.methods.spec import Adapted, method_info, methods
-from reference.shared.adapted import AdaptedModel
+from reference.shared.adapted import AdaptedLayer, AdaptedModel
 from reference.shared.layers import LINEAR, kind_of
 from reference.spec import ReferenceSpec
 
-_SHARED = ("reference.shared.lora_layers", "reference.shared.lora_start", "reference.lora_experts")
-"""Modules with layers of other kinds than `linear`, and with start values, which several Methods share."""
+_STARTS = ("reference.shared.lora_start", "reference.lora_experts")
+"""Modules with functions that draw start values."""
 
 
 def of_operation(name: str) -> Iterator[str]:
@@ -90,26 +90,23 @@ def of_method(name: str) -> Iterator[str]:
         named.append((key, value, f"in `state()`{kept}"))
     there = [one for one in named if one[0].startswith("first")]
     yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value, title in there)
-    if not subject.added():
+    if adapted.tensors() and hasattr(subject.config, "targets") and not subject.added():
         yield "  a weight that two targets share has an entry in `tensors()` under each of its names"
     yield from _work(adapted)
     yield from _optimizer_state(adapted)
-    yield from _shared_parts(name)
-    yield from ("", *_layers(plan), "", *differences(method_info(plan.method).spec), "", *_examples(plan), "")
+    yield from _parts(name)
+    yield from ("", *_layers(plan), "", *_differences(method_info(plan.method).spec), "", *_examples(plan), "")
     yield from _settings(plan)
 
 
-def _shared_parts(name: str) -> Iterator[str]:
-    """Yield the docstrings of what the reference of a Method shares with others: layers of other kinds, and start values."""
-    used = [
-        one
-        for one in vars(importlib.import_module(f"reference.{name}")).values()
-        if inspect.isroutine(one) or inspect.isclass(one)
-    ]
-    parts = {one.__name__: one for one in used if one.__module__ in _SHARED}
-    if parts:
-        yield "  its layers of other kinds, and its start:"
-    for part in parts.values():
+def _parts(name: str) -> Iterator[str]:
+    """Yield the docstrings of the layers in a Method's reference, and of the functions that draw their start values."""
+    found = vars(importlib.import_module(f"reference.{name}")).values()
+    layers: list[Any] = [one for one in found if inspect.isclass(one) and AdaptedLayer in one.__mro__[1:]]
+    starts = [one for one in found if inspect.isfunction(one) and one.__module__ in _STARTS]
+    if layers:
+        yield "  layers and start values in its reference:"
+    for part in dict.fromkeys((*layers, *starts)):
         yield f"    {part.__name__}: {' '.join((inspect.getdoc(part) or '').split())}"
 
 
@@ -142,7 +139,8 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
 
 
 def _rules(plan: MethodSuite) -> Iterator[str]:
-    yield "`all-linear` in `targets` leaves out heads and layers that compute logits: `peft-harness explain targets`"
+    if "targets" in plan.checks:
+        yield "`all-linear` in `targets` leaves out heads and layers that compute logits: `peft-harness explain targets`"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
@@ -185,14 +183,14 @@ def _arithmetic(name: str) -> Iterator[str]:
         yield from ("", f"{file.replace('.', '/')}.py:")
         yield from (f"  {line}" for line in (inspect.getdoc(module) or "").splitlines())
         if spec := getattr(module, "SPEC", None):
-            yield from (f"  {line}" for line in differences(spec))
+            yield from (f"  {line}" for line in _differences(spec))
         for key, function in vars(module).items():
             if inspect.isfunction(function) and function.__module__ == file and not key.startswith("_"):
                 yield f"  {key}({', '.join(inspect.signature(function).parameters)})"
                 yield from (f"    {line}" for line in (inspect.getdoc(function) or "").splitlines())
 
 
-def differences(spec: ReferenceSpec) -> Iterator[str]:
+def _differences(spec: ReferenceSpec) -> Iterator[str]:
     """Yield lines about where a reference differs from its paper, or decides what the paper leaves open."""
     if spec.deviations:
         yield "differences from the paper, and what it leaves open:"

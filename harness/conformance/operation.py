@@ -50,9 +50,10 @@ class Operation:
     never_zero: tuple[str, ...] = ()
     """Names of the arguments that are never zero beside the other arguments of a case, e.g. a basis of orthonormal columns.
     The check `calls` makes any other argument zero."""
-    spread_by_norm: tuple[str, ...] = ()
-    """Names of the outputs that a norm of a whole argument scales. An implementation may replace a norm that is NaN, so
-    `nonfinite` accepts a NaN in a part of such an output."""
+    without_norm: Callable[..., object] | None = None
+    """For a step that is scaled by the norm of a whole tensor: a function with the same arguments and outputs, but without
+    the norm. An implementation may use 1 in the place of a norm that is NaN, so `nonfinite` requires a NaN only where this
+    function returns one. None: where the reference returns one."""
     judge: Judge | None = None
     """Function that judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
 

@@ -15,8 +15,8 @@ from harness.methods.registry import Implementation
 def pack(base: Implementation, model: nn.Module, paths: Collection[str], dtype: torch.dtype) -> dict[str, PackedLayer]:
     """Pack the layers at `paths` in place, and return their packed forms by path.
 
-    Adapters take their dtype from a parameter or from `compute_dtype`, so a packed layer that has neither in floating
-    point gets the attribute `compute_dtype`. Raises TypeError if `base` returns something else than packed forms.
+    Adapters take their dtype from a floating-point parameter or from `compute_dtype`. If a packed layer has neither, this
+    function sets `compute_dtype`. Raises TypeError if `base` does not return packed forms.
     """
     returned = base(model, list(paths), dtype)
     try:
@@ -26,8 +26,8 @@ def pack(base: Implementation, model: nn.Module, paths: Collection[str], dtype: 
         raise TypeError(
             f"{base.target} should return {form}; it returned {type(returned).__name__}: {error}"
         ) from error
-    for path in forms:
+    for path in forms.keys() & set(paths):
         layer: Any = model.get_submodule(path)
-        if getattr(layer, "compute_dtype", None) is None and not any(p.is_floating_point() for p in layer.parameters()):
+        if not hasattr(layer, "compute_dtype") and not any(p.is_floating_point() for p in layer.parameters()):
             layer.compute_dtype = dtype
     return forms

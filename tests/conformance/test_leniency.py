@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import operations, parity_suite
+from harness.conformance import operations, packing, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.threads import at_once
@@ -22,9 +22,11 @@ from harness.conformance.drawing.strategies import of_factor
 from harness.conformance.execution import suite_run
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.operation import cloned
+from harness.conformance.operations import adamw8bit_step
 from harness.methods.registry import Implementation
+from harness.methods.spec import Adapted
 from harness.records.record import Outcome
-from reference import qlora
+from reference import loha, lora, qlora
 from reference.operations import nf4
 from reference.shared.layers import replace as replace_layer
 
@@ -260,8 +262,28 @@ def test_a_base_may_keep_its_codes_in_buffers(dtype: str) -> None:
         one for one in sample.fixed(plan, FEW, [dtype]) if isinstance(one, parity_suite.MethodCase) and not one.minor
     )
     case = replace(case, kind="linear")
-    failed = [one.result.detail for one in suite_run.run_case(mine, plan, case) if one.result.outcome is Outcome.FAIL]
-    assert failed == []
+    outcomes = [*suite_run.run_case(mine, plan, case, wide=True)]
+    assert [one.result.detail for one in outcomes if one.result.outcome is Outcome.FAIL] == []
+    assert {"calls", "codes", "save"} <= {one.check for one in outcomes if one.result.outcome is Outcome.PASS}
+
+
+def test_a_layer_gets_a_dtype_for_adapters_only_if_it_has_none() -> None:
+    def packed(**attributes: Any) -> Any:
+        model = nn.Sequential(nn.Linear(64, 2, bias=False))
+
+        def pack_layers(model: nn.Module, paths: list[str], _: torch.dtype) -> dict[str, Any]:
+            layer = _InBuffers(model.get_submodule(paths[0]))  # type: ignore[arg-type]
+            layer.__dict__.update(attributes)
+            replace_layer(model, paths[0], layer)
+            form = layer.get_buffer("packed"), layer.get_buffer("absmax"), 64
+            return {paths[0]: form, "the name of another layer": form}
+
+        mine = Implementation("mine", "base", "nf4", pack_layers)
+        assert set(packing.pack(mine, model, ["0"], torch.bfloat16)) == {"0", "the name of another layer"}
+        return model[0]
+
+    assert packed().compute_dtype == torch.bfloat16
+    assert packed(compute_dtype=None).compute_dtype is None
 
 
 def test_lamb_may_replace_the_ratio_of_norms_that_are_nan_but_not_the_nan() -> None:
@@ -276,14 +298,43 @@ def test_lamb_may_replace_the_ratio_of_norms_that_are_nan_but_not_the_nan() -> N
 
     def guarded(p: Tensor, **given: Any) -> Any:
         """Take 1 in the place of a norm that is NaN, as `norm > 0` does."""
-        after = list(reference(p=p, **given))
-        if after[0].isnan().all():
-            after[0] = torch.where(torch.arange(p.numel()).view_as(p) == p.numel() // 2, after[0], p)
-        return tuple(after)
+        after = reference(p=p, **given)
+        return adamw8bit_step.reference(p=p, **given) if after[0].isnan().all() else after
 
     def hiding(p: Tensor, **given: Any) -> Any:
         after = list(reference(p=p, **given))
         return (after[0].nan_to_num(), *after[1:])
 
+    def hiding_all_but_one(p: Tensor, **given: Any) -> Any:
+        after = list(reference(p=p, **given))
+        first = torch.arange(p.numel()).view_as(p) == 0
+        return (torch.where(first, after[0], after[0].nan_to_num()), *after[1:])
+
     assert found(guarded) == ""
     assert "a NaN in p does not reach p" in found(hiding)
+    assert "a NaN in m_absmax does not reach p" in found(hiding_all_but_one)
+
+
+@pytest.mark.parametrize("dropout", [{"dropout": 0.25}, {"rank_dropout": 0.25}], ids=["dropout", "rank_dropout"])
+def test_dropout_is_off_after_attaching_to_a_model_in_eval_mode(dropout: dict[str, float]) -> None:
+    target, module = ("loha", loha) if "rank_dropout" in dropout else ("lora", lora)
+
+    def found(change: Any) -> str:
+        def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
+            adapted = module.attach(model, config, generator)
+            change(model, adapted)
+            return adapted
+
+        plan, mine = parity_suite.load(target), Implementation("mine", "method", target, attach, dtypes=("float32",))
+        config = {"rank": 4, "alpha": 8.0, **dropout}
+        case = parity_suite.MethodCase(config, "linear", plan.shapes[1], "float32")
+        [outcome] = suite_run.run_case(mine, plan, case, only=["eval_mode"])
+        return outcome.result.detail if outcome.result.outcome is Outcome.FAIL else outcome.result.outcome.value
+
+    def with_a_container(_: nn.Module, adapted: Adapted) -> None:
+        for layer in adapted.layers.values():
+            layer.add_module("container", nn.ModuleDict())  # in training mode, without effect
+
+    assert found(lambda model, adapted: None) == found(with_a_container) == "pass"
+    assert "first drops features" in found(lambda model, adapted: model.train())
+    assert "first drops features" in found(lambda model, adapted: adapted.layers["first"].train())

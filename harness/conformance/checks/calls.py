@@ -174,7 +174,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         tensors = subject.tensors_of(path)
         state = [tensor for name, tensor in subject.state().items() if name.startswith(f"{path}.")]
         numbers = [*tensors.values(), *state, *subject.bases[path].parameters()]
-        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers)
+        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers, path in subject.packed)
         judge = _LayerJudge(subject, case, path, *reference_runs(subject, path, x, dy))
         # transformers' Conv1D itself takes no strided input.
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)

@@ -111,7 +111,8 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
             if in_float32:
                 problems += [f"{path} {problem}" for problem in _of_other_ranks(subject, case, path, p)]
-                call = Call(layer, subject.tensors_of(path), only, dy, training=True)
+                packed = path in subject.packed
+                call = Call(layer, subject.tensors_of(path), only, dy, training=True, is_packed=packed)
                 problems += [f"{path} {problem}" for problem in _in_forms(seen, call)]
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
     if drops and not total and not problems:

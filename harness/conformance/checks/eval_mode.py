@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import torch
+
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import from_problems, skipped
-from harness.conformance.subject import Subject
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.subject import DTYPES, Subject, warm
 from harness.records.record import CheckResult
 
 
-@check(States.INIT, in_minor_examples=True)
+@check(States.INIT, depends_on_sizes=False, in_minor_examples=True)
 def check_eval_mode(subject: Subject, case: Case) -> CheckResult:
-    """After attaching to a model in eval mode, every module of the new layers is in eval mode too.
+    """After attaching to a model in eval mode, dropout is off.
 
-    Otherwise a layer with dropout would drop features in an evaluation, until somebody calls `eval` again.
+    A layer with random adapter tensors gives the same output as after a call of `eval()`. If it does not, the outputs of the
+    model are random until the program calls `eval()` again.
     """
-    if not any(getattr(subject.config, name, 0) for name in ("dropout", "rank_dropout")):
+    if subject.trains_plainly:
         return skipped(subject, case, "eval_mode", "the config has no dropout")
     fresh = case.attach_again()
-    if fresh is None or fresh.model.training:
-        return skipped(subject, case, "eval_mode", "the model is in training mode, or the case cannot attach again")
-    layers = fresh.adapted.layers.items()
-    odd = [f"{path} is in training mode" for path, layer in layers if any(one.training for one in layer.modules())]
+    if fresh is None:
+        return skipped(subject, case, "eval_mode", "the case cannot attach again")
+    if fresh.original.model is None or fresh.original.model.training:
+        return skipped(subject, case, "eval_mode", "the model was in training mode before")
+    warm(fresh.added(), case.generator(salt=1))
+    odd = []
+    with torch.no_grad():
+        for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
+            x, _ = inputs(
+                fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index), case.magnitude
+            )
+            before = layer(x)
+            layer.eval()
+            if not torch.equal(before, layer(x)):
+                odd.append(f"{path} drops features after attaching to a model in eval mode")
     return from_problems(subject, case, "eval_mode", odd)

@@ -36,9 +36,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     The state_dict of the whole model is also loaded into a model that had other base weights when the adapter was
     attached. Afterwards both models give the same outputs and the same `state()`, and `requires_grad` of every parameter
     is as before. If the model assigns new parameters (`assign=True`), `tensors()`, `parameters()` and `state()` have
-    those. If hooks hold all tensors, so that none is a parameter of the model, they are copied separately. If the base
-    was packed before, or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of `state()`,
-    under any name.
+    those. If hooks hold all tensors, so that none is a parameter of the model, they are copied separately. If the given
+    model already had packed layers, or `load_state_dict` refuses packed weights, the state_dict must hold every tensor of
+    `state()`, under any name.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -72,13 +72,13 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
     """Attach to a model with other base weights, let the model load two state_dicts in turn, and judge it after each.
 
     The first state_dict is that of `fresh`, whose `state()` has been given the values `changed`. The second is that of
-    `subject`. Nothing is judged if the model was too large to be copied. With packed weights (8-bit integers) it loads only
-    the second, and if the given model was packed, neither.
+    `subject`. Nothing is judged if the model was too large to be copied. If weights are packed (8-bit integers), the model
+    loads only the second. If the model was packed before the case began, it loads neither.
     """
     saved = subject.model.state_dict()
     if subject.original.model is None:
         return
-    model = copied(subject.unpacked or subject.original.model)
+    model = copied(subject.original.model if subject.unpacked is None else subject.unpacked)
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         yield from _of_constants(subject, saved)
         yield from _after_assigning(fresh, saved)
@@ -88,7 +88,7 @@ def _by_state_dict(subject: Subject, fresh: Subject, changed: Mapping[str, Tenso
             parameter.mul_(-0.5)
     other = case.attach_again(model=model)
     assert other is not None  # noqa: S101  # it was attached before
-    # What a layer keeps of its old weights must not outlive them, whether it keeps them in eval or in training mode.
+    # Training mode first, so that a weight that a layer keeps in eval mode is still there when the state_dict is loaded.
     _outputs(other, case, modes=(True, False))
     trained = _trainable(other)
     if any(getattr(t, "dtype", None) in _PACKED for t in saved.values()):

@@ -112,7 +112,7 @@ def _use(subject: Subject | None, case: Case) -> None:
         adapted.merge()
         adapted.unmerge()
     # bitsandbytes' packed layers load no state_dict.
-    if not subject.packed and not any(is_packed(layer, adapted.state().values()) for layer in adapted.layers.values()):
+    if not subject.packed and not any(map(is_packed, adapted.layers.values())):
         subject.model.load_state_dict(subject.model.state_dict())
     optimizer = adapted.optimizer(0.1, 0.0)
     # GaLore's SVD takes long, so only one layer gets gradients.

@@ -45,7 +45,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
         case.attach_fresh is None
         or case.forward is None
         or not isinstance(base, nn.Linear)
-        or base.weight.numel() > LARGEST
+        or base.in_features * base.out_features > LARGEST
     ):
         return skipped(subject, case, "walk", "walks are taken with small linear layers")
     if not case.walks:

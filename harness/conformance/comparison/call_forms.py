@@ -40,15 +40,15 @@ class Call:
     """True if the layer runs in training mode. Only set for a layer without dropout."""
     numbers: Sequence[Tensor] = ()
     """All tensors that determine the output: the adapter's tensors and state, and the parameters of the base layer."""
+    is_packed: bool = False  # True if the base layer is packed, so that not all numbers are in `numbers`
 
     def observe(
         self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any
     ) -> dict[str, Tensor]:
         """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
 
-        The output has the shape of `self.dy`, and the gradient of the input that of `self.x`. layer: a copy of the
-        layer to run instead. training: mode in which to run, in place of `self.training`. how: further arguments of the
-        function `observe`.
+        The output has the shape of `self.dy`, and the gradient of the input that of `self.x`. layer: a copy of the layer to
+        run instead. training: mode in which to run, in place of `self.training`. how: further arguments of `observe`.
         """
         tensors = self.tensors if layer is None else tensors_of_copy(self.layer, layer, self.tensors)
         mode = self.training if training is None else training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
@@ -149,7 +149,8 @@ def _widened(call: Call) -> dict[str, Tensor] | None:
     if (
         not owns(call.layer, call.tensors)
         or any(t.dtype != own for t in numbers)
-        or is_packed(call.layer, call.numbers)
+        or call.is_packed
+        or is_packed(call.layer)
     ):
         return None
     made = copy.deepcopy(call.layer).double()
@@ -157,16 +158,9 @@ def _widened(call: Call) -> dict[str, Tensor] | None:
     return call.observe(call.x, call.dy, layer=made.to(own))
 
 
-def is_packed(layer: nn.Module, state: Iterable[Tensor] = ()) -> bool:
-    """Return whether the layer has parameters of integers, or buffers of 8-bit integers that are not in `state`.
-
-    A buffer in `state` belongs to the adapter, so that the reference's layer has it too.
-    """
-    known = {t.untyped_storage().data_ptr() for t in state}
-    codes = [b for b in layer.buffers() if b.dtype in (torch.uint8, torch.int8) and b.numel() > 1]
-    return any(not p.is_floating_point() for p in layer.parameters()) or any(
-        code.untyped_storage().data_ptr() not in known for code in codes
-    )
+def is_packed(layer: nn.Module) -> bool:
+    """Return whether the layer has parameters of integers."""
+    return any(not p.is_floating_point() for p in layer.parameters())
 
 
 def _functional(call: Call) -> dict[str, Tensor] | None:
@@ -198,7 +192,7 @@ def _after(restore: Restore) -> Form:
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or is_packed(call.layer, call.numbers):
+        if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
             return None
         made = copy.deepcopy(call.layer)
         for training in dict.fromkeys([call.training, False]):
@@ -232,7 +226,7 @@ def _in_mode_after(mode: Mode, restore: Restore, *, frozen: bool = False) -> For
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or is_packed(call.layer, call.numbers):
+        if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
             return None
         made = copy.deepcopy(call.layer)
         made.eval()  # not chained: not every library's `eval` returns the module

@@ -71,7 +71,7 @@ def _after_zeros(call: Call) -> dict[str, Tensor] | None:
 
     Most adapters begin with an update of zero. A program may evaluate the model first, and then load an adapter.
     """
-    if not owns(call.layer, call.tensors) or is_packed(call.layer, call.numbers):
+    if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
         return None
     made = copy.deepcopy(call.layer)
     made.eval()

@@ -1,7 +1,7 @@
 """Import what most workers of `check` need at some time: torch's compiler, and transformers' stacked experts.
 
-If there are more tasks than workers at a time, the process that forks them imports this module once. A single worker would
-gain nothing, because it cannot start before.
+Unless the command names so few targets that each worker gets at most one, the process that forks the workers imports this
+module once. With fewer targets, this import would only delay the first worker.
 """
 
 from __future__ import annotations

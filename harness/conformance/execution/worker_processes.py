@@ -144,10 +144,10 @@ class _Run:
 def worker_pool(device: str, python: Path | None = None, *, few: bool = False) -> WorkerPool:
     """Return a pool for the workers of `run`, whose tensors are on `device`.
 
-    If the workers are forks, the process that forks them starts now, and imports what nearly every worker needs. The
+    If the workers are forks, the process that forks them starts now, and imports modules that the workers need. The
     libraries under test are not among these modules: each worker imports them itself, and reports what their import
-    changes. python: interpreter of the workers; by default, that of the caller. few: True if there is at most one task per
-    worker, so that fewer imports before the first worker save time.
+    changes. python: interpreter of the workers; by default, that of the caller. few: True if there are at most as many
+    tasks as workers at a time. The process then imports only what every worker needs, so that the first one starts sooner.
     """
     pool = WorkerPool(python, ((_PRELOADED if few else _PRELOADED_FOR_MANY),) if forks(device) else ())
     pool.start_server()

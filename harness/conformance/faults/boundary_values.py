@@ -104,6 +104,9 @@ FAULTS = [
         "torch.zeros_like(blocks), blocks / absmax[:, None])",
         "torch.zeros_like(blocks), blocks / absmax.clamp(min=1e-8)[:, None])",
         file="dynamic_map", values={"shape": [600], "gradient": "small"}),
+    line_fault("galore_step", "squares_in_the_gradients_dtype", ["outputs"],
+        "V.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)", "V.mul_(beta2).add_(R * R, alpha=1 - beta2)",
+        file="galore", dtype="float16", values={"shape": [24, 40], "rank": 3, "gradient": "large"}),
     # Merging and saving.
     line_fault("qlora", "puts_a_layer_back_in_its_old_mode", ["merge"],
         "    module.train(model.get_submodule(path).training)\n", "", file="layers", values=_LORA),

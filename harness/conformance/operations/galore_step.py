@@ -16,7 +16,7 @@ Scale = Annotated[float, Factor((0.25, 1.0, 4.0), (0.01, 100.0), least=0.01, mos
 LearningRate = Annotated[float, Factor((4.0,), (0.0, 0.01, 0.1, 1.0), least=0.0, most=8.0)]
 Gradient = Literal["dense", "large"]
 LARGE = 256.0
-"""Factor of a large gradient. The square of most of its numbers exceeds the largest float16."""
+"""Factor of a large gradient. The squares of about a third of its numbers exceed the largest float16."""
 NEVER = 1_000_000
 """Number of steps until the projection matrices are computed anew. No case has so many steps."""
 

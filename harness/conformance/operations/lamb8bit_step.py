@@ -38,5 +38,5 @@ OPERATION = Operation(
     judge=judge,
     codes=adamw8bit_step.judge_both,
     rounded_once_in_16_bits=("p",),
-    spread_by_norm=("p",),
+    without_norm=adamw8bit_step.reference,
 )

@@ -58,6 +58,8 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
             # The tensor is in a list, since a module would register a tensor as its own.
             self.packed = [nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)]
             self.weight = torch.nn.Parameter(self.packed[0].quantized_data, requires_grad=False)
+            for name in ("quantized_scalers", "quantization_factor", "scaler_mean"):  # so that a state_dict has them
+                self.register_buffer(name, getattr(self.packed[0], name))
             self.compute_dtype = dtype
             if dense.bias is not None:
                 self.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
