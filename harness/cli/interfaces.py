@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance import operations, parity_suite
+from harness.conformance import checks, operations, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.comparison.operation_call import flatten
 from harness.conformance.drawing import sample
@@ -140,7 +140,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
 
 def _rules(plan: MethodSuite) -> Iterator[str]:
     if "targets" in plan.checks:
-        yield "`all-linear` in `targets` leaves out heads and layers that compute logits: `peft-harness explain targets`"
+        yield "targets: " + " ".join(checks.docstrings()["targets"].split()).partition(". ")[2]
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"

@@ -64,9 +64,9 @@ LARGEST_EPS = 4.0
 # Further error of an element, in steps between subnormal numbers. Each of a few roundings may be wrong by one step.
 SUBNORMAL_STEPS = 4.0
 
-# Further factor on the error of a gradient in float32 or float64, if the input has more rows than LONG_SUM: a gradient may
-# sum as many terms. The error of a sum one by one grows with the root of the number of terms, and that of a sum in blocks
-# hardly does; the reference may sum in either way.
+# Further factor on the error of a gradient in float32 or float64, if the input has more rows, or the weight of an Operation
+# a longer side, than LONG_SUM: a gradient may sum as many terms. The error of a sum one by one grows with the root of the
+# number of terms, and that of a sum in blocks hardly does; the reference may sum in either way.
 LONG_SUM, LONG_SUM_FACTOR = 1500, 8.0
 
 # Share of a tensor's elements, below which infinities are excused where a sum in another order may overflow.

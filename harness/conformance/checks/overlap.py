@@ -30,7 +30,8 @@ def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResul
 
     A layer is called three times with different inputs, and an Operation twice, also under inference_mode. Then the
     backward passes run in the same order. Each call gives what the reference gives for its input. A later call
-    changes nothing that an earlier call returned or saved for its backward pass. The gradients of a layer's tensors
+    changes nothing that an earlier call returned or saved for its backward pass. Two calls of an Operation return no
+    memory in common. The gradients of a layer's tensors
     are added up over its calls, as over several batches. A call that is wrong even alone is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
@@ -80,6 +81,11 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         return
     both = [subject, replace(subject, arguments=subject.another())]
     outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
+    first, second = ({t.untyped_storage().data_ptr() for t in mine.values() if t.numel()} for mine in outputs)
+    if (
+        first & second
+    ):  # a later call of other values, which may equal these by chance, would overwrite the first result
+        yield Judgement(False, None, None, "call 2", "it returns memory that call 1 returned", "exact", 0)
     for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
         yield from (
             prefix_tensor(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case)

@@ -167,12 +167,18 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     own = {id(t) for t in [*tensors.values(), *subject.adapted.parameters()]}
     named = subject.model.named_parameters(remove_duplicate=False)
     trained = {name: saved[name] for name, p in named if id(p) in own and name in saved}
+    regularized = subject.adapted.regularizer() is not None
     subject.model.load_state_dict(trained, strict=False, assign=True)
     held = {id(p) for p in subject.model.parameters()}
     stale = {id(t) for t in [*subject.adapted.tensors().values(), *subject.adapted.parameters()]} - held
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
+    term = subject.adapted.regularizer()
+    now, term = [*subject.adapted.tensors().values()], subject.adapted.regularizer() if regularized else None
+    if term is not None and all(g is None for g in torch.autograd.grad(term, now, allow_unused=True)):
+        form = "the regularizer after load_state_dict(assign=True)"
+        yield Judgement(False, None, None, form, "it does not depend on the model's tensors", "exact", 0)
     yield from _after_assigning_state(subject, saved)
 
 

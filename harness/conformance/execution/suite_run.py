@@ -277,7 +277,7 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    rows = subject.arguments.get("x", torch.empty(0)).shape[:-1].numel()
+    rows = max(subject.arguments.get("x", torch.empty(0)).shape[:-1].numel(), *of.values.get("shape", ()), 0)
     case = Case(
         "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
         factors=plan.factors("backward", rows, of.dtype),

@@ -108,6 +108,16 @@ FAULTS = [
         "V.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)", "V.mul_(beta2).add_(R * R, alpha=1 - beta2)",
         file="galore", dtype="float16", values={"shape": [24, 40], "rank": 3, "gradient": "large"}),
     # Merging and saving.
+    line_fault("adalora", "keeps_the_first_parameters_for_its_regularizer", ["save"],
+        "orthogonality(list(self.adalora.values()), self.config.regularization)",
+        "orthogonality(self.__dict__.setdefault('_kept', [type('Kept', (), {'A': one.A, 'B': one.B}) for one in "
+        "self.adalora.values()]), self.config.regularization)",
+        values={"rank": 4, "target_rank": 2, "alpha": 8.0}),
+    line_fault("paged_states", "returns_one_tensor_for_all_calls", ["overlap"],
+        "return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)",
+        "found = torch.tensor([float(p in optimizer.where()) for p in trained])\n"
+        "    return globals().setdefault('_kept', {}).setdefault(len(found), torch.empty_like(found)).copy_(found)",
+        values={"sizes": [1000, 100000]}),
     line_fault("qlora", "puts_a_layer_back_in_its_old_mode", ["merge"],
         "    module.train(model.get_submodule(path).training)\n", "", file="layers", values=_LORA),
     line_fault("lora", "leaves_new_layers_in_training_mode", ["eval_mode"],

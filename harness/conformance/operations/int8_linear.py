@@ -28,13 +28,17 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x.
 
-    One number of x is the threshold itself, unless float16 or the dtype of x rounds it.
+    One number of x is the threshold itself. If float16 or the dtype of x rounds the threshold, no number of x rounds to
+    the same: a program may compare with the threshold before or after rounding it.
     """
     E, D = shape
     codes, absmax = int8.quantize(draw(generator, dtype, E, D, spread=D**-0.5))
     x = draw(generator, dtype, *rows, D)
-    if threshold and all(float(torch.tensor(threshold, dtype=one)) == threshold for one in (dtype, torch.float16)):
+    rounded = torch.tensor(threshold, dtype=dtype).to(torch.float16)
+    if threshold and float(rounded) == threshold:
         x.view(-1)[:1] = threshold
+    elif threshold:
+        x = torch.where(x.to(torch.float16).abs() == rounded, x / 2, x)
     return {
         "x": x,
         "codes": codes,
