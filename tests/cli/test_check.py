@@ -310,7 +310,7 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
     for what, hint in (
         ("check: unknown implementation 'hf-pfet'", "did you mean `hf-peft`? `peft-harness list implementations`"),
         ("check: unknown implementation 'myplugin'", "add an entry point of the group harness.implementations"),
-        ("--method: unknown method 'lorra'", "did you mean `lora`? `peft-harness list methods` shows all"),
+        ("--method: unknown method 'lorra'", "did you mean `lora`? `peft-harness list methods bases` shows all"),
         ("--op: unknown operation 'nf4_quantise'", "did you mean `nf4_quantize`? `peft-harness list operations` shows"),
         ("--dtype: unknown dtype 'float8'", "did you mean `float64`?"),
     ):
@@ -428,7 +428,7 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
     ("asked", "said"),
     [
         (["loralib", "--method", "dora"], "loralib does not offer dora, only lora"),
-        (["lora"], "did you mean `--method lora`? `peft-harness list methods` shows all"),
+        (["lora"], "did you mean `--method lora`? `peft-harness list methods bases` shows all"),
         (["lora_linaer"], "did you mean `--op lora_linear`? `peft-harness list operations` shows all"),
         (["peft"], "did you mean `hf-peft`?"),  # not the Method `peft`, which nothing can check
         (["--op", "lora"], "did you mean `--method lora`?"),
