@@ -32,7 +32,7 @@ from harness.conformance.comparison.call_forms import (
     layouts_with_gradients,
     same,
 )
-from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST
+from harness.conformance.comparison.call_histories import HISTORIES, NEW_VALUES, NEW_VALUES_UNDER_AUTOCAST, is_packed
 from harness.conformance.comparison.call_programs import PROGRAMS
 from harness.conformance.comparison.check_results import judged, named_if_raised, prefix_tensor, skipped
 from harness.conformance.comparison.derivatives import by_functorch, second_order
@@ -174,7 +174,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         tensors = subject.tensors_of(path)
         state = [tensor for name, tensor in subject.state().items() if name.startswith(f"{path}.")]
         numbers = [*tensors.values(), *state, *subject.bases[path].parameters()]
-        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers, path in subject.packed)
+        packed = path in subject.packed or is_packed(layer)
+        call = Call(layer, tensors, x, dy, subject.trains_plainly, numbers, packed)
         judge = _LayerJudge(subject, case, path, *reference_runs(subject, path, x, dy))
         # transformers' Conv1D itself takes no strided input.
         rows, images = isinstance(base, nn.Linear), isinstance(base, nn.Conv2d)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.call_forms import MODES, Call, Form, forms_without_gradients
-from harness.conformance.comparison.call_histories import HISTORIES
+from harness.conformance.comparison.call_histories import HISTORIES, is_packed
 from harness.conformance.comparison.check_results import from_problems, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
@@ -111,7 +111,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
                 problems += [f"{path}: {problem}" for problem in _share(subject, path, layer, p)]
             if in_float32:
                 problems += [f"{path} {problem}" for problem in _of_other_ranks(subject, case, path, p)]
-                packed = path in subject.packed
+                packed = path in subject.packed or is_packed(layer)
                 call = Call(layer, subject.tensors_of(path), only, dy, training=True, is_packed=packed)
                 problems += [f"{path} {problem}" for problem in _in_forms(seen, call)]
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5

@@ -6,9 +6,9 @@ import torch
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
+from harness.conformance.checks.merging import layer_inputs, layer_outputs
 from harness.conformance.comparison.check_results import from_problems, skipped
-from harness.conformance.comparison.inputs import inputs
-from harness.conformance.subject import DTYPES, Subject, warm
+from harness.conformance.subject import Subject, warm
 from harness.records.record import CheckResult
 
 
@@ -27,14 +27,11 @@ def check_eval_mode(subject: Subject, case: Case) -> CheckResult:
     if fresh.original.model is None or fresh.original.model.training:
         return skipped(subject, case, "eval_mode", "the model was in training mode before")
     warm(fresh.added(), case.generator(salt=1))
-    odd = []
+    xs = layer_inputs(fresh, case)
     with torch.no_grad():
-        for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
-            x, _ = inputs(
-                fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index), case.magnitude
-            )
-            before = layer(x)
-            layer.eval()
-            if not torch.equal(before, layer(x)):
-                odd.append(f"{path} drops features after attaching to a model in eval mode")
+        before = layer_outputs(fresh, xs)
+        fresh.model.eval()
+        after = layer_outputs(fresh, xs)
+    drops = [path for path in xs if not torch.equal(before[path], after[path])]
+    odd = [f"{path} drops features after attaching to a model in eval mode" for path in drops]
     return from_problems(subject, case, "eval_mode", odd)

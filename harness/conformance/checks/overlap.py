@@ -31,8 +31,8 @@ def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResul
     A layer is called three times with different inputs, and an Operation twice, also under inference_mode. Then the
     backward passes run in the same order. Each call gives what the reference gives for its input. A later call
     changes nothing that an earlier call returned or saved for its backward pass. Two calls of an Operation return no
-    memory in common. The gradients of a layer's tensors
-    are added up over its calls, as over several batches. A call that is wrong even alone is left to other checks.
+    memory in common. The gradients of a layer's tensors are added up over its calls, as over several batches. A call
+    that is wrong even alone is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -82,9 +82,8 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     both = [subject, replace(subject, arguments=subject.another())]
     outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
     first, second = ({t.untyped_storage().data_ptr() for t in mine.values() if t.numel()} for mine in outputs)
-    if (
-        first & second
-    ):  # a later call of other values, which may equal these by chance, would overwrite the first result
+    # A third call could overwrite these results, even where the first two happen to be equal.
+    if first & second:
         yield Judgement(False, None, None, "call 2", "it returns memory that call 1 returned", "exact", 0)
     for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
         yield from (

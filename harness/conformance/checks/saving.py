@@ -174,7 +174,6 @@ def _after_assigning(subject: Subject, saved: Mapping[str, Tensor]) -> Iterator[
     if stale:
         form = "the tensors to train after load_state_dict(assign=True)"
         yield Judgement(False, None, None, form, f"{len(stale)} are not the model's any more", "exact", 0)
-    term = subject.adapted.regularizer()
     now, term = [*subject.adapted.tensors().values()], subject.adapted.regularizer() if regularized else None
     if term is not None and all(g is None for g in torch.autograd.grad(term, now, allow_unused=True)):
         form = "the regularizer after load_state_dict(assign=True)"

@@ -40,7 +40,7 @@ class Call:
     """True if the layer runs in training mode. Only set for a layer without dropout."""
     numbers: Sequence[Tensor] = ()
     """All tensors that determine the output: the adapter's tensors and state, and the parameters of the base layer."""
-    is_packed: bool = False  # True if the base layer is packed, so that not all numbers are in `numbers`
+    is_packed: bool = False  # True if the layer's weight is packed, so that not all numbers are in `numbers`
 
     def observe(
         self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, training: bool | None = None, **how: Any

@@ -146,12 +146,7 @@ def _widened(call: Call) -> dict[str, Tensor] | None:
     """
     numbers = [t for t in (*call.layer.parameters(), *call.layer.buffers()) if t.is_floating_point()]
     own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
-    if (
-        not owns(call.layer, call.tensors)
-        or any(t.dtype != own for t in numbers)
-        or call.is_packed
-        or is_packed(call.layer)
-    ):
+    if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or call.is_packed:
         return None
     made = copy.deepcopy(call.layer).double()
     made(call.x.double() if call.x.is_floating_point() else call.x)
@@ -192,7 +187,7 @@ def _after(restore: Restore) -> Form:
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
+        if not owns(call.layer, call.tensors) or call.is_packed:
             return None
         made = copy.deepcopy(call.layer)
         for training in dict.fromkeys([call.training, False]):
@@ -226,7 +221,7 @@ def _in_mode_after(mode: Mode, restore: Restore, *, frozen: bool = False) -> For
     """
 
     def run(call: Call) -> dict[str, Tensor] | None:
-        if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
+        if not owns(call.layer, call.tensors) or call.is_packed:
             return None
         made = copy.deepcopy(call.layer)
         made.eval()  # not chained: not every library's `eval` returns the module

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.call_forms import Call, Form, leaf_of, owns, tensors_of_copy
-from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.observations import preserved_state
 
 _FACTORS_OF_KRON = ("C", "W2")
@@ -71,7 +70,7 @@ def _after_zeros(call: Call) -> dict[str, Tensor] | None:
 
     Most adapters begin with an update of zero. A program may evaluate the model first, and then load an adapter.
     """
-    if not owns(call.layer, call.tensors) or call.is_packed or is_packed(call.layer):
+    if not owns(call.layer, call.tensors) or call.is_packed:
         return None
     made = copy.deepcopy(call.layer)
     made.eval()

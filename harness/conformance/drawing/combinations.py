@@ -117,9 +117,8 @@ def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:
 def switched_kinds(there: Mapping[str, Factor], tried: Mapping[str, Collection[str]]) -> Iterator[dict[str, Any]]:
     """Yield each switch that is off by default, together with each kind of layer: each kind may have its own code.
 
-    there: the factors, among them `kind`. tried: for each switch, the kinds with which an example
-    already tries it. Variants of one kind, such as
-    `conv2d` and `conv2d-grouped`, count as one.
+    there: the factors, among them `kind`. tried: for each switch, the kinds with which an example already tries it.
+    Variants of one kind, such as `conv2d` and `conv2d-grouped`, count as one.
     """
     for name, factor in there.items():
         if factor.levels[0] is False:

@@ -192,11 +192,11 @@ def _of_missing_values(
 ) -> Iterator[AnyCase]:
     """Yield cases with the values that no example has, each once.
 
-    A case has such a value for several sizes, or for several other numbers, at once. A word, a zero, the value of an
-    optional factor, and a switch with a kind of layer have a case each: a word or a zero may hide the other values, and an
-    implementation may lack an option. Some values of a Method are left out: other magnitudes, forms of the model and shares
-    of dropout, because many checks would have to try them, and very wide outputs, because the ParityModel has a square
-    weight of this side.
+    A case has such a value for several sizes, or for several other numbers, at once. Each word, each zero, each value
+    of an optional factor, and each pair of a switch and a kind of layer has a case of its own: a word or a zero may hide the
+    other values, and an implementation may lack an option. Some values of a Method are left out: other magnitudes, forms of
+    the model and shares of dropout, because many checks would have to try them, and very wide outputs, because the
+    ParityModel has a square weight of this side.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()

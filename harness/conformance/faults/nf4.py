@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -79,11 +80,17 @@ def changes_a_layer_that_it_does_not_pack(copy: PatchedCopy) -> None:
 
 @_planted("own_adapters")
 def adds_a_bias_that_was_removed(copy: PatchedCopy) -> None:
+    _change_forward(copy, lambda layer: partial(_with_first_bias, layer, layer.bias, layer.forward))
+
+
+def _change_forward(copy: PatchedCopy, wrong_of: Callable[[Any], Right]) -> None:
+    """Give each packed layer the forward pass that `wrong_of` makes for it."""
+
     def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
         packed = right(model, paths)
         for path in paths:
             layer: Any = model.get_submodule(path)
-            layer.forward = partial(_with_first_bias, layer, layer.bias, layer.forward)
+            layer.forward = wrong_of(layer)
         return packed
 
     copy.replace_packing(wrong)
@@ -96,14 +103,7 @@ def _with_first_bias(layer: Any, bias: Tensor | None, right: Right, x: Tensor) -
 
 @_planted("save")
 def keeps_the_decoded_weight_in_eval_mode(copy: PatchedCopy) -> None:
-    def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
-        packed = right(model, paths)
-        for path in paths:
-            layer: Any = model.get_submodule(path)
-            layer.forward = partial(_with_kept_weight, layer)
-        return packed
-
-    copy.replace_packing(wrong)
+    _change_forward(copy, lambda layer: partial(_with_kept_weight, layer))
 
 
 def _with_kept_weight(layer: Any, x: Tensor) -> Tensor:
