@@ -40,6 +40,10 @@ from harness.resources import user_path
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
 @click.option(
+    "--shard", callback=options.shard, default="1/1", metavar="K/N",
+    help="Check only shard K of N, e.g. 2/4. Every case is in one of the N shards, so N machines or nights share the work.",
+)  # fmt: skip
+@click.option(
     "--base-model", metavar="[NAME=]FOLDER",
     help="For an adapter file: the folder of its base model.  [default: base_model_name_or_path, if it is a folder] With "
     "--served: also its name on the server.",
@@ -97,7 +101,8 @@ from harness.resources import user_path
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    case: str | None, checks: tuple[str, ...], full: bool, wide: bool, drawn: int, seed: int | None, base_model: str | None,
+    case: str | None, checks: tuple[str, ...], full: bool, wide: bool, drawn: int, seed: int | None, shard: tuple[int, int],
+    base_model: str | None,
     device: Literal["cpu", "cuda"], jobs: int | None, patience: float,
     served: str | None, adapters: tuple[str, ...], concurrency: int | None, echo: bool, environments: tuple[str, ...],
     loop: str | None, offline: bool, find_links: tuple[str, ...], junit: Path | None, html: Path | None, self_test: bool,
@@ -121,7 +126,8 @@ def check(
     if (offline or find_links) and not environments:
         option = "--offline" if offline else "--find-links"
         raise UsageError("has no effect without --with", where=option, hint="add --with LIBRARY==VERSION")
-    selection = (checks, case is not None, full, wide, drawn)
+    is_part = shard != (1, 1)
+    selection = (checks, case is not None, full, wide, drawn, is_part)
     if loop is not None:
         names = (implementations, methods, operations, dtypes, served, adapters, base_model)
         if any(
@@ -222,7 +228,7 @@ def check(
         unfit = {
             "--method": methods, "--op": operations, "--dtype": dtypes, "--case": case is not None,
             "--check": checks, "--full": full, "--wide": wide, "--drawn": drawn, "--seed": seed is not None,
-            "--with": environments, "--html": html, "a second path": paths[1:],
+            "--shard": is_part, "--with": environments, "--html": html, "a second path": paths[1:],
         }  # fmt: skip
         for option in (name for name, value in unfit.items() if value):
             raise UsageError(
@@ -251,7 +257,11 @@ def check(
     if case is not None and (not case or drawn):
         what = "has no effect on --drawn" if drawn else "is empty, and so would select every case"
         raise UsageError(what, where="--case", hint="leave out --drawn" if drawn else "e.g. --case 'rank=160 bfloat16'")
-    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "", checks)
+    if is_part and drawn:
+        raise UsageError(
+            "has no effect on --drawn", where="--shard", hint="leave it out, and give each machine a --seed"
+        )
+    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "", checks, shard)
     request = command.CheckRequest(
         implementations,
         methods,

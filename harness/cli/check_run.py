@@ -193,7 +193,7 @@ def _judge_with(
     # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
-    if request.breadth.case or request.breadth.checks:
+    if not request.breadth.is_whole:
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
         without = [f"{name} {target}" for name, _, target in sorted(done - named)]
         if not (request.methods or request.operations) and len(without) > 1:
@@ -229,7 +229,9 @@ def _judge_with(
 
 
 def _why_nothing(breadth: CaseSelection) -> str:
-    """Return why the options --case and --check left no check of a target."""
+    """Return why the options --case, --check and --shard left no check of a target."""
+    if breadth.shard != (1, 1):
+        return "shard {} of {} has no case of it with these options".format(*breadth.shard)
     if not breadth.checks:
         return (
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
@@ -261,8 +263,7 @@ def _was_fully_tried(
     )
     return (
         (by_dtype or not request.dtypes)
-        and not request.breadth.case
-        and not request.breadth.checks  # an entry may name any check by `*`
+        and request.breadth.is_whole  # an entry may name any check by `*`
         and all(
             (i.name, i.kind, i.target) in done
             for i in registry.implementations

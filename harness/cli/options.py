@@ -98,6 +98,14 @@ def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float
     return value
 
 
+def shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
+    """Return (K, N) for the text `K/N`. Raises BadParameter unless K and N are whole numbers with 1 <= K <= N."""
+    number, _slash, shards = value.partition("/")
+    if not (number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise click.BadParameter(f"'{value}' is not the number of a shard and the number of shards, e.g. 1/4")
+    return int(number), int(shards)
+
+
 def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
     """Return the values of a repeated option, joined by commas. If the option is not given, return None."""
     return ",".join(values) if values else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,22 @@ class CaseSelection:
     """Only cases are tried whose name and dtype contain this text, e.g. `rank=160 bfloat16`."""
     checks: tuple[str, ...] = ()
     """Names of the only checks to run. If empty, all checks of a parity suite run."""
+    shard: tuple[int, int] = (1, 1)
+    """(K, N): only the cases of shard K of N are tried. Every case is in exactly one of the N shards."""
 
     def includes(self, name: str) -> bool:
         """Return whether a case is tried. name: its name and dtype, e.g. `shape=[64, 64] rows=[1] rank=1 bfloat16`."""
         return self.case in name
+
+    def is_in_shard(self, name: str) -> bool:
+        """Return whether a case is in the shard. name: as for `includes`, so that a new case moves no other case."""
+        number, shards = self.shard
+        return zlib.crc32(name.encode()) % shards == number - 1
+
+    @property
+    def is_whole(self) -> bool:
+        """True if neither `case` nor `checks` nor `shard` leaves anything out."""
+        return not (self.case or self.checks or self.shard != (1, 1))
 
     @property
     def is_wide(self) -> bool:
@@ -46,7 +59,8 @@ class CaseSelection:
         chosen = {"--full": self.full, "--wide": self.wide, f"--drawn {self.drawn} --seed {self.seed}": self.drawn > 0}
         of_case = [f"--case {shlex.quote(self.case)}"] if self.case else []
         of_checks = [f"--check {name}" for name in self.checks]
-        return [*(option for option, is_given in chosen.items() if is_given), *of_case, *of_checks]
+        of_shard = [f"--shard {self.shard[0]}/{self.shard[1]}"] if self.shard != (1, 1) else []
+        return [*(option for option, is_given in chosen.items() if is_given), *of_case, *of_checks, *of_shard]
 
 
 FEW = CaseSelection()

@@ -283,6 +283,24 @@ def test_a_text_that_no_case_contains_is_said(fork_sandbox: ForkSandbox) -> None
     assert "requested, but not tried: reference" in done.out
 
 
+def test_each_case_is_in_exactly_one_shard(fork_sandbox: ForkSandbox) -> None:
+    asked = "check", "reference", "--op", "double_dequantize", "--json"
+
+    def tried(*options: str) -> list[tuple[str, str]]:
+        document = json.loads(fork_sandbox.command(*asked, *options).out)
+        return [(row["case"], row["result"]["check"]) for row in document["checks"]]
+
+    shards = [tried("--shard", f"{number}/3") for number in (1, 2, 3)]
+    assert all(shards)
+    assert sorted(itertools.chain(*shards)) == sorted(tried())
+
+
+def test_a_shard_without_a_case_is_said(fork_sandbox: ForkSandbox) -> None:
+    done = fork_sandbox.command("check", "reference", "--op", "double_dequantize", "--shard", "1/1000000")
+    assert done.code == Exit.INFRASTRUCTURE
+    assert "not checked: reference double_dequantize: shard 1 of 1000000 has no case" in done.out
+
+
 def test_one_check_is_tried_alone(fork_sandbox: ForkSandbox) -> None:
     asked = "check", "reference", "--op", "double_dequantize", "--method", "frozen", "--json"
     document = json.loads(fork_sandbox.command(*asked, "--check", "outputs", "--check", "written").out)
@@ -478,6 +496,10 @@ def test_an_entry_point_in_the_wrong_group_is_said(
         ["--loop", "trl", "--check", "walk"],
         ["--self-test", "--check", "walk"],
         ["--served", "http://127.0.0.1:1", "--case", "rank=3"],
+        *(["--shard", odd] for odd in ("0/3", "4/3", "2", "1/", "-1/3", "1/3.5")),
+        ["--shard", "1/2", "--drawn", "5"],
+        ["--shard", "1/2", "./adapter"],
+        ["--self-test", "--shard", "1/2"],
     ],
 )
 def test_a_wrong_option_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -693,6 +715,7 @@ defects:
         (["--method", "frozen", "--dtype", "float32"], {"narrow"}),
         (["--method", "frozen", "--case", "float32"], set()),
         (["--method", "frozen", "--check", "layers"], set()),
+        (["--method", "frozen", "--shard", "1/2"], set()),
         (["--method", "frozen", "--method", "full", "--dtype", "float32"], {"narrow", "other-too"}),
     ],
 )
