@@ -26,7 +26,7 @@ from harness.conformance.operations import adamw8bit_step
 from harness.methods.registry import Implementation
 from harness.methods.spec import Adapted
 from harness.records.record import Outcome
-from reference import loha, lora, qlora
+from reference import galore, loha, lora, qlora
 from reference.operations import nf4
 from reference.shared.layers import replace as replace_layer
 
@@ -338,3 +338,35 @@ def test_dropout_is_off_after_attaching_to_a_model_in_eval_mode(dropout: dict[st
     assert found(lambda model, adapted: None) == found(with_a_container) == "pass"
     assert "first drops features" in found(lambda model, adapted: model.train())
     assert "first drops features" in found(lambda model, adapted: adapted.layers["first"].train())
+
+
+def test_a_walk_of_galore_does_not_depend_on_the_signs_of_singular_vectors() -> None:
+    class OtherSigns(galore.GaLore):
+        def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+            state = self.state[p]
+            if group["rank"] and state.get("step", 0) % group["update_gap"] == 0:
+                old = galore.Projector(state.get("P"), state.get("Q"))
+                basis = galore.projector(G, group["rank"], group["side"], group["niter"], old)
+                sign = -1.0 if state.get("step", 0) else 1.0
+                flipped = galore.Projector(*(t if t is None else sign * t for t in (basis.P, basis.Q)))
+                galore.galore_step(p, G, state, **{name: group[name] for name in self.options}, given=flipped)
+            else:
+                super().update(p, G, group)
+
+    class Model(galore.GaLoreModel):
+        def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
+            made = super().optimizer(lr, weight_decay, bits)
+            made.__class__ = OtherSigns
+            return made
+
+    def attach(model: nn.Module, config: galore.Config, generator: torch.Generator) -> Adapted:
+        adapted = galore.attach(model, config, generator)
+        adapted.__class__ = Model
+        return adapted
+
+    plan = parity_suite.load("galore")
+    mine = Implementation("mine", "method", "galore", attach, dtypes=("float32",))
+    shape = parity_suite.CaseShape.model_validate({"tokens": 5, "in": 24, "out": 16})
+    case = parity_suite.MethodCase({"rank": 2, "update_gap": 1}, "linear", shape, "float32")
+    [outcome] = suite_run.run_case(mine, plan, case, wide=True, only=["walk"])
+    assert outcome.result.outcome is Outcome.PASS

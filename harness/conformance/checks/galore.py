@@ -16,6 +16,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.galore_steps import (
+    LONG_GAP,
     COMPARED,
     DECAY,
     LR,
@@ -111,7 +112,7 @@ def check_optimizer(subject: Subject, case: Case) -> CheckResult:
     raises ValueError, as in torch. An optimizer with the option `bits` also takes the twelve steps with bits=8. The
     results must stay the same, because the moments have fewer than 4096 elements and stay in 32 bits.
     """
-    fresh = case.attach_again(rank=2, update_gap=1000)
+    fresh = case.attach_again(rank=2, update_gap=LONG_GAP)
     if fresh is None:
         return skipped(subject, case, "optimizer", "the case cannot attach again")
     if fresh.adapted.optimizer(LR, DECAY) is None:

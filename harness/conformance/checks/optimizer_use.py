@@ -13,7 +13,7 @@ from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
-from harness.conformance.comparison.galore_steps import new_optimizer, numbers_of_bits
+from harness.conformance.comparison.galore_steps import LONG_GAP, new_optimizer, numbers_of_bits
 from harness.conformance.comparison.tolerance_policies import unchanged, worst_of
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
@@ -131,10 +131,10 @@ def check_resume(subject: Subject, case: Case) -> CheckResult:
     the learning rate, and a program may add keys of its own to `param_groups`. An optimizer that loads the state of a new
     one begins anew, like the first optimizer on a fresh model.
     """
-    fresh = case.attach_again(update_gap=1000)
+    fresh = case.attach_again(update_gap=LONG_GAP)
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
         return skipped(subject, case, "resume", "the Method has no optimizer, or the case cannot attach again")
-    beginning, tensors = case.attach_again(update_gap=1000), fresh.adapted.tensors()
+    beginning, tensors = case.attach_again(update_gap=LONG_GAP), fresh.adapted.tensors()
     start = {name: t.detach().clone() for name, t in tensors.items()}
     generator, found = case.generator(), []
     gradients = [{name: torch.randn(t.shape, generator=generator) for name, t in start.items()} for _ in range(3)]

@@ -14,6 +14,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import from_problems, judged, skipped
+from harness.conformance.comparison.galore_steps import LONG_GAP
 from harness.conformance.comparison.inputs import HALF
 from harness.conformance.subject import Subject, attach_reference, load, warm
 from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
@@ -36,7 +37,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
     file, merging and unmerging, freezing, and a second model in the process. After a failure, the check reports the
-    shortest walk that shows it.
+    shortest walk that shows it. GaLore stays in its first subspace: `refresh` checks the next ones.
     """
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
@@ -50,14 +51,16 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "walk", "walks are taken with small linear layers")
     if not case.walks:
         return skipped(subject, case, "walk", "a part of the sample is enough")
-    forward, start = case.forward, case.attach_again()
+    gap = {"update_gap": LONG_GAP} if hasattr(subject.config, "update_gap") else {}
+    again = partial(case.attach_again, **gap)
+    forward, start = case.forward, again()
     if start is None:
         return skipped(subject, case, "walk", "the case cannot attach again")
     # Every Cell imports this file, and no Cell takes a walk. Hypothesis would add 5 MiB to the memory of each Cell.
     from harness.conformance.walk.machine import walk
 
     warm(start.added(), case.generator(salt=1))
-    failure = walk(lambda: _programs(start, case, forward), case.walks, case.walk_seed)
+    failure = walk(lambda: _programs(start, again, case, forward), case.walks, case.walk_seed)
     if failure is None:
         return from_problems(subject, case, "walk", [], f"{case.walks} walks")
     return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
@@ -70,8 +73,10 @@ def _other_numbers(config: Any) -> dict[str, float]:
     }
 
 
-def _programs(start: Subject, case: Case, forward: Forward) -> Programs:
+def _programs(start: Subject, attach: Callable[[], Subject | None], case: Case, forward: Forward) -> Programs:
     """Return the programs that take a walk together: the subject, and three references.
+
+    attach: function that attaches the subject's implementation again, with the config of `start`.
 
     One reference is in float64, and two are in the subject's dtype. All programs begin with the tensors and the state of
     `start`, but the tensors of the last reference (`near`) are slightly moved.
@@ -79,7 +84,7 @@ def _programs(start: Subject, case: Case, forward: Forward) -> Programs:
     from harness.conformance.walk.machine import Programs
 
     def subject() -> tuple[nn.Module, Adapted]:
-        again = case.attach_again()
+        again = attach()
         if again is None:
             raise ValueError("the case cannot attach again")
         return again.model, again.adapted

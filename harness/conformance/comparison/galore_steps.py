@@ -23,6 +23,9 @@ COMPARED = 12
 """Number of first steps to compare. Of a longer run, the last two are compared, too."""
 MOVED = 8
 """Number of the step, counted from 0, before which the tensors' data become other tensors."""
+LONG_GAP = 1000
+"""An update_gap with which every step of a check is in the first subspace. After a second subspace, the weights depend on
+the signs of its singular vectors, which are arbitrary."""
 _SINGULAR_VALUES = 64
 Signs = tuple[float, ...]
 """Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
