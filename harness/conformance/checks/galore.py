@@ -16,9 +16,9 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.galore_steps import (
-    LONG_GAP,
     COMPARED,
     DECAY,
+    LONG_GAP,
     LR,
     Bases,
     Signs,
