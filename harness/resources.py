@@ -1,7 +1,8 @@
-"""Find the suites and the report templates, and read paths that users write."""
+"""Find the suites and the report templates, read paths that users write, and notice newly installed packages."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from harness.errors import UsageError
@@ -36,3 +37,18 @@ def checkout() -> Path | None:
     """Return the top folder of the git checkout that contains this package. If there is no checkout, return None."""
     top = _PACKAGE.parent
     return top if (top / ".git").exists() and (top / "pyproject.toml").is_file() else None
+
+
+def import_path() -> tuple[tuple[str, int], ...]:
+    """Return the entries of `sys.path`, each with the time of its last change in ns, or 0 if it does not exist.
+
+    The result changes when a package is installed or removed, because pip then adds or removes a folder.
+    """
+
+    def changed(entry: str) -> int:
+        try:
+            return Path(entry).stat().st_mtime_ns  # the entry '' is the current folder, as Path('') is
+        except OSError:
+            return 0
+
+    return tuple((entry, changed(entry)) for entry in sys.path)

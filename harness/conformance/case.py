@@ -54,6 +54,8 @@ class Case:
     """Number of rows in a layer's input."""
     magnitude: str = "normal"
     """Size of the numbers in a layer's input, by its name, such as `large`. `comparison.magnitudes` lists the names."""
+    weights: str = "normal"
+    """Size of the numbers in the model's weights, such as `large`."""
     seed: int = 0
     run_model: Callable[[], Tensor] | None = None
     """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""

@@ -23,7 +23,7 @@ from harness.errors import ImplementationError, Unsupported, did_you_mean
 from harness.methods.loader import ADAPTER_FILES
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import Adapted, method_info, methods
-from harness.resources import data_folder
+from harness.resources import data_folder, import_path
 
 if TYPE_CHECKING:
     from harness.records.record import Environment
@@ -245,6 +245,11 @@ def entry_points_by_name() -> dict[str, EntryPoint]:
 
     If two entry points have the same name, the name of the distribution is appended to that of the second.
     """
+    return dict(_entry_points(import_path()))
+
+
+@lru_cache(maxsize=1)
+def _entry_points(_path: tuple[tuple[str, int], ...]) -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
         name = point.name if point.name not in found else f"{point.name} of {_provider(point)[0]}"

@@ -30,6 +30,7 @@ _REQUEST = b"fork"
 _DESCRIPTORS = 5
 _PARENT_DEATH_SIGNAL = 1
 """Option PR_SET_PDEATHSIG of prctl: the kernel sends this process a signal when its parent ends."""
+_STDERR = 2
 _END_S = 10.0
 """Seconds to wait until the server has reported the end of a fork that was killed."""
 
@@ -170,7 +171,8 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
 
     The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory.
     Otherwise it is 0. If the system refuses a fork, the program that requested it finds that the fork has ended without
-    a process id.
+    a process id. One fork always exists in advance and waits for its request, because forking and loading the pages of
+    libraries take 30 ms.
 
     run: function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
     kills_groups: whether to kill the processes that a fork leaves behind. If false, the requesting program kills them.
@@ -178,15 +180,20 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
     if threading.active_count() > 1:
         return 1  # a thread that an import started would be missing in the forks
     try:
-        ranges = resident_pages.resident()
-        resident_pages.populate(ranges)
+        pages = resident_pages.resident()
+        resident_pages.populate(pages)
     except OSError:
         return 1  # the memory of the forks could not be measured
     status_of: dict[int, int] = {}
     ended, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(tell)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # Python writes to `tell` only for signals with a handler
-    own, asked = os.getpid(), connection.fileno()
+    asked = connection.fileno()
+
+    def fork() -> WaitingFork | None:
+        return _fork(run, pages, (ended, tell, asked, *status_of.values()))
+
+    waiting = fork()
     connection.send(_READY)
     while True:
         readable, _, _ = select.select([asked, ended], [], [])
@@ -197,49 +204,89 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
             request, descriptors, _, _ = socket.recv_fds(connection, len(_REQUEST), _DESCRIPTORS)
             if not request:
                 return 0
-            stdin, output, events, lifeline, status = descriptors
-            try:
-                pid = _fork()
-            except OSError:  # no process or no memory is left: the other forks go on
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                continue
-            if not pid:
-                signal.set_wakeup_fd(-1)
-                for descriptor in (ended, tell, asked, status, *status_of.values()):
-                    with contextlib.suppress(OSError):
-                        os.close(descriptor)
-                _become(own, stdin, output)
-                resident_pages.populate(ranges)
-                sys.stdout.flush()
-                code = run(events, lifeline)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-            for descriptor in (stdin, output, events, lifeline):
+            *passed, status = descriptors
+            # The waiting fork may have been killed.
+            if not (waiting and waiting.begin(passed)) and not ((waiting := fork()) and waiting.begin(passed)):
+                os.close(status)  # no process or no memory is left: the other forks go on
+            else:
+                status_of[waiting.pid] = status
+                _tell(status, f"pid {waiting.pid}\n")
+            for descriptor in passed:
                 os.close(descriptor)
-            status_of[pid] = status
-            _tell(status, f"pid {pid}\n")
+            waiting = fork()
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
+class WaitingFork:
+    """A fork that waits for its request."""
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid, self._channel = pid, channel
+
+    def begin(self, descriptors: Sequence[int]) -> bool:
+        """Send the request's descriptors to the fork. Return False if it has ended."""
+        with self._channel:
+            try:
+                socket.send_fds(self._channel, [_REQUEST], descriptors)
+            except OSError:
+                os.waitpid(self.pid, 0)
+                return False
+        return True
+
+
+def _fork(
+    run: Callable[[int, int], int], pages: Sequence[resident_pages.Range], of_server: Sequence[int]
+) -> WaitingFork | None:
+    """Fork a process that waits for its request, and return it. Return None if the system refuses.
+
+    of_server: descriptors that the fork closes.
+    """
+    server = os.getpid()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.ExitStack() as ends, warnings.catch_warnings():
+        ends.enter_context(theirs)
         # Python warns of threads, but those of OpenBLAS and jemalloc, the only ones here, survive a fork.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            return None
+        if pid:
+            return WaitingFork(pid, ours)
+        ends.pop_all()
+    ours.close()
+    signal.set_wakeup_fd(-1)
+    for descriptor in of_server:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    while (nothing := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass  # a received descriptor must not take the number of a standard stream
+    os.close(nothing)
+    _detach(server)
+    resident_pages.populate(pages)
+    with theirs:
+        request, descriptors, _, _ = socket.recv_fds(theirs, len(_REQUEST), _DESCRIPTORS)
+    if not request:
+        os._exit(0)  # the server has ended
+    stdin, output, events, lifeline = descriptors
+    for descriptor, stream in ((stdin, 0), (output, 1), (output, 2)):
+        os.dup2(descriptor, stream)
+    for descriptor in (stdin, output):
+        os.close(descriptor)
+    sys.stdout.flush()
+    code = run(events, lifeline)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _become(parent: int, stdin: int, output: int) -> None:
-    """Give this fork its own session and streams. The kernel kills it when its parent ends."""
+def _detach(parent: int) -> None:
+    """Give this fork its own session. The kernel kills it when its parent ends."""
     os.setsid()
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the call above
         os._exit(1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for descriptor, stream in ((stdin, 0), (output, 1), (output, 2)):
-        os.dup2(descriptor, stream)
-    for descriptor in (stdin, output):
-        os.close(descriptor)
 
 
 def _report_ends(status_of: dict[int, int], kills_groups: bool) -> None:

@@ -10,7 +10,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -64,13 +63,13 @@ def code_version() -> str:
 
 def software() -> dict[str, str]:
     """Return the versions of Python and of the installed `LIBRARIES`, by name."""
-    return {"python": platform.python_version()} | dict(_versions(tuple(sys.path), os.getpid()))
+    return {"python": platform.python_version()} | dict(_versions(resources.import_path()))
 
 
-@functools.cache
-def _versions(_path: tuple[str, ...], _process: int) -> tuple[tuple[str, str], ...]:
-    """Return names and versions of the `LIBRARIES`. Reading is slow, so the result is cached per process and search
-    path.
+@functools.lru_cache(maxsize=1)
+def _versions(_path: tuple[tuple[str, int], ...]) -> tuple[tuple[str, str], ...]:
+    """Return names and versions of the `LIBRARIES`. Reading is slow, so they are read once per state of the import path.
+    A fork has the result of its parent.
     """
     return tuple((name, one.version) for name, one in _libraries().items())
 

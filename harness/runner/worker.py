@@ -23,7 +23,7 @@ from harness.cell.job import Emit, Job
 from harness.cell.outcomes import CellOutcomeError
 from harness.cell.training import bypassed_layers
 from harness.errors import HarnessError, Unsupported
-from harness.methods.registry import Registry, discover
+from harness.methods.registry import Registry
 from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
 from harness.process.signals import TERMINATION_SIGNALS
@@ -67,7 +67,7 @@ def attempt(job: Job, emit: Emit) -> Record:
         return before + time.monotonic() - begun
 
     emit("phase", name="start-up")
-    registry = discover()
+    registry = worker_imports.registry(job.cell)
     threads = job.threads or environment.threads()
     here = environment.describe(threads)
     facts: dict[str, object] = {"gpu": job.gpu} if job.gpu else {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.assets import model_folder
 from harness.cell.job import Job
 from harness.methods.registry import OWN_DISTRIBUTION, Registry, discover, entry_points_by_name
+from harness.records.record import Cell
 
 
 def modules(job: Job, registry: Registry) -> list[str]:
@@ -18,6 +19,18 @@ def modules(job: Job, registry: Registry) -> list[str]:
     if cell.base.quantization != "none":
         needed += registry.find("base", cell.base.quantization, cell.base.implementation).requires
     return needed + _always(job)
+
+
+def registry(cell: Cell) -> Registry:
+    """Return a registry with the implementations that a Cell needs.
+
+    If the harness itself has all of them, these are only its own, which a fork inherits and no plug-in can replace.
+    """
+    base, own = cell.base, own_registry()
+    needed = [("method", cell.method, cell.implementation)]
+    needed += [("base", base.quantization, base.implementation)] if base.quantization != "none" else []
+    offered = {(one.kind, one.target, one.name) for one in own.implementations}
+    return own if offered.issuperset(needed) else discover()
 
 
 def shared(job: Job) -> list[str]:
@@ -44,6 +57,7 @@ def _always(job: Job) -> list[str]:
     # Not `transformers`, which delays its own imports until the first model.
     return [
         "transformers.modeling_utils",
+        "transformers.models.auto.tokenization_auto",
         *(["lm_eval.evaluator"] if job.model.source.kind == "causal" and job.data else []),
     ]
 

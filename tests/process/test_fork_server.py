@@ -147,7 +147,8 @@ time.sleep(600)
 
 def test_a_fork_that_the_system_refuses_ends_no_other_fork(tmp_path: Path) -> None:
     more = """
-allowed = iter([True, False, True])
+# The first request gets the fork that waits. The next fork in advance and the fork of the second request are refused.
+allowed = iter([True, False, False] + 9 * [True])
 def fork(given=os.fork):
     if os.getpid() == own and not next(allowed):
         raise BlockingIOError("no process is left")
@@ -165,6 +166,20 @@ own, os.fork = os.getpid(), fork
     for fork in (one, refused, last):
         fork.close()
     server.close()
+
+
+def test_a_killed_fork_that_waits_for_its_request_is_replaced(server: ForkServer, tmp_path: Path) -> None:
+    def waiting() -> list[psutil.Process]:
+        return [one for one in psutil.Process(server._process.pid).children() if one.name() != "sh"]
+
+    [first] = waiting()
+    first.kill()
+    eventually(lambda: first.status() == psutil.STATUS_ZOMBIE, "it has ended")
+    fork = start(server, "print('begun')", tmp_path / "out")
+    assert fork.wait(PATIENCE_S) == 0
+    fork.close()
+    assert (tmp_path / "out").read_text() == "begun\n"
+    eventually(lambda: all(one.status() != psutil.STATUS_ZOMBIE for one in waiting()), "no zombie is left")
 
 
 def test_no_other_group_is_killed_if_a_fork_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, error: Exception) -> Record:
     def prepare(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(worker, "discover", lambda: Registry((ends,)))
+    monkeypatch.setattr(worker.worker_imports, "registry", lambda cell: Registry((ends,)))
     monkeypatch.setattr(worker, "_import_all", lambda *_: "")
     monkeypatch.setattr(worker, "_prepare", prepare)
     return worker.attempt(work_of("ends"), lambda *_, **__: None)

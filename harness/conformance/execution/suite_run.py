@@ -363,7 +363,7 @@ def attach(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
-        forward_of=lambda model: whole(model)[1], attach_fresh=fresh,
+        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights,
         factors=plan.factors("gradient", of.shape.tokens, of.dtype),
     )  # fmt: skip
     return subject, case
