@@ -318,7 +318,8 @@ class AdaLoraAdapted(AdaptedLayers):
         """Update the averages. If the schedule prunes at this step, prune to the budget b(step).
 
         Call this after optimizer step `step` (from 1) and before zero_grad. The averages are updated before step
-        total_steps - tfinal. Between tinit and that step, every delta_t-th step prunes. A pruned lambda may grow again
+        total_steps - tfinal; a tensor without a gradient counts like one whose gradient is zero. After step tinit and
+        before step total_steps - tfinal, each step that is a multiple of delta_t prunes. A pruned lambda may grow again
         until the next pruning. Step total_steps - tfinal prunes for the last time, and its mask applies to all later
         steps.
         """

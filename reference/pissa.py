@@ -65,8 +65,8 @@ SPEC = ReferenceSpec(
             paper="a randomised SVD (Halko et al.), with more or fewer iterations",
             here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
             why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r, and its niter_0 a sketch without "
-            "iterations. Our sketch is drawn from the generator; HF peft draws it from global state, and again when "
-            "it loads a saved adapter, so that its residual differs",
+            "iterations. Our sketch is a float64 torch.randn of shape (min(E, D), r) from the generator; HF peft "
+            "draws it from global state, and again when it loads a saved adapter, so that its residual differs",
         ),
         Deviation(
             topic="precision",

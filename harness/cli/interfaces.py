@@ -82,8 +82,7 @@ def of_method(name: str) -> Iterator[str]:
     adapted = subject.adapted
     constants = method_info(plan.method).spec.start_from_config
     doc = " ".join((inspect.getdoc(importlib.import_module(f"reference.{name}").attach) or "").split())
-    if "Raises ValueError" in doc:
-        yield f"  attach raises ValueError{doc.partition('Raises ValueError')[2]}"
+    yield f"  attach: {doc}"
     named = [(key, value, "trained") for key, value in adapted.tensors().items()]
     for key, value in adapted.state().items():
         kept = "" if key.rpartition(".")[2] in constants else " and in the model's state_dict"

@@ -32,7 +32,10 @@ def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, v
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return a float tensor with one number per parameter: 1 if its states are paged, else 0."""
+    """Return a float32 tensor with one number per parameter: 1 if its states are paged, else 0.
+
+    The tensor has this dtype whatever dtype the parameters have.
+    """
     trained = [p.clone().requires_grad_(True) for p in params]
     optimizer = paged.Paged(torch.optim.AdamW(trained), budget=0)
     paged_adamw.steps(optimizer, trained, [grads])

@@ -65,9 +65,9 @@ def arguments(
     is nearly singular. gradient: `zero` makes all gradients zero.
     unused: the layer that gets no gradients, as if it had not run. other: the other trainable tensor of the
     model: the bias of the first layer, the bias of its B (peft's `lora_bias`), or the magnitude of its DoRA. experts:
-    number of matrices in each layer; above 1, the layers are stacks (peft's `target_parameters`), packed as in
-    reference/lora_experts.py. By default, lr is so large that the step is as large as the weights. eps: at least 0.1 in
-    float16.
+    number K of matrices in each layer. Above 1, the layers are stacks (peft's `target_parameters`): A (K R, D) has the
+    rows of the first expert first, and in B (E, R K), the columns of one component of all experts are side by side. By
+    default, lr is so large that the step is as large as the weights. eps: at least 0.1 in float16.
     """
     given: Arguments = {name: [] for name in _TENSORS}
     for (outputs, inputs), rank in zip((shape, shape[::-1]), ranks, strict=True):
