@@ -1,4 +1,4 @@
-"""Find the suites and the report templates, read paths that users write, and notice newly installed packages."""
+"""Find the suites and the report templates, read paths that users write, and describe the state of the import path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def checkout() -> Path | None:
 def import_path() -> tuple[tuple[str, int], ...]:
     """Return the entries of `sys.path`, each with the time of its last change in ns, or 0 if it does not exist.
 
-    The result changes when a package is installed or removed, because pip then adds or removes a folder.
+    The result changes when a package is installed or removed, because pip then adds or removes a folder. It does not
+    change if a file inside a package or a dist-info folder changes.
     """
 
     def changed(entry: str) -> int:

@@ -66,11 +66,11 @@ def _requests(claim: Claim) -> list[MeasureRequest]:
 def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
     """Divide claims into at most `jobs` lists of similar length. All claims about one model are in the same list.
 
-    Claims without a model are dealt out one by one, because checks are among them, which take longer than counts.
+    A claim that runs a check is placed alone, because checks take longer than counts.
     """
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
-        of_model.setdefault(claim.request.find("model") or claim.id, []).append(claim)
+        of_model.setdefault(claim.id if claim.request.find("check") else claim.request.find("model"), []).append(claim)
     shares: list[list[Claim]] = [[] for _ in range(max(1, min(jobs, len(of_model))))]
     for same in sorted(of_model.values(), key=len, reverse=True):
         min(shares, key=len).extend(same)

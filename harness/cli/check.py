@@ -41,7 +41,8 @@ from harness.resources import user_path
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
 @click.option(
     "--shard", callback=options.shard, default="1/1", metavar="K/N",
-    help="Check only shard K of N, e.g. 2/4. Every case is in one of the N shards, so N machines or nights share the work.",
+    help="Check only the cases of shard K of N, e.g. 2/4. Each case is in exactly one shard, so shards 1/N to N/N together "
+    "try every case. No shard reports a known defect that no longer shows.",
 )  # fmt: skip
 @click.option(
     "--base-model", metavar="[NAME=]FOLDER",

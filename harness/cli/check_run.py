@@ -208,12 +208,25 @@ def _judge_with(
     compared = {
         one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
-    untried = [name for name in request.implementations if name not in compared and name not in broken]
+    is_part = request.breadth.shard != (1, 1) and bool(done)
+    # A shard may have no case of an implementation.
+    expected = set(request.implementations) - ({name for name, *_ in done} if is_part else set())
+    untried = [n for n in request.implementations if n in expected and n not in compared and n not in broken]
     options = [f"--dtype {dtype}" for dtype in request.dtypes] + request.breadth.options
     options += ["--device cuda"] if request.device == "cuda" else []
     options += [f"--patience {request.patience:g}"] if request.patience != worker_processes.PATIENCE else []
     report = CheckReport(
-        marked, skipped, complaints, broken, known, plans, software, interrupted, untried, options=options
+        marked,
+        skipped,
+        complaints,
+        broken,
+        known,
+        plans,
+        software,
+        interrupted,
+        untried,
+        options=options,
+        is_part=is_part,
     )
     if environment is not None:
         checked = CheckedEnvironment(
@@ -231,7 +244,10 @@ def _judge_with(
 def _why_nothing(breadth: CaseSelection) -> str:
     """Return why the options --case, --check and --shard left no check of a target."""
     if breadth.shard != (1, 1):
-        return "shard {} of {} has no case of it with these options".format(*breadth.shard)
+        whole = _why_nothing(replace(breadth, shard=(1, 1))) if breadth.case or breadth.checks else ""
+        return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}" + (
+            whole and f", or {whole}"
+        )
     if not breadth.checks:
         return (
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "

@@ -98,11 +98,15 @@ def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float
     return value
 
 
+_LONGEST_SHARD = 20
+
+
 def shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]:
     """Return (K, N) for the text `K/N`. Raises BadParameter unless K and N are whole numbers with 1 <= K <= N."""
     number, _slash, shards = value.partition("/")
-    if not (number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
-        raise click.BadParameter(f"'{value}' is not the number of a shard and the number of shards, e.g. 1/4")
+    is_short = len(value) <= _LONGEST_SHARD
+    if not (is_short and number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise click.BadParameter(f"'{value[:_LONGEST_SHARD]}' is not K/N with whole numbers 1 <= K <= N, e.g. 1/4")
     return int(number), int(shards)
 
 

@@ -55,7 +55,7 @@ class Case:
     magnitude: str = "normal"
     """Size of the numbers in a layer's input, by its name, such as `large`. `comparison.magnitudes` lists the names."""
     weights: str = "normal"
-    """Size of the numbers in the model's weights, such as `large`."""
+    """Size of the model's weights, by its name: normal, large, small or tiny."""
     seed: int = 0
     run_model: Callable[[], Tensor] | None = None
     """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""

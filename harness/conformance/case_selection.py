@@ -39,13 +39,16 @@ class CaseSelection:
         return self.case in name
 
     def is_in_shard(self, name: str) -> bool:
-        """Return whether a case is in the shard. name: as for `includes`, so that a new case moves no other case."""
+        """Return whether a case is in the shard. name: its target, name and dtype.
+
+        The shard depends on the name alone, so a new case does not move the others.
+        """
         number, shards = self.shard
         return zlib.crc32(name.encode()) % shards == number - 1
 
     @property
     def is_whole(self) -> bool:
-        """True if neither `case` nor `checks` nor `shard` leaves anything out."""
+        """True if `case`, `checks` and `shard` are not set."""
         return not (self.case or self.checks or self.shard != (1, 1))
 
     @property

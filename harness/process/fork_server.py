@@ -171,8 +171,8 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
 
     The code is 1 if forks are not safe: another thread runs, or the kernel cannot bring pages of files into memory.
     Otherwise it is 0. If the system refuses a fork, the program that requested it finds that the fork has ended without
-    a process id. One fork always exists in advance and waits for its request, because forking and loading the pages of
-    libraries take 30 ms.
+    a process id. After each request, the server forks one process in advance, because a fork that loads the libraries'
+    pages takes 30 ms. If the system refuses, it forks at the next request.
 
     run: function that a fork calls with the descriptors of its events and of its lifeline; it returns the exit code.
     kills_groups: whether to kill the processes that a fork leaves behind. If false, the requesting program kills them.
@@ -190,8 +190,8 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
     signal.signal(signal.SIGCHLD, lambda *_: None)  # Python writes to `tell` only for signals with a handler
     asked = connection.fileno()
 
-    def fork() -> WaitingFork | None:
-        return _fork(run, pages, (ended, tell, asked, *status_of.values()))
+    def fork(*of_request: int) -> WaitingFork | None:
+        return _fork(run, pages, (ended, tell, asked, *status_of.values(), *of_request))
 
     waiting = fork()
     connection.send(_READY)
@@ -205,8 +205,10 @@ def serve(connection: socket.socket, run: Callable[[int, int], int], *, kills_gr
             if not request:
                 return 0
             *passed, status = descriptors
-            # The waiting fork may have been killed.
-            if not (waiting and waiting.begin(passed)) and not ((waiting := fork()) and waiting.begin(passed)):
+            if not (waiting and waiting.begin(passed)):  # it may have been killed
+                waiting = fork(*descriptors)
+                waiting = waiting if waiting and waiting.begin(passed) else None
+            if waiting is None:
                 os.close(status)  # no process or no memory is left: the other forks go on
             else:
                 status_of[waiting.pid] = status
@@ -223,11 +225,12 @@ class WaitingFork:
         self.pid, self._channel = pid, channel
 
     def begin(self, descriptors: Sequence[int]) -> bool:
-        """Send the request's descriptors to the fork. Return False if it has ended."""
+        """Send the request's descriptors to the fork. Return False if this fails, e.g. because the fork has ended."""
         with self._channel:
             try:
                 socket.send_fds(self._channel, [_REQUEST], descriptors)
             except OSError:
+                os.kill(self.pid, signal.SIGKILL)  # the system may have refused to send, and the fork may live
                 os.waitpid(self.pid, 0)
                 return False
         return True
@@ -241,7 +244,10 @@ def _fork(
     of_server: descriptors that the fork closes.
     """
     server = os.getpid()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:  # no descriptor is left
+        return None
     with contextlib.ExitStack() as ends, warnings.catch_warnings():
         ends.enter_context(theirs)
         # Python warns of threads, but those of OpenBLAS and jemalloc, the only ones here, survive a fork.

@@ -10,8 +10,9 @@ import os
 import sys
 
 _SHELL = "/bin/sh"
-_WATCH = "read -r _; kill -KILL 0"
-"""Script that waits for the end of its standard input, and then kills its process group. Nothing is written there."""
+_WATCH = "trap '' HUP INT TERM; read -r _; kill -KILL 0"
+"""Shell script that reads its standard input until it ends, and then kills its process group. No process writes to this
+input. Signals that a worker may handle do not end the shell."""
 
 
 def die_with_parent(lifeline: int, *others: int) -> int:
@@ -21,8 +22,8 @@ def die_with_parent(lifeline: int, *others: int) -> int:
     pipe. It would not run while a library holds the interpreter. And if the worker were killed, the thread would end
     before it could kill the worker's children. others: descriptors that the watching process must not hold open.
 
-    The process is a shell. A fork of a worker that has imported torch would copy the tables of all its memory pages, which
-    takes 15 ms.
+    The watching process is a shell, because a fork of a worker with torch would first copy its page tables, which takes
+    15 ms.
     """
     quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
     closed = [(os.POSIX_SPAWN_CLOSE, one) for one in {lifeline, *others} if one > 2]  # not a stream

@@ -69,7 +69,7 @@ def software() -> dict[str, str]:
 @functools.lru_cache(maxsize=1)
 def _versions(_path: tuple[tuple[str, int], ...]) -> tuple[tuple[str, str], ...]:
     """Return names and versions of the `LIBRARIES`. Reading is slow, so they are read once per state of the import path.
-    A fork has the result of its parent.
+    A fork inherits the result.
     """
     return tuple((name, one.version) for name, one in _libraries().items())
 

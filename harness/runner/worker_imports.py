@@ -24,7 +24,8 @@ def modules(job: Job, registry: Registry) -> list[str]:
 def registry(cell: Cell) -> Registry:
     """Return a registry with the implementations that a Cell needs.
 
-    If the harness itself has all of them, these are only its own, which a fork inherits and no plug-in can replace.
+    If the harness itself offers all of them, the registry has only the harness's own implementations. A fork inherits
+    these. Otherwise it has those of all plug-ins.
     """
     base, own = cell.base, own_registry()
     needed = [("method", cell.method, cell.implementation)]

@@ -182,6 +182,39 @@ def test_a_killed_fork_that_waits_for_its_request_is_replaced(server: ForkServer
     eventually(lambda: all(one.status() != psutil.STATUS_ZOMBIE for one in waiting()), "no zombie is left")
 
 
+def test_a_killed_server_is_noticed_if_its_waiting_fork_was_replaced(server: ForkServer, tmp_path: Path) -> None:
+    program = psutil.Process(server._process.pid)
+    [first] = [one for one in program.children() if one.name() != "sh"]
+    first.kill()
+    eventually(lambda: first.status() == psutil.STATUS_ZOMBIE, "it has ended")
+    fork = start(server, "time.sleep(600)", tmp_path / "out")
+    eventually(lambda: fork.exit_code is None and fork.pid > 0, "it was forked")
+    program.kill()
+    assert fork.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+def test_no_descriptor_for_the_next_fork_ends_no_fork(tmp_path: Path) -> None:
+    more = """
+pairs = 0
+def pair(*how, given=socket.socketpair):
+    global pairs
+    pairs += 1
+    if pairs == 2:
+        raise OSError("no descriptor is left")
+    return given(*how)
+socket.socketpair = pair
+"""
+    server = started(more)
+    assert server.wait_ready(PATIENCE_S)
+    one = start(server, "time.sleep(600)", tmp_path / "one")
+    two = start(server, "", tmp_path / "two")
+    assert two.wait(PATIENCE_S) == 0
+    assert one.exit_code is None
+    for fork in (one, two):
+        fork.close()
+    server.close()
+
+
 def test_no_other_group_is_killed_if_a_fork_is_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C kills all workers in one thread, while another thread closes one of them, which then has no id."""
 

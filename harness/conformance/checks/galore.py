@@ -36,10 +36,10 @@ from harness.conformance.subject import Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.records.record import CheckResult
 
-_HISTORIES = ((5, 2, 2, False, 0), (3, 1, 2, True, 0), (7, 3, 1, False, 4))
+_HISTORIES = ((5, 2, 2, False, 0, None), (3, 1, 2, True, 0, None), (7, 3, 1, False, 4, 2))
 """Runs of `check_refresh`. Each is a tuple: (number of steps with gradients, update gap, rank, whether the weights are
-square, index at which a step without gradients is inserted). Each run refreshes the subspace twice after the first
-step."""
+square, index at which a step without gradients is inserted, step at which a new optimizer takes over or None). Each run
+refreshes the subspace twice after the first step."""
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED, _BY_CLOSURE = COMPARED, 3, 5, 7, 9
 """`_STEPS`: number of steps of `check_optimizer`. The other constants are step numbers, counted from 0.
 `_WITHOUT_GRADIENT`: the step without gradients. `_CHANGED`: the first step with another learning rate and weight decay.
@@ -62,14 +62,15 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     new subspace at the fourth and the seventh, and three steps with a new subspace at each. Before each step the
     weights are restored, so that no step inherits the rounding of another. Each run has one more step without a
     gradient: at the beginning, or after four of the seven steps. This step leaves the weights as they are, and is not
-    counted when the next refresh is due. In one run the weights are stored transposed.
+    counted when the next refresh is due. In one run the weights are stored transposed. In the run of seven steps, a new
+    optimizer loads the state_dict of the first one after two steps.
 
     The sign of a singular vector is arbitrary. It influences the weights after a refresh, since M is kept, and the
     check accepts every choice of signs. The tensors of the optimizer's state must not be views of much larger ones, such
     as of all singular vectors, because GaLore exists to save this memory.
     """
     found = []
-    for steps, gap, rank, square, idle in _HISTORIES:
+    for steps, gap, rank, square, idle, resumed in _HISTORIES:
         fresh = case.attach_again(rank=rank, update_gap=gap, square=square)
         if fresh is None:
             return skipped(subject, case, "refresh", "the case cannot attach again")
@@ -77,7 +78,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
             return skipped(subject, case, "refresh", "the Method has no optimizer")
         for weight in (t for t in fresh.adapted.tensors().values() if square and t.dim() == 2):
             weight.data = weight.data.T.contiguous().T
-        found += list(_of_layers(fresh, case, steps, idle))
+        found += list(_of_layers(fresh, case, steps, idle, resumed))
     worst = worst_of(found, found[0].policy)
     if worst.passed and fresh is not None and (problem := _excess_of_state(fresh)):
         return from_problems(subject, case, "refresh", [problem])
@@ -163,10 +164,10 @@ def _step(number: int, tensors: dict[str, Tensor], case: Case, layer: int) -> St
     return Step(gradients, LR * share * (number != _STANDING), DECAY * share * (number != _WITHOUT_DECAY))
 
 
-def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Judgement]:
+def _of_layers(fresh: Subject, case: Case, steps: int, idle: int, resumed: int | None) -> Iterator[Judgement]:
     """Take `steps` steps with each layer, and yield a judgement of each layer.
 
-    After the first `idle` steps, one more step has no gradients.
+    After the first `idle` steps, one more step has no gradients. resumed: the step at which a new optimizer takes over.
     """
     # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
@@ -177,7 +178,7 @@ def _of_layers(fresh: Subject, case: Case, steps: int, idle: int) -> Iterator[Ju
             for seed in (case.generator(salt=50 * index + step).initial_seed() for step in range(steps))
         ]
         gradients.insert(idle, Step({}))
-        mine, _ = steps_of_subject(fresh, tensors, gradients)
+        mine, _ = steps_of_subject(fresh, tensors, gradients, resumed)
         verdict = _judge_refresh(fresh, case, tensors, gradients, mine)
         yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", verdict)
 

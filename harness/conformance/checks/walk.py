@@ -37,7 +37,8 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
     file, merging and unmerging, freezing, and a second model in the process. After a failure, the check reports the
-    shortest walk that shows it. GaLore stays in its first subspace: `refresh` checks the next ones.
+    shortest walk that shows it. With GaLore, a walk uses one subspace only. The check `refresh` tries
+    new subspaces.
     """
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
@@ -52,7 +53,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     if not case.walks:
         return skipped(subject, case, "walk", "a part of the sample is enough")
     if case.weights == "large":
-        return skipped(subject, case, "walk", "attention over large weights amplifies rounding beyond any tolerance")
+        return skipped(subject, case, "walk", "over large weights, sums in another order may exceed the tolerance")
     gap = {"update_gap": LONG_GAP} if hasattr(subject.config, "update_gap") else {}
     again = partial(case.attach_again, **gap)
     forward, start = case.forward, again()

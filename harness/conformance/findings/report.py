@@ -44,6 +44,8 @@ class CheckReport:
     """Settings of a training loop that were tried. Only `check --loop` tries any."""
     options: Sequence[str] | None = None
     """Options of `check` that decide which cases are tried and how, e.g. `--wide`. None for a check of a training loop."""
+    is_part: bool = False
+    """True if only the cases of a shard were requested, which may have none."""
 
     @classmethod
     def joined(cls, reports: Sequence[CheckReport]) -> CheckReport:
@@ -61,6 +63,7 @@ class CheckReport:
             untried=list(dict.fromkeys(name for report in reports for name in report.untried)),
             environments=[one for report in reports for one in report.environments],
             options=first.options,
+            is_part=any(report.is_part for report in reports),
         )
 
     def labelled(self, environment: CheckedEnvironment) -> CheckReport:
@@ -103,7 +106,8 @@ class CheckReport:
         """The exit code of the run. The first of these rules that applies decides.
 
         4: the run was interrupted. 1: a check failed, a plug-in is broken, or a known defect did not show. 4: an
-        implementation that was requested by name was not compared. 5: nothing was compared. 0: otherwise.
+        implementation that was requested by name was not compared. 5: nothing was compared, and no shard was requested
+        (a shard may have no case). 0: otherwise.
 
         A failure that a known defect explains counts as compared, not as failed.
         """
@@ -113,9 +117,8 @@ class CheckReport:
             return Exit.FAIL
         if self.untried:
             return Exit.INFRASTRUCTURE
-        return (
-            Exit.PASS if self.count(CheckStatus.PASS) or self.count(CheckStatus.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
-        )
+        compared = self.count(CheckStatus.PASS) or self.count(CheckStatus.KNOWN_DEFECT)
+        return Exit.PASS if compared or self.is_part else Exit.NOTHING_COMPARED
 
     def document(self) -> dict[str, object]:
         """Return the document that `--json` prints."""
