@@ -274,6 +274,7 @@ def _fork(
         request, descriptors, _, _ = socket.recv_fds(theirs, len(_REQUEST), _DESCRIPTORS)
     if not request:
         os._exit(0)  # the server has ended
+    resident_pages.populate(pages)  # again: the kernel may have taken pages back during a long wait
     stdin, output, events, lifeline = descriptors
     for descriptor, stream in ((stdin, 0), (output, 1), (output, 2)):
         os.dup2(descriptor, stream)
