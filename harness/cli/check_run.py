@@ -208,8 +208,8 @@ def _judge_with(
     compared = {
         one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
-    is_part = request.breadth.shard != (1, 1) and bool(done)
-    # A shard may have no case of an implementation.
+    # A shard may have no case of an implementation. With --case or --check, a misspelt text must not pass.
+    is_part = bool(done) and replace(request.breadth, shard=(1, 1)).is_whole and request.breadth.shard != (1, 1)
     expected = set(request.implementations) - ({name for name, *_ in done} if is_part else set())
     untried = [n for n in request.implementations if n in expected and n not in compared and n not in broken]
     options = [f"--dtype {dtype}" for dtype in request.dtypes] + request.breadth.options
@@ -244,10 +244,9 @@ def _judge_with(
 def _why_nothing(breadth: CaseSelection) -> str:
     """Return why the options --case, --check and --shard left no check of a target."""
     if breadth.shard != (1, 1):
-        whole = _why_nothing(replace(breadth, shard=(1, 1))) if breadth.case or breadth.checks else ""
-        return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}" + (
-            whole and f", or {whole}"
-        )
+        whole = replace(breadth, shard=(1, 1))
+        because = "" if whole.is_whole else f", or {_why_nothing(whole)}"
+        return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
     if not breadth.checks:
         return (
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "

@@ -302,6 +302,7 @@ def test_a_shard_without_a_case_is_said(fork_sandbox: ForkSandbox) -> None:
     done = fork_sandbox.command(
         "check", "reference", "--op", "double_dequantize", "--shard", "1/2", "--case", "rank=160"
     )
+    assert done.code == Exit.INFRASTRUCTURE
     assert "no case that these options try has 'rank=160'" in done.out
 
 

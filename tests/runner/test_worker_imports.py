@@ -1,4 +1,4 @@
-"""What a worker imports before it measures a Cell."""
+"""The registry that a worker uses for a Cell."""
 
 from __future__ import annotations
 
