@@ -70,20 +70,25 @@ def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor
 
     An implementation may divide by absmax, or multiply by the reciprocal of absmax. The two results differ by up to 1.5
     units in the last place, so that correct implementations may give such an element codes one level apart. If absmax
-    is a power of two, both are exact, and the mask is False. If absmax exceeds 2^126, its reciprocal is subnormal and
-    has two bits fewer. levels: ascending; by default those of NF4.
+    is a power of two, both are exact. The mask is then True only if the midpoint itself is no float32 number: an
+    implementation may round it, or compare with the exact midpoint. If absmax exceeds 2^126, its reciprocal is subnormal
+    and has two bits fewer. levels: ascending; by default those of NF4.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
     of_each = absmax.double().repeat_interleave(block)[: flat.numel()]
     scaled = torch.where(of_each == 0, torch.zeros_like(of_each), flat.double() / of_each)
     levels = codebook() if levels is None else levels
-    midpoints = ((levels[:-1] + levels[1:]) / 2).double().to(W.device)
+    midpoints = (levels[:-1].double() + levels[1:].double()).to(W.device) / 2
     above = torch.bucketize(scaled, midpoints).clamp(max=len(midpoints) - 1)
-    gap = torch.minimum((scaled - midpoints[above]).abs(), (scaled - midpoints[(above - 1).clamp(min=0)]).abs())
-    rounds = (torch.frexp(absmax).mantissa != 0.5).repeat_interleave(block)[: flat.numel()]
+    divided = (torch.frexp(absmax).mantissa != 0.5).repeat_interleave(block)[: flat.numel()]
     last_places = torch.where(of_each > 2.0**126, 4, 2)
-    return rounds & (gap <= last_places * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1))
+    near = last_places * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1)
+    masks = [
+        (divided | (midpoint != midpoint.float())) & ((scaled - midpoint).abs() <= near)
+        for midpoint in (midpoints[above], midpoints[(above - 1).clamp(min=0)])
+    ]
+    return masks[0] | masks[1]
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:

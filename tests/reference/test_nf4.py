@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import exact
 from reference.operations import nf4
+from reference.operations.dynamic_map import dynamic_map
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((64, 64), (129, 64), (7, 33), (3, 100), (65,), (1,), (4, 2048))
@@ -75,11 +76,22 @@ def test_a_tie_takes_the_lower_code() -> None:
     assert nf4.unpack(theirs(above)[0], 16)[1:].tolist() == list(range(1, 16))
 
 
-def test_a_tie_is_excused_only_where_the_division_rounds() -> None:
-    for absmax, excused in ((1.0, False), (0.25, False), (3.0, True), (0.7, True)):
-        W = torch.cat([torch.ones(1), MIDPOINTS[MIDPOINTS != 0], torch.zeros(48)]) * absmax
-        assert nf4.near_tie(W)[1:16].tolist() == [excused] * 15, absmax
+def test_a_tie_is_excused_only_where_the_division_or_the_midpoint_is_rounded() -> None:
+    exact = (LEVELS[1:].double() + LEVELS[:-1].double()) / 2
+    rounded = (exact.float() != exact).tolist()
+    assert 0 < sum(rounded) < 15, "some midpoints are exact"
+    for absmax, divides in ((1.0, False), (0.25, False), (3.0, True), (0.7, True)):
+        W = torch.cat([torch.ones(1), MIDPOINTS, torch.zeros(48)]) * absmax
+        assert nf4.near_tie(W)[1:16].tolist() == [divides or one for one in rounded], absmax
         assert not bool(nf4.near_tie(W)[16:].any())
+
+
+def test_exact_midpoints_are_as_right_as_rounded_ones() -> None:
+    for levels in (LEVELS, dynamic_map(True), dynamic_map(False)):
+        exact = (levels[1:].double() + levels[:-1].double()) / 2
+        W = torch.cat([torch.ones(1), exact.float(), torch.zeros(-len(levels) % 64)])
+        differ = torch.bucketize(W.double(), exact) != torch.bucketize(W, exact.float())
+        assert bool(differ.any()) and not bool((differ & ~nf4.near_tie(W, W.numel(), levels)).any())
 
 
 def test_only_ties_are_excused() -> None:

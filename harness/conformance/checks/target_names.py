@@ -53,6 +53,11 @@ class _NamedLayers(nn.Module):
         self.trunk = nn.ModuleDict({**inner, "looks": _QueryAttention(inputs, outputs), "attention_free": layer()})
         self.scores = layer()
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The trunk, as in a model of transformers."""
+        return self.trunk
+
     def get_output_embeddings(self) -> nn.Module:
         """Return the layer that computes the logits, as a model of transformers does."""
         return self.trunk["vocabulary"]
