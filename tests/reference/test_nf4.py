@@ -91,7 +91,8 @@ def test_exact_midpoints_are_as_right_as_rounded_ones() -> None:
         exact = (levels[1:].double() + levels[:-1].double()) / 2
         W = torch.cat([torch.ones(1), exact.float(), torch.zeros(-len(levels) % 64)])
         differ = torch.bucketize(W.double(), exact) != torch.bucketize(W, exact.float())
-        assert bool(differ.any()) and not bool((differ & ~nf4.near_tie(W, W.numel(), levels)).any())
+        assert bool(differ.any())
+        assert not bool((differ & ~nf4.near_tie(W, W.numel(), levels)).any())
 
 
 def test_only_ties_are_excused() -> None:
