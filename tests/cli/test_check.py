@@ -288,6 +288,7 @@ def test_each_case_is_in_exactly_one_shard(fork_sandbox: ForkSandbox) -> None:
 
     def tried(*options: str) -> list[tuple[str, str]]:
         document = json.loads(fork_sandbox.command(*asked, *options).out)
+        assert document["options"] == ([" ".join(options)] if options else [])
         return [(row["case"], row["result"]["check"]) for row in document["checks"]]
 
     shards = [tried("--shard", f"{number}/3") for number in (1, 2, 3)]

@@ -136,5 +136,6 @@ class CheckReport:
             "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
             "environments": [one.model_dump(mode="json") for one in self.environments],
             **({"in_common": [asdict(one) for one in self.in_common()]} if self.options is not None else {}),
+            **({"options": list(self.options)} if self.options is not None else {}),
             **({"settings": [one.model_dump(mode="json") for one in self.settings]} if self.settings else {}),
         }  # fmt: skip
