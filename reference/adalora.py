@@ -83,7 +83,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="equal scores",
             paper="the top b(t) triplets stay",
-            here="exactly b(t) triplets stay; of equal scores the first in order of path, then index",
+            here="exactly b(t) triplets stay; of equal scores the first in the model's order of layers, then by index",
             why="the authors' code and HF peft zero all scores up to the k-th smallest (torch.kthvalue), ties "
             "included, so that fewer than b(t) triplets stay",
         ),
@@ -363,7 +363,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaL
     """Freeze `model` and wrap every target in an AdaLoraLinear or an AdaLoraConv.
 
     A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
-    if a target names no layer of the `KINDS`, or if the ranks or the schedule are inconsistent.
+    if a target names no layer of the `KINDS`, if target_rank exceeds rank, or if tinit + tfinal is not below total_steps.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets, KINDS)

@@ -34,7 +34,7 @@ SPEC = ReferenceSpec(
             topic="rank dropout",
             paper="not in the formulas",
             here="rank_dropout drops rows of the update, and divides the others by their share; if no row remains, the "
-            "update is zero",
+            "update is zero. A call draws one mask for all its tokens, from torch's global generator",
             why="HF peft does the same, but computes 0 / 0 if no row remains; LyCORIS divides only with "
             "rank_dropout_scale",
         ),

@@ -4,8 +4,8 @@
 
 The layer's sizes are products, E = U_E V_E and D = U_D V_D. C (U_E, U_D), B (V_E, R) and A (R, V_D) train, and W0 (E,
 D) is frozen. In each product, U is the largest divisor of the size that is at most min(factor, sqrt(size)) (eq. 5). If
-R is at least half of V_E and of V_D, a full matrix W2 (V_E, V_D) takes the place of B A. Shape letters: T tokens, D
-input features, E output features, R rank.
+R is at least half of the larger of V_E and V_D, a full matrix W2 (V_E, V_D) takes the place of B A. Shape letters: T
+tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SPEC = ReferenceSpec(
             topic="rank dropout",
             paper="not in the formulas",
             here="rank_dropout drops rows of the update, and divides the others by their share; if no row remains, the "
-            "update is zero",
+            "update is zero. A call draws one mask for all its tokens, from torch's global generator",
             why="HF peft and LyCORIS do the same with rank_dropout_scale, but compute 0 / 0 if no row remains; without "
             "it, they do not divide",
         ),

@@ -49,7 +49,9 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="merging",
             paper="not treated",
-            here="W + (alpha / r) B A is quantised again; scaling c is added to the bias. Unmerging restores the codes",
+            here="W + (alpha / r) B A, where W is the decoded weight, is summed in at least float32 and quantised again, "
+            "so that the output changes by the rounding of the codes; scaling c is added to the bias. In training mode the "
+            "merged layer does not quantise its input either; it may be any module. Unmerging restores the codes",
             why="HF peft quantises the sum again too. It unmerges by subtracting and quantising once more, and adds c "
             "without the scaling",
         ),

@@ -57,16 +57,19 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="signs of the singular vectors",
             paper="not determined by the SVD",
-            here="the entry of largest magnitude in each row of A is positive; of equal entries the first counts",
+            here="the entry of largest magnitude in each row of A is positive; of equal entries the first counts, before "
+            "A is rounded",
             why="two correct programs may differ by a sign per component, and a start that is compared must be unique",
         ),
         Deviation(
             topic="fast SVD",
             paper="a randomised SVD (Halko et al.), with more or fewer iterations",
-            here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
+            here="Halko's subspace iteration with exactly r columns, no oversampling: Q = qr(W sketch), then niter times "
+            "qr(W^T Q) and qr(W Q), with W^T in the place of W if E < D; niter = 0 is the exact SVD",
             why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r, and its niter_0 a sketch without "
             "iterations. Our sketch is a float64 torch.randn of shape (min(E, D), r) from the generator; HF peft "
-            "draws it from global state, and again when it loads a saved adapter, so that its residual differs",
+            "draws it from global state, and again when it loads a saved adapter, so that its residual differs. An "
+            "implementation may draw another sketch from the generator",
         ),
         Deviation(
             topic="precision",

@@ -26,7 +26,7 @@ from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover, optional_features
 from harness.methods.spec import Adapted, method_info, methods
 from reference.shared.adapted import AdaptedLayer, AdaptedModel
-from reference.shared.layers import LINEAR, kind_of
+from reference.shared.layers import KINDS, LINEAR, kind_of
 from reference.spec import ReferenceSpec
 
 _STARTS = ("reference.shared.lora_start", "reference.lora_experts")
@@ -53,8 +53,9 @@ def of_operation(name: str) -> Iterator[str]:
         yield f"  may be None: {', '.join(dict.fromkeys(absent))}"
     yield from _returned(operation, arguments)
     if operation.differentiable:
-        again = "; a gradient must be differentiable again, or raise" if "calls" in plan.checks else ""
-        yield f"compared gradients: of {', '.join(operation.differentiable)}{again}"
+        yield f"compared gradients: of {', '.join(operation.differentiable)}"
+        if "calls" in plan.checks:
+            yield "a gradient of a gradient, also by the incoming gradient, is right, raises RuntimeError, or has no graph"
     elif "calls" in plan.checks:
         graphs = _graphs(operation, arguments)
         yield f"no gradients are compared; outputs{f' other than {graphs}' if graphs else ''} must have no graph"
@@ -133,6 +134,11 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
     if set(plan.layers) - {*LINEAR}:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
+    if "targets" in plan.checks:
+        yield "targets: a model without `base_model_prefix` has no head, and one without `get_output_embeddings` no logits"
+        yield "  a word counts Conv1D as a linear layer, and raises ValueError if the Method does not adapt a selected layer"
+        yield "  a name raises ValueError if it matches a layer of KINDS that the Method does not adapt; KINDS are"
+        yield f"  {', '.join(KINDS)}. It leaves out other modules, e.g. a norm, but must match a layer to adapt"
     yield "rules that the checks test:"
     yield from (f"  {rule}" for rule in _rules(plan))
 
@@ -140,6 +146,8 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
 def _rules(plan: MethodSuite) -> Iterator[str]:
     if "targets" in plan.checks:
         yield "targets: " + " ".join(checks.docstrings()["targets"].split()).partition(". ")[2]
+        yield "the trunk is the submodule that the model's `base_model_prefix` names; what is beside it is a head"
+        yield "the layer that computes logits is the one that the model's `get_output_embeddings()` returns"
     yield "the checks copy layers and models by copy.deepcopy, so an implementation must allow that; a copy shares no tensor"
     yield "fused AdamW, bitsandbytes and `.data` do not increment the `_version` of what they change: no cache may use it"
     yield "if a base weight requires a gradient, the layer computes this gradient, or raises RuntimeError or ValueError"
@@ -148,6 +156,10 @@ def _rules(plan: MethodSuite) -> Iterator[str]:
         yield "a backward pass under autocast gives the gradients, or raises RuntimeError"
     if "shared_input" in plan.checks:
         yield "layers that get one input compute the same as alone; a layer whose output is unused gets no gradient"
+    if "closure" in plan.checks:
+        yield "if the optimizer raises for a gradient, the tensor and its state do not change, and the step is not counted"
+    if "refresh" in plan.checks:
+        yield "the tensors of the optimizer's state keep at most twice their bytes in memory: clone a slice of a larger one"
     if "save" in plan.checks:
         yield "after load_state_dict(assign=True), `tensors()` and `parameters()` return the new parameters"
 

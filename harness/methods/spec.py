@@ -45,7 +45,8 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """True if `merge` can fold the adapter into the weights. Also False if there is no adapter."""
+    """True if `merge` can fold the adapter into the weights. Also False if there is no adapter. If it is False, `merge` may
+    raise NotImplementedError."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors.
@@ -77,13 +78,20 @@ class Adapted(Protocol):
         """Do the Method's work after an optimizer step, such as pruning ranks. `step` counts from 1."""
 
     def merge(self) -> None:
-        """Fold the adapter into the weights. If it is merged already, do nothing."""
+        """Fold the adapter into the weights. If it is merged already, do nothing.
+
+        `merge`, `unmerge` and `detach` do not change the mode, training or eval: a mode that is set after `merge` stays.
+        """
 
     def unmerge(self) -> None:
         """Undo `merge`. If nothing is merged, do nothing."""
 
     def detach(self) -> None:
-        """Restore the layers of the model as they were before `attach`. What `attach` has frozen stays frozen."""
+        """Restore the layers of the model as they were before `attach`, also if merged. What is frozen stays frozen.
+
+        The program may then put the adapted layers back into the model and into `layers`, and all functions must work
+        again. Before that, it calls none of them.
+        """
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return p, m and v after step number `step` (from 1). All tensors have the shape and the dtype of p.
 
-    bias_correction: if False, c1 and c2 are 1.
+    bias_correction: if False, c1 and c2 are 1. In 16 bits, every operation rounds here; an implementation may compute in
+    float32, and round only the results.
     """
     m = betas[0] * m + (1 - betas[0]) * g
     v = betas[1] * v + (1 - betas[1]) * g * g

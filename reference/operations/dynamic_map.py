@@ -35,7 +35,8 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="search",
             paper="binary search for the nearest value",
-            here="the value nearest to x / absmax; an element exactly between two values takes the lower",
+            here="the value nearest to x / absmax; an element exactly between two values takes the lower. The middle of "
+            "two values is rounded to float32; an implementation may use the exact one",
             why="bitsandbytes multiplies by the reciprocal of absmax, which may move an element across a midpoint "
             "that it almost touches; its CPU kernel rounds to a grid first, which moves more elements (see the "
             "tests)",
@@ -67,7 +68,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tenso
     x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. An element
     exactly between two values takes the lower index. A block of zeros has absmax 0, and its codes are the index of 0.
     If a block holds a NaN or an infinity, this is also its absmax, so that none of its elements is decoded to a finite
-    value. Raises ValueError if `block` is below 1.
+    value; its codes may be any. Raises ValueError if `block` is below 1.
     """
     if block < 1:
         raise ValueError(f"a block must hold at least one element, got {block}")

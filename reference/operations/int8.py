@@ -4,8 +4,9 @@
             + X W^T over the columns with outliers                                    (section 3)
 
 Each row of X (T, D) and of W (E, D) is divided by its largest magnitude (absmax: c_x, c_w) and rounded to one of the 255
-codes from -127 to 127. With a threshold, a column of X that has a number of at least this magnitude is an outlier column.
-It is multiplied without being quantised, by the decoded column of W. Shape letters: T tokens, D inputs, E outputs.
+codes from -127 to 127. With a threshold, a column of X that has a number of at least this magnitude, in any row of the
+call, is an outlier column. It is multiplied without being quantised or rounded to float16, by the decoded column of W.
+Shape letters: T tokens, D inputs, E outputs.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def product(X: Tensor, codes: Tensor, absmax: Tensor, threshold: float = 0.0) ->
     """Return X W^T, shape (..., E), in the dtype of X, where W has the codes (E, D) and the absmax (E,).
 
     Both factors are quantised, except in outlier columns. The sum of the products of codes is exact. Its scaling is in
-    float32, or in float64 for an X in float64. The part of the outlier columns is in the dtype of X. No gradient.
+    float32, or in float64 for an X in float64. The part of the outlier columns is in the dtype of X. Both parts are
+    rounded to this dtype before they are added; an implementation may add them and the bias first, and round once. A NaN
+    in a row of X makes this whole row of the result NaN, with any threshold. No gradient.
 
     A code of X changes the result visibly. So X is quantised by the operations of `quantize` in their order: another order
     gives other codes in the middle between two.

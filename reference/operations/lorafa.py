@@ -61,8 +61,9 @@ Correction = Literal["least-squares", "none"]
 def corrected(g: Tensor, A: Tensor, scaling: float, experts: int = 1) -> Tensor:
     """Return g (A A^T + DELTA I)^+ / scaling^2, of the shape (E, r) and the dtype of g. DELTA is 1e-8.
 
-    ^+ is the pseudo-inverse. It is computed in float32, or in float64 if A has this dtype. scaling must not be 0. If A A^T
-    is not finite, the result is NaN.
+    ^+ is the pseudo-inverse of torch.linalg.pinv: singular values below r eps times the largest count as 0. It is computed
+    in float32, or in float64 if A has this dtype, and eps is that of this dtype. scaling must not be 0. If A A^T is not
+    finite, the result is NaN. In 16 bits, an implementation may keep the result in float32.
 
     experts: number of stacked experts. If there are several, A is (experts * r, D) and g is (E, r * experts), both
     packed.

@@ -56,7 +56,8 @@ def group_of(
     """Return the learning rate and the weight decay of a trainable tensor.
 
     name: `<layer>.<tensor>`, such as `q_proj.lora_A`, `q_proj.lora_B`, `q_proj.lora_B.bias`, `embed.lora_embedding_A` or
-    `norm.weight`. A layer whose name contains `norm` is a norm. dimensions: number of dimensions of the tensor.
+    `norm.weight`. A layer whose name contains `norm`, in small letters, is a norm. dimensions: number of dimensions of the
+    tensor.
     """
     layer, _, tensor = name.partition(".")
     if tensor.startswith("lora_embedding"):
@@ -78,7 +79,8 @@ def loraplus_step(
     """Return, by name, each tensor's learning rate, weight decay, and value after the first step of AdamW.
 
     The moments before the step are zero. frozen: names of tensors that do not change; their learning rate and weight
-    decay are 0. rates: lr, ratio, lr_embedding and weight_decay, for `group_of`.
+    decay are 0. Every other tensor has a gradient, and all tensors have one dtype. rates: lr, ratio, lr_embedding and
+    weight_decay, for `group_of`.
     """
     found: dict[str, tuple[float, float, Tensor]] = {}
     for name, tensor in tensors.items():

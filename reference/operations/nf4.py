@@ -60,7 +60,7 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes: 32, 64, 128 ... 4096). Blocks
     cross rows, and the last block may be short. An element exactly between two levels takes the lower one. A block of
     zeros has absmax 0 and the code of zero, 7. If a block holds a NaN or an infinity, this is also its absmax, so that
-    none of its elements is decoded to a finite value.
+    none of its elements is decoded to a finite value; its codes may be any.
     """
     return quantize_blockwise(W, codebook(), block)
 

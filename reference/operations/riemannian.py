@@ -61,9 +61,10 @@ def preconditioned(
 ) -> tuple[Tensor, Tensor]:
     """Return (B^T B + delta I)^-1 gA, of the shape (r, D), and gB (A A^T + delta I)^-1, of the shape (E, r).
 
-    The systems of equations are solved in float32, or in float64 if A has this dtype. The results have the dtypes of the
-    gradients. experts: number of stacked experts. If there are several, A is (experts * r, D) and B is (E, r * experts),
-    both packed, and so are their gradients.
+    The systems of equations are solved in float32, or in float64 if A has this dtype. The results are rounded to the
+    dtypes of the gradients. experts: number of stacked experts. If there are several, A is (experts * r, D) and B is (E,
+    r * experts), both packed, and so are their gradients. delta is above 0 in all cases; with 0, a singular system raises
+    LinAlgError.
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A_KRD, B_KER = unpacked(A.to(wide), B.to(wide), experts)
@@ -80,7 +81,8 @@ def optimizer_step(
     """Return the parameter p and its moments m and v after a step with the gradient g.
 
     kind: `adamw` calls `adamw_step`, with the keywords `adamw`. `gd` is gradient descent, p = (1 - lr weight_decay) p -
-    lr g, and does not change m and v.
+    lr g, and does not change m and v. In 16 bits, g, m and v are rounded before p is computed; an implementation may
+    compute all in float32, and round only the results.
     """
     if kind == "adamw":
         return adamw_step(p, g, m, v, lr=lr, weight_decay=weight_decay, **adamw)

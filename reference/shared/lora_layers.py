@@ -24,8 +24,9 @@ class LoraEmbedding(LowRankLayer):
     """A frozen embedding table (N, E) with a low-rank update. This is LoRA on a linear layer whose inputs are one-hot rows.
 
     A (R, N) and B (E, R) train. If the base has an `embed_scale`, the update is multiplied by it too, as after merging.
-    As in the base, the entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's
-    count in the batch. Raises ValueError for a base with max_norm, which rewrites the table in every forward pass.
+    The column of A at padding_idx has no gradient, and scale_grad_by_freq divides the gradient of a column of A by the
+    count of its entry in the batch. Neither changes the gradient of B. Raises ValueError for a base with max_norm, which
+    rewrites the table in every forward pass.
     """
 
     base: nn.Embedding

@@ -148,7 +148,7 @@ def _widened(call: Call) -> dict[str, Tensor] | None:
     own = next(iter(call.tensors.values())).dtype if call.tensors else torch.float64
     if not owns(call.layer, call.tensors) or any(t.dtype != own for t in numbers) or call.is_packed:
         return None
-    made = copy.deepcopy(call.layer).double()
+    made = copy.deepcopy(call.layer).to(torch.float64)  # a layer may have an attribute `double`
     made(call.x.double() if call.x.is_floating_point() else call.x)
     return call.observe(call.x, call.dy, layer=made.to(own))
 

@@ -48,7 +48,7 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. `small-rows`: W and B, and in float16 also m, are very small (`functional_layer.smaller`). The
+    256 times as large. `small-rows`: W and B are multiplied by 2^-30; in float16, W, B and m are multiplied by 2^-8. The
     magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W, as when training
     starts.
     """
@@ -85,7 +85,8 @@ def reference(
     """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E).
 
     The gain g of a row is m / ||V|| with V = W + scaling B A. ||V|| is the norm of that row of V, and counts as a
-    constant in the backward pass. g is 0 where the norm is 0.
+    constant in the backward pass. g is 0 where the norm is 0. A row of W or B with a NaN or an infinity has the output
+    NaN; an implementation may return an infinity.
     """
     layer = dora.DoraLinear(dense_linear(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
     return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})

@@ -77,10 +77,12 @@ def reference(
 ) -> Tensor:  # fmt: skip
     """Return, for each token t, the sum over n of weights[t, n] times the output of expert chosen[t, n], shape (T, D).
 
-    Expert k computes down_k (silu(gate_k x) * up_k x). x is (T, D), chosen and weights are (T, N). gate_up is (K, 2 H,
-    D) with the rows of the gate first, and down is (K, D, H); if `transposed`, the last two dimensions are swapped.
+    Expert k, from 0 to K - 1, computes down_k (silu(gate_k x) * up_k x). x is (T, D), chosen and weights are (T, N).
+    gate_up is (K, 2 H, D) with the rows of the gate first, and down is (K, D, H); if `transposed`, the last two
+    dimensions are swapped.
     scaling B_k A_k is added to the weights of each expert. A is (K R, inputs): the R rows of an expert are adjacent. B
-    is (outputs, R K): the K columns of a rank are adjacent.
+    is (outputs, R K): the K columns of a rank are adjacent. Under autocast, the outputs of the experts may be added in
+    its dtype or in float32.
     """
     experts = len(gate_up)
     update_up = stacked_update(gate_up_A, gate_up_B, experts, scaling, transposed)

@@ -41,8 +41,8 @@ def arguments(
     shape: (F, D), the shape of W in gate and up; in down, W is (D, F). rows: the leading dimensions of x. ranks: the
     ranks of gate, up and down. scaling: the scaling of gate; up has 0.5 times, down 3 times this scaling. dora: True also
     draws magnitudes; without them, every layer has plain LoRA. shared: gate and up have one tensor as their A if their
-    ranks are equal. gate: `large` multiplies the gate's weight by 2,048, or by 512 with DoRA, and `small` multiplies its
-    weight and its B by a very small number (`functional_layer.smaller`).
+    ranks are equal. gate: `large` multiplies the gate's weight by 2,048, or by 512 with DoRA. `small` multiplies its
+    weight and its B by 2^-30; in float16, it multiplies them, and with DoRA also the magnitudes, by 2^-8.
     """
     F, D = shape
     layers = draw_adapted_layers(
@@ -66,7 +66,8 @@ def reference(
 
     The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T, or
     with magnitudes ms DoRA's layer: bias + g (x W^T + scaling (x A^T) B^T), g = m / ||W + scaling B A||. The norm
-    counts as a constant in the backward pass. `gelu` is the exact GELU, and `gelu-tanh` its approximation by tanh.
+    counts as a constant in the backward pass. g is 0 where it is 0. `gelu` is the exact GELU, and `gelu-tanh` its
+    approximation by tanh.
     """
 
     def layer(x: Tensor, at: int) -> Tensor:

@@ -34,7 +34,9 @@ def arguments(
     key and a value, so that k and v have E / groups outputs, at least one. scaling: the scaling of q; k has 0.5 times,
     v 3 times this scaling. bias: whether the layers have biases. key_bias: False leaves out the bias of k, as in
     Whisper. dora: True also draws magnitudes; without them, every layer has plain LoRA. shared: layers of
-    the query's rank have one tensor as their A. query: magnitude of the query's weight, as of `gate` in lora_mlp.
+    the query's rank have one tensor as their A. query: `large` multiplies the query's weight by 2,048, or by 512 with
+    DoRA. `small` multiplies its weight and its B by 2^-30; in float16, it multiplies them, and with DoRA also the
+    magnitudes, by 2^-8.
     """
     E, D = shape
     key = value = (max(1, E // groups), D)
@@ -59,7 +61,7 @@ def reference(
     """Return q, k and v. Each is x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
     With magnitudes ms, each is bias + g (x W^T + scaling (x A^T) B^T) instead. g = m / ||W + scaling B A|| is DoRA's
-    gain per output. The norm in g counts as a constant in the backward pass.
+    gain per output. The norm in g counts as a constant in the backward pass. g is 0 where the norm is 0.
     """
 
     def layer(at: int) -> Tensor:

@@ -41,7 +41,10 @@ def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Seq
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
-    """Return the parameters after the last step. how: options of AdamW."""
+    """Return the parameters after the last step. how: options of AdamW.
+
+    The parameters are compared within rounding errors, so that an implementation may store its moments in float32.
+    """
     trained = [p.clone().requires_grad_(True) for p in params]
     steps(paged.Paged(torch.optim.AdamW(trained, **how), budget=0), trained, grads)
     return tuple(p.detach() for p in trained)
