@@ -70,7 +70,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="shape of the moments",
             paper="algorithm 2 prints n x r for a left projection",
-            here="the shape of R: r x n on the left, m x r on the right",
+            here="shape and dtype of R: r x n on the left, m x r on the right; in 16 bits, they may be float32 instead",
             why="R = P^T G is r x n",
         ),
         Deviation(
@@ -82,18 +82,18 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="8-bit moments",
             paper="section 4.3 combines it with 8-bit Adam, without details",
-            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also for weights "
-            "without a projection; the step is the 32-bit one, with eps and decay as above; projectors have the "
-            "gradient's dtype",
+            here="`bits: 8`: moments of at least 4096 elements (R's shape) are codes as in reference/operations/adamw8bit, "
+            "smaller ones float32, also for weights without a projection; the step is the 32-bit one, with eps and decay as "
+            "above; projectors have the gradient's dtype",
             why="the authors' GaLoreAdamW8bit uses bitsandbytes' step, which adds eps as algorithm 2 does: sqrt(V / "
             "(1 - beta2^t)) + eps",
         ),
         Deviation(
             topic="randomised SVD",
             paper="an exact SVD; its sequel, GaLore 2 (arXiv:2504.20437), uses a randomised one",
-            here="exact by default; niter > 0 runs that many subspace iterations, from the previous basis and 10 random "
-            "vectors, or at first from random vectors only: the last columns of a float64 torch.randn of shape "
-            "(min(m, n), min(r + 10, m, n)), seed 0",
+            here="exact by default. niter > 0: Q = qr(G S), then niter times qr(G^T Q) and qr(G Q); G^T for G if m < n. For "
+            "every side, S is a float64 torch.randn of shape (min(m, n), min(r + 10, m, n)), seed 0; later, the previous "
+            "basis replaces its first r columns. A basis of the longer side alone is first multiplied by G^T, or G if m < n",
             why="the exact SVD of a large layer is slow; with the same vectors, a resumed run continues exactly",
         ),
         Deviation(
@@ -115,7 +115,7 @@ class Config:
     rank: int = field(default=128, metadata={"minimum": 1, "maximum": 65536})
     """Rank r of the projection; for a weight (m, n), it is at most min(m, n)."""
     update_gap: int = field(default=200, metadata={"minimum": 1, "maximum": 1000000})
-    """Number of steps (T) between two computations of the projector."""
+    """T: a projector is computed at steps 1, T + 1, 2 T + 1 and so on. A tensor counts only its steps with a gradient."""
     scale: float = field(default=0.25, metadata={"minimum": 1e-6, "maximum": 1e6})
     """alpha, the factor on the learning rate of projected weights."""
     side: str = field(default="std", metadata={"choices": ("std", "reverse_std", "paper", "left", "right", "full")})
@@ -373,7 +373,7 @@ class GaLoreModel(AdaptedModel):
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
         """Return a GaLore optimizer. It projects the gradients of the targets' weights. Other parameters get plain Adam.
 
-        bits: 8 or 32, the bits of the moments.
+        Plain Adam has no alpha, but the same eps and weight decay. bits: 8 or 32, the bits of the moments.
         """
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
@@ -387,8 +387,8 @@ class GaLoreModel(AdaptedModel):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLoreModel:
     """Make the weights of the targets trainable and, with `train_rest`, every other parameter. `generator` is not used.
 
-    Raises ValueError if a target names no linear layer. Also raises it for a layer with a packed 4-bit weight, which
-    gets no gradient.
+    `tensors()` lists all that train, by their names in the model. Raises ValueError if a target names no linear layer, or
+    one with a packed 4-bit weight, which gets no gradient.
     """
     layers = targets(model, config.targets)
     for path, layer in layers.items():

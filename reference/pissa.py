@@ -57,8 +57,8 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="signs of the singular vectors",
             paper="not determined by the SVD",
-            here="the entry of largest magnitude in each row of A is positive; of equal entries the first counts, before "
-            "A is rounded",
+            here="before A is rounded, the entry of largest magnitude in each of its rows is positive; of equal entries the "
+            "first counts",
             why="two correct programs may differ by a sign per component, and a start that is compared must be unique",
         ),
         Deviation(

@@ -135,10 +135,10 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
     if "targets" in plan.checks:
-        yield "targets: a model without `base_model_prefix` has no head, and one without `get_output_embeddings` no logits"
-        yield "  a word counts Conv1D as a linear layer, and raises ValueError if the Method does not adapt a selected layer"
-        yield "  a name raises ValueError if it matches a layer of KINDS that the Method does not adapt; KINDS are"
-        yield f"  {', '.join(KINDS)}. It leaves out other modules, e.g. a norm, but must match a layer to adapt"
+        yield "targets: without `base_model_prefix`, a model has no head; `get_output_embeddings` may be absent, too"
+        yield "  `attention` and `all-linear` also select Conv1D, and raise ValueError if the Method does not adapt it"
+        yield "  a name raises ValueError if it matches no layer to adapt, or also one of another of these kinds:"
+        yield f"  {', '.join(KINDS)}; it skips all other modules, e.g. a norm"
     yield "rules that the checks test:"
     yield from (f"  {rule}" for rule in _rules(plan))
 

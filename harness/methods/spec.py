@@ -87,10 +87,10 @@ class Adapted(Protocol):
         """Undo `merge`. If nothing is merged, do nothing."""
 
     def detach(self) -> None:
-        """Restore the layers of the model as they were before `attach`, also if merged. What is frozen stays frozen.
+        """Restore the layers of the model as they were before `attach`. What `attach` has frozen stays frozen.
 
-        The program may then put the adapted layers back into the model and into `layers`, and all functions must work
-        again. Before that, it calls none of them.
+        A merged adapter is detached, too. The program may then put the adapted layers back into the model and into `layers`,
+        and all functions must work again. Before that, it calls none of them.
         """
 
 

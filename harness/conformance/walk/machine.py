@@ -80,10 +80,11 @@ def walk(make: Callable[[int], Programs], walks: int, number: int) -> WalkFailed
     of a whole model may come from one number, for example near the bend of an activation, and a few references may all
     happen to round this number well.
     """
-    return _walks(partial(make, 1), walks, number) and _walks(partial(make, MORE_NEAR), walks, number)
+    suspected = _walks(partial(make, 1), walks, number, (Phase.generate,))
+    return suspected and _walks(partial(make, MORE_NEAR), walks, number, (Phase.generate, Phase.shrink))
 
 
-def _walks(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
+def _walks(make: Callable[[], Programs], walks: int, number: int, phases: tuple[Phase, ...]) -> WalkFailedError | None:
     class Walk(AdapterWalk):
         start = staticmethod(make)
         shortest = None
@@ -95,7 +96,7 @@ def _walks(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedE
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
         print_blob=False,
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,
