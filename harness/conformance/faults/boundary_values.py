@@ -114,9 +114,12 @@ FAULTS = [
         "self.adalora.values()]), self.config.regularization)",
         values={"rank": 4, "target_rank": 2, "alpha": 8.0}),
     line_fault("paged_states", "returns_one_tensor_for_all_calls", ["overlap"],
-        "return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)",
+        "return torch.tensor([float(p in optimizer.where()) for p in trained], dtype=torch.float32, device=trained[0].device)",
         "found = torch.tensor([float(p in optimizer.where()) for p in trained])\n"
         "    return globals().setdefault('_kept', {}).setdefault(len(found), torch.empty_like(found)).copy_(found)",
+        values={"sizes": [1000, 100000]}),
+    line_fault("paged_states", "returns_numbers_of_the_default_dtype", ["calls"],
+        "for p in trained], dtype=torch.float32, device", "for p in trained], device",
         values={"sizes": [1000, 100000]}),
     line_fault("qlora", "puts_a_layer_back_in_its_old_mode", ["merge"],
         "    module.train(model.get_submodule(path).training)\n", "", file="layers", values=_LORA),

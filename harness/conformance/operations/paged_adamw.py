@@ -45,7 +45,7 @@ def reference(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how
 
     The parameters are compared within rounding errors, so that an implementation may store its moments in float32.
     """
-    trained = [p.clone().requires_grad_(True) for p in params]
+    trained = [p.detach().clone().requires_grad_(True) for p in params]
     steps(paged.Paged(torch.optim.AdamW(trained, **how), budget=0), trained, grads)
     return tuple(p.detach() for p in trained)
 

@@ -36,10 +36,10 @@ def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 
     The tensor has this dtype whatever dtype the parameters have.
     """
-    trained = [p.clone().requires_grad_(True) for p in params]
+    trained = [p.detach().clone().requires_grad_(True) for p in params]
     optimizer = paged.Paged(torch.optim.AdamW(trained), budget=0)
     paged_adamw.steps(optimizer, trained, [grads])
-    return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)
+    return torch.tensor([float(p in optimizer.where()) for p in trained], dtype=torch.float32, device=trained[0].device)
 
 
 OPERATION = Operation("paged_states", ("paged",), arguments, reference)

@@ -117,7 +117,7 @@ def _are_paged(kind: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> 
     trained = _trained(params)
     optimizer = _steps(kind, trained, [grads])
     are = [float(getattr(optimizer.state[p]["state1"], "is_paged", False)) for p in trained]
-    return torch.tensor(are, device=trained[0].device)
+    return torch.tensor(are, dtype=torch.float32, device=trained[0].device)
 
 
 def _trained(params: Sequence[Tensor]) -> list[nn.Parameter]:

@@ -56,7 +56,7 @@ def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     import torch
 
     optimizer, trained = _paged_steps(params, [grads])
-    return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)
+    return torch.tensor([float(p in optimizer.where()) for p in trained], dtype=torch.float32, device=trained[0].device)
 
 
 def _paged_steps(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Any, list[Any]]:
