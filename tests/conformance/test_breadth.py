@@ -139,6 +139,20 @@ def test_the_default_cases_have_every_value_of_every_setting(target: str) -> Non
                 assert value in tried, (name, value)
 
 
+@pytest.mark.parametrize("target", ["lora", "dora", "qlora", "adalora", "lora_int8"])
+def test_each_word_and_switch_of_a_method_is_tried_with_dropout(target: str) -> None:
+    plan = parity_suite.load(target)
+    words = {
+        name: field.choices or (True, False)
+        for name, field in methods()[target].fields.items()
+        if isinstance(field.default, str | bool)
+    }
+    dropping = [case for case in sample.fixed(plan, FEW, DTYPES) if sample.value_of(plan, case, "dropout")]
+    assert words
+    for name, choices in words.items():
+        assert {sample.value_of(plan, case, name) for case in dropping} == {*choices}, name
+
+
 @pytest.mark.parametrize("target", ["lora_mlp", "adamw8bit_step", "loraplus_groups"])
 def test_the_default_cases_of_an_operation_have_every_two_words_together(target: str) -> None:
     plan = parity_suite.load_operation(target)

@@ -28,7 +28,7 @@ _NAMES = ("q_proj", "k_proj", "v_proj")
 _TOKENS = 5
 _DROPOUT = 0.5
 _SMALL = 0.05
-"""Relative difference of two outputs below which one of them has no dropout. The update is about as large as the weight."""
+"""Difference of two outputs, relative to the update's part in them, below which neither has dropout."""
 
 
 @check(States.WARM, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)
@@ -89,9 +89,13 @@ def _without_dropout(subject: Subject, case: Case, model_of: Callable[[], nn.Mod
 
 
 def _is_plain(siblings: _Siblings, path: str, y: Tensor) -> bool:
-    """Return whether y is nearly the output of the reference in eval mode. Dropout moves it by about the update's size."""
-    right = siblings.subject.reference(path, "float64").layer.eval()(siblings.x.double())
-    return bool((y.double() - right).norm() < _SMALL * right.norm())
+    """Return whether y is nearly the output of the reference in eval mode. Dropout moves it by about the update's size,
+    which is very small if the scaling is.
+    """
+    x, subject = siblings.x.double(), siblings.subject
+    right = subject.reference(path, "float64").layer.eval()(x)
+    update = right - subject.dense_base(path, torch.float64)(x)
+    return bool((y.double() - right).norm() < _SMALL * update.norm())
 
 
 class _Block(nn.Module):

@@ -18,7 +18,7 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import AUTOCAST_FACTOR, PERTURBED_DRAWS
 
 UNDER_AUTOCAST, UNDER_AUTOCAST_AFTER_CHANGE = "under autocast to {}", "under autocast after a change to {}"
 BACKWARD_UNDER_AUTOCAST = "with backward under autocast to {}"
@@ -37,7 +37,7 @@ def judge_under_autocast(subject: Subject, case: Case, path: str, call: Call) ->
     packed (4-bit) layer may return the dtype of its input, as bitsandbytes does.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
-    mine, x, dy, factor = call.tensors, call.x, call.dy, case.factor("calls")
+    mine, x, dy, factor = call.tensors, call.x, call.dy, AUTOCAST_FACTOR * case.factor("calls")
     held = {name: t.detach().clone() for name, t in mine.items()}
     is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
     try:
@@ -110,4 +110,4 @@ def _judge_backward(subject: Subject, case: Case, path: str, call: Call) -> Iter
         mine = run(call.layer, call.tensors)
     except RuntimeError:
         return
-    yield form, noise_floor(mine, truth, PlausibleResults(drawn()), dtype, case.factor("calls"))
+    yield form, noise_floor(mine, truth, PlausibleResults(drawn()), dtype, AUTOCAST_FACTOR * case.factor("calls"))

@@ -27,19 +27,21 @@ def under_autocast(
     A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
     arguments that autocast leaves in several dtypes. Wrong results fail. An output must have the same dtype for the first
     row of `x` alone as for all rows, because a model that generates tokens one by one would otherwise mix two dtypes.
-    plain: the outputs without autocast.
+    This is also tried with the other value of each switch, such as `training`. plain: the outputs without autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
-    truth = reference_outputs(subject, torch.float64)
+    truth, row = reference_outputs(subject, torch.float64), _first_row(subject.arguments)
+    switched = [{name: not value} for name, value in subject.arguments.items() if isinstance(value, bool) and row]
     for dtype in ("bfloat16", "float16"):
         with torch.autocast(subject.device.type, DTYPES[dtype]):
             try:
                 seen = subject.call()
-                of_one = subject.call(**row) if (row := _first_row(subject.arguments)) else {}
+                pairs = [(subject.call(**row), seen)] if row else []
+                pairs += [(subject.call(**other, **row), subject.call(**other)) for other in switched]
             except RuntimeError:
                 return
-        yield from ((f"{dtype}, one row", one) for one in _other_dtypes(of_one, seen))
+        yield from ((f"{dtype}, one row", one) for pair in pairs for one in _other_dtypes(*pair))
         if not exact(seen, dict(plain)).passed:
             yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls"))
 

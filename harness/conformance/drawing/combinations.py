@@ -127,3 +127,18 @@ def switched_kinds(there: Mapping[str, Factor], tried: Mapping[str, Collection[s
                 if not any(kind.startswith(one) or one.startswith(kind) for one in met):
                     met.append(kind)
                     yield {name: True, "kind": kind}
+
+
+def with_dropout(there: Mapping[str, Factor], settings: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield dropout alone, and together with each value of a word or a switch of a Method that is not the plainest.
+
+    Such a value may choose code that drops features by itself. settings: names of the Config's fields.
+    """
+    if "dropout" not in there:
+        return
+    dropout = {"dropout": there["dropout"].levels[1]}
+    yield dropout
+    for name in settings:
+        levels = there[name].levels if name in there else ()
+        if all(isinstance(level, str | bool) for level in levels):
+            yield from (dropout | {name: level} for level in levels[1:])

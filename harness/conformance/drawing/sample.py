@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from harness.conformance import operations
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.drawing import strategies
-from harness.conformance.drawing.combinations import BEYOND_24_BITS, combinations, large_tensors, switched_kinds
+from harness.conformance.drawing import combinations, strategies
 from harness.conformance.drawing.covering import covering, each_value, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, is_positive, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
@@ -54,8 +53,7 @@ _TOKENS = Factor((9, 1, 515), (2, 16, 130, 2060), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:MAIN_MAGNITUDES], get_args(Magnitude)[MAIN_MAGNITUDES:])
 _WEIGHTS = Factor(get_args(WeightSize)[:1], get_args(WeightSize)[1:])
 _SIZES = ("sides", "tokens", "model", "magnitude", "weights")
-"""Names of the factors that set a layer's size and input. An implementation must support every level of these
-factors."""
+"""Names of the factors that set a layer's size and input. Every implementation must support all their levels."""
 LEFT_OUT = ("model", "magnitude", "weights", "dropout")
 """Names of the factors of a Method whose further values only a wide selection tries."""
 _WIDEST_OUTPUT = 1030
@@ -135,7 +133,7 @@ def _valid_combinations(
 ) -> Iterator[dict[str, Any]]:
     """Yield the valid cases of `drawing.combinations`, as values of all factors."""
     plain = {name: factor.levels[0] for name, factor in there.items()}
-    yield from filter(valid, (plain | some for some in combinations(there)))
+    yield from filter(valid, (plain | some for some in combinations.combinations(there)))
 
 
 def _of_some_pairs(
@@ -165,9 +163,9 @@ def _of_some_pairs(
 def _large(
     plan: MethodSuite | OperationSuite, examples: Sequence[AnyCase], names: Collection[str], wide: bool
 ) -> Iterator[AnyCase]:
-    """Yield variants of the typical example with very large tensors. names, wide: see `large_tensors`."""
+    """Yield variants of the typical example with very large tensors. names, wide: see `combinations.large_tensors`."""
     typical = next((case for case in examples if case.typical), None)
-    for some in large_tensors(names, wide):
+    for some in combinations.large_tensors(names, wide):
         if isinstance(typical, OperationCase):
             changed = {name: [*one] if isinstance(one, tuple) else one for name, one in some.items()}
             case: AnyCase = replace(typical, values={**typical.values, **changed}, typical=False)
@@ -179,7 +177,7 @@ def _large(
         else:
             return
         if is_accepted(plan, case):
-            huge = some.get("shape") == BEYOND_24_BITS
+            huge = some.get("shape") == combinations.BEYOND_24_BITS
             few = _CHECKS_OF_HUGE_STEPS if huge and "gradient" in names else ()
             yield replace(case, sampled=True, is_brief=True, is_large=True, stays_brief=huge, checks=few)
 
@@ -196,7 +194,8 @@ def _of_missing_values(
     of an optional factor, and each pair of a switch and a kind of layer has a case of its own: a word or a zero may hide the
     other values, and an implementation may lack an option. Some values of a Method are left out: other magnitudes, forms of
     the model and shares of dropout, because many checks would have to try them, and very wide outputs, because the
-    ParityModel has a square weight of this side.
+    ParityModel has a square weight of this side. Each word or switch of a Method also has a case with dropout, in which
+    only the check `dropout` runs.
     """
     plain = {name: factor.levels[0] for name, factor in there.items()}
     sizes, numbers, alone = dict[str, list[Any]](), dict[str, list[Any]](), list[dict[str, Any]]()
@@ -212,10 +211,13 @@ def _of_missing_values(
                 (sizes if name in _SIZES else numbers).setdefault(name, []).append(value)
     if isinstance(plan, MethodSuite) and not plan.base:
         on = {n: {value_of(plan, one, "kind") for one in examples if value_of(plan, one, n) is True} for n in there}
-        alone += [plain | some for some in switched_kinds(there, on)]
+        alone += [plain | some for some in combinations.switched_kinds(there, on)]
+        words = combinations.with_dropout(there, _fields(plan.method))
+        dropping = filter(valid, (plain | some for some in words))
+        yield from (replace(case_of(plan, one), minor=True, checks=("dropout",)) for one in dropping)
     together = [chosen for some in (sizes, numbers) for chosen in each_value(plain, some, valid)]
-    for chosen in [*together, *filter(valid, alone)]:
-        yield replace(case_of(plan, chosen), sampled=True, is_brief=True)
+    further = [*together, *filter(valid, alone)]
+    yield from (replace(case_of(plan, chosen), sampled=True, is_brief=True) for chosen in further)
 
 
 def value_of(plan: MethodSuite | OperationSuite, case: AnyCase, name: str) -> Any:

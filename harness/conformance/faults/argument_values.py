@@ -61,6 +61,12 @@ FAULTS = [
         "_FORM.dequantize(packed, absmax, block, shape, x.dtype)",
         "_FORM.dequantize(packed, absmax if x.shape[0] > 1 else absmax[: shape[0]].repeat_interleave(shape[1]), "
         "block if x.shape[0] > 1 else 1, shape, x.dtype)", values={"shape": [63, 100], "rows": [1]}),
+    _nf4_linear("ignores_autocast_for_one_row_in_eval_mode", ["calls"],
+        "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
+        "on = training or x.shape[:-1].numel() != 1\n"
+        "    with torch.autocast(x.device.type, enabled=on and torch.is_autocast_enabled(x.device.type)):\n"
+        "        return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
+        values={"shape": [48, 64], "rows": [9]}),
     _nf4_linear("takes_negative_constants_for_zero", ["outputs"],
         "packed, absmax, block", "packed, absmax.clamp(min=0), block",
         values={"shape": [48, 128], "rows": [9], "decoded": True}),

@@ -114,7 +114,8 @@ FAULTS = [
         "self.adalora.values()]), self.config.regularization)",
         values={"rank": 4, "target_rank": 2, "alpha": 8.0}),
     line_fault("paged_states", "returns_one_tensor_for_all_calls", ["overlap"],
-        "return torch.tensor([float(p in optimizer.where()) for p in trained], dtype=torch.float32, device=trained[0].device)",
+        "return torch.tensor([float(p in optimizer.where()) for p in trained], dtype=torch.float32, "
+        "device=trained[0].device)",
         "found = torch.tensor([float(p in optimizer.where()) for p in trained])\n"
         "    return globals().setdefault('_kept', {}).setdefault(len(found), torch.empty_like(found)).copy_(found)",
         values={"sizes": [1000, 100000]}),
