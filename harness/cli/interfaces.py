@@ -55,12 +55,14 @@ def of_operation(name: str) -> Iterator[str]:
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
         if "calls" in plan.checks:
-            yield "a gradient of a gradient, also by the incoming gradient, is right, raises RuntimeError, or has no graph"
+            yield "a second backward pass, also through the incoming gradient, is right, or raises RuntimeError"
     elif "calls" in plan.checks:
         graphs = _graphs(operation, arguments)
         yield f"no gradients are compared; outputs{f' other than {graphs}' if graphs else ''} must have no graph"
     else:
         yield "no gradients are compared"
+    if "calls" in plan.checks:
+        yield "floating-point arguments may require gradients"
     yield "arguments may have any strides; no call changes its arguments or what an earlier call returned"
     yield "arguments may change in place between two calls, without a change of `_version`, as in a fused optimizer step"
     yield "no result depends on torch's default dtype; repeated calls do not make memory grow"
@@ -137,8 +139,9 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
     if "targets" in plan.checks:
         yield "targets: without `base_model_prefix`, a model has no head; `get_output_embeddings` may be absent, too"
         yield "  `attention` and `all-linear` also select Conv1D, and raise ValueError if the Method does not adapt it"
-        yield "  a name raises ValueError if it matches no layer to adapt, or also one of another of these kinds:"
-        yield f"  {', '.join(KINDS)}; it skips all other modules, e.g. a norm"
+        yield "  a name that matches no layer which the Method adapts raises ValueError; so does a name that also matches"
+        yield f"  a layer of one of these kinds that the Method does not adapt: {', '.join(KINDS)}"
+        yield "  other modules that a name matches, e.g. norms, are ignored"
     yield "rules that the checks test:"
     yield from (f"  {rule}" for rule in _rules(plan))
 

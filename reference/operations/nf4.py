@@ -70,9 +70,9 @@ def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor
 
     An implementation may divide by absmax, or multiply by the reciprocal of absmax. The two results differ by up to 1.5
     units in the last place, so that correct implementations may give such an element codes one level apart. If absmax
-    is a power of two, both are exact. The mask is then True only if the midpoint itself is no float32 number: an
-    implementation may round it, or compare with the exact midpoint. If absmax exceeds 2^126, its reciprocal is subnormal
-    and has two bits fewer. levels: ascending; by default those of NF4.
+    is a power of two, both are exact. The mask is then True only where the exact midpoint and the midpoint in float32
+    decide differently: where an element equals a midpoint that was rounded up. If absmax exceeds 2^126, its reciprocal
+    is subnormal and has two bits fewer. levels: ascending; by default those of NF4.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
@@ -84,11 +84,11 @@ def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor
     divided = (torch.frexp(absmax).mantissa != 0.5).repeat_interleave(block)[: flat.numel()]
     last_places = torch.where(of_each > 2.0**126, 4, 2)
     near = last_places * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1)
-    masks = [
-        (divided | (midpoint != midpoint.float())) & ((scaled - midpoint).abs() <= near)
-        for midpoint in (midpoints[above], midpoints[(above - 1).clamp(min=0)])
-    ]
-    return masks[0] | masks[1]
+    mask = torch.zeros_like(divided)
+    for middle in (midpoints[above], midpoints[(above - 1).clamp(min=0)]):
+        rounded = middle.float().double()
+        mask |= (divided & ((scaled - rounded).abs() <= near)) | ((scaled == rounded) & (rounded > middle))
+    return mask
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:

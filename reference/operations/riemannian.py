@@ -61,10 +61,9 @@ def preconditioned(
 ) -> tuple[Tensor, Tensor]:
     """Return (B^T B + delta I)^-1 gA, of the shape (r, D), and gB (A A^T + delta I)^-1, of the shape (E, r).
 
-    The systems of equations are solved in float32, or in float64 if A has this dtype. The results are rounded to the
-    dtypes of the gradients. experts: number of stacked experts. If there are several, A is (experts * r, D) and B is (E,
-    r * experts), both packed, and so are their gradients. delta is above 0 in all cases; with 0, a singular system raises
-    LinAlgError.
+    The systems of equations are solved in float32, or in float64 if A has this dtype. The results have the dtypes of the
+    gradients. experts: number of stacked experts. If there are several, A is (experts * r, D) and B is (E, r * experts),
+    both packed, and so are their gradients.
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A_KRD, B_KER = unpacked(A.to(wide), B.to(wide), experts)

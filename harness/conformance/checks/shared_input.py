@@ -28,7 +28,7 @@ _NAMES = ("q_proj", "k_proj", "v_proj")
 _TOKENS = 5
 _DROPOUT = 0.5
 _SMALL = 0.05
-"""Difference of two outputs, relative to the update's part in them, below which neither has dropout."""
+"""Distance of an output from the reference's in eval mode, relative to the update, below which it has no dropout."""
 
 
 @check(States.WARM, depends_on_sizes=False, only_wide=True, also_in_typical_case=True)

@@ -66,7 +66,7 @@ def reference(
 
     The lists have the tensors of gate, up and down, in this order. Each layer is x W^T + bias + scaling (x A^T) B^T, or
     with magnitudes ms DoRA's layer: bias + g (x W^T + scaling (x A^T) B^T), g = m / ||W + scaling B A||. The norm
-    counts as a constant in the backward pass. g is 0 where it is 0. `gelu` is the exact GELU, and `gelu-tanh` its
+    counts as a constant in the backward pass. g is 0 where the norm is 0. `gelu` is the exact GELU, and `gelu-tanh` its
     approximation by tanh.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, reject, seed, settings
@@ -20,13 +19,11 @@ RULES = 20
 """Largest number of rules in one walk."""
 REPEATS = 100
 """Number of further walks, after the first failure, in which Hypothesis looks for a shorter walk that fails."""
-MORE_NEAR = 8
-"""Number of moved references after a first failure."""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The programs that take the same walk: one of the implementation under test (`subject`), and several of the
+    """The four programs that take the same walk: one of the implementation under test (`subject`), and three of the
     reference.
     """
 
@@ -35,30 +32,29 @@ class Programs:
     """The reference in float64."""
     own: Program
     """The reference in the subject's dtype."""
-    near: tuple[Program, ...]
-    """References in the subject's dtype. The parameters of each are slightly moved in another way, so that each rounds
-    differently from `own`."""
+    near: Program
+    """The reference in the subject's dtype. Its tensors are slightly moved, so that it rounds differently from `own`."""
     dtype: str
     factor: float
     """Largest allowed error of the subject, as a multiple of the reference's own error."""
     another: Callable[[], Program]
     """Function that attaches the subject's implementation to a second model, and returns a Program with this model."""
 
-    def every(self) -> tuple[Program, ...]:
+    def every(self) -> tuple[Program, Program, Program, Program]:
         """Return the programs, the subject's first."""
-        return self.subject, self.wide, self.own, *self.near
+        return self.subject, self.wide, self.own, self.near
 
     def align(self) -> None:
-        """Load the subject's tensors and state into the references. Those of `near` get slightly moved tensors.
+        """Load the subject's tensors and state into the references. `near` gets slightly moved tensors.
 
         Later comparisons then do not count earlier rounding errors.
         """
         tensors, state = self.subject.adapted.tensors(), self.subject.adapted.state()
         generator = torch.Generator().manual_seed(self.subject.steps)
+        moved = {name: perturbed(t.detach(), self.dtype, generator) for name, t in tensors.items()}
         self.wide.sync(tensors, state)
         self.own.sync(tensors, state)
-        for near in self.near:
-            near.sync({name: perturbed(t.detach(), self.dtype, generator) for name, t in tensors.items()}, state)
+        self.near.sync(moved, state)
 
 
 class WalkFailedError(AssertionError):
@@ -69,22 +65,13 @@ class WalkFailedError(AssertionError):
         self.judgement, self.rules = judgement, rules
 
 
-def walk(make: Callable[[int], Programs], walks: int, number: int) -> WalkFailedError | None:
+def walk(make: Callable[[], Programs], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the programs of a walk, always in the same state. Its argument is the number of programs in `near`.
-    number: seed of the walks. An exception that a program raises in a rule such as `merge` or `backward` gets a note
-    with the rules of the walk.
-
-    If a walk fails, all walks are taken again with MORE_NEAR programs in `near`, and only this result counts. The error
-    of a whole model may come from one number, for example near the bend of an activation, and a few references may all
-    happen to round this number well.
+    make: makes the programs of a walk, always in the same state. number: seed of the walks. An exception that a
+    program raises in a rule such as `merge` or `backward` gets a note with the rules of the walk.
     """
-    suspected = _walks(partial(make, 1), walks, number, (Phase.generate,))
-    return suspected and _walks(partial(make, MORE_NEAR), walks, number, (Phase.generate, Phase.shrink))
 
-
-def _walks(make: Callable[[], Programs], walks: int, number: int, phases: tuple[Phase, ...]) -> WalkFailedError | None:
     class Walk(AdapterWalk):
         start = staticmethod(make)
         shortest = None
@@ -96,7 +83,7 @@ def _walks(make: Callable[[], Programs], walks: int, number: int, phases: tuple[
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=phases,
+        phases=(Phase.generate, Phase.shrink),
         print_blob=False,
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,
