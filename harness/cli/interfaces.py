@@ -137,7 +137,7 @@ def _layers(plan: MethodSuite) -> Iterator[str]:
         _, kinds, text = (inspect.getdoc(kind_of) or "").partition("linear:")
         yield f"  {' '.join((kinds + text.partition('Other subclasses')[0]).split())}"
     if "targets" in plan.checks:
-        yield "targets: without `base_model_prefix`, a model has no head; `get_output_embeddings` may be absent, too"
+        yield "targets: a model without `base_model_prefix` has no head; it need not have `get_output_embeddings`"
         yield "  `attention` and `all-linear` also select Conv1D, and raise ValueError if the Method does not adapt it"
         yield "  a name that matches no layer which the Method adapts raises ValueError; so does a name that also matches"
         yield f"  a layer of one of these kinds that the Method does not adapt: {', '.join(KINDS)}"
