@@ -55,7 +55,7 @@ def of_operation(name: str) -> Iterator[str]:
     if operation.differentiable:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
         if "calls" in plan.checks:
-            yield "a second backward pass, also through the incoming gradient, is right, or raises RuntimeError"
+            yield "a second derivative, also by the incoming gradient, is right, or computing it raises RuntimeError"
     elif "calls" in plan.checks:
         graphs = _graphs(operation, arguments)
         yield f"no gradients are compared; outputs{f' other than {graphs}' if graphs else ''} must have no graph"
