@@ -25,7 +25,7 @@ from harness.records.record import TrainingMeasured
 
 # The optimizer makes its state in step 1, and allocators grow, so the first steps are not steady.
 TIMING_WARMUP = 3
-WARMUP_PASSES = 2
+WARMUP_PASSES = 1
 
 
 @dataclass

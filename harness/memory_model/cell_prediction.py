@@ -5,8 +5,7 @@ Predictions are cached (`answer_cache`).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import most_tokens
 from harness.errors import HarnessError
 from harness.memory_model import answer_cache, counting, isolated_step, plan_prediction
-from harness.records.record import Predicted
+from harness.records.record import Json, Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
@@ -41,14 +40,16 @@ def predict(work: Job, batches: list[Batch]) -> Predicted | str:
         return found
     if work.device != "cpu":
         return found.model_copy(update={"no_peak": "the peak is predicted for CPU kernels only"})
-    parts, others_B = most_tokens(batches, work.cell.training.accumulate), isolated_step.bytes_of(batches)
+    parts = most_tokens(batches, work.cell.training.accumulate)
     step = plan_prediction.step_request(work.cell, request, loss_tokens=0)
     answer = _cached(
-        {**step, "batches": _sha256(parts), "others_B": others_B},
+        {**step, "parts": [_facts(part) for part in parts]},
         lambda: isolated_step.peak(
-            work.cell, request["config"], request["kind"], parts, others_B, models.lacks(request["checkpoint"])
+            work.cell, request["config"], request["kind"], parts, 0, models.lacks(request["checkpoint"])
         ),
     )
+    if "peak_B" in answer:
+        answer = {**answer, "peak_B": answer["peak_B"] + isolated_step.bytes_of(batches)}
     return found.model_copy(update=plan_prediction.predicted_fields(answer))
 
 
@@ -60,14 +61,15 @@ def _cached(request: Mapping[str, Any], find: Callable[[], Any]) -> Any:
     return answer
 
 
-def _sha256(parts: Sequence[Batch]) -> str:
-    """Return the SHA-256 of the content of batches.
+def _facts(part: Batch) -> Json:
+    """Return what the memory of a step over a micro-batch depends on, so that Cells with other texts share an answer.
 
-    The content matters: a step may run different code if the attention mask hides no token.
+    These are the shapes, the numbers of answer tokens, and whether each mask hides a token: if it hides none, a step may
+    run different code.
     """
-    digest = hashlib.sha256()
-    for part in parts:
-        for name, tensor in {**part.inputs, "labels": part.labels}.items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + tensor.cpu().numpy().tobytes())
-        digest.update(str(part.answers).encode())
-    return digest.hexdigest()
+    tensors = {**part.inputs, "labels": part.labels}
+    return {
+        "tensors": {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in tensors.items()},
+        "hides": {name: not bool(tensor.all()) for name, tensor in part.inputs.items() if name.endswith("mask")},
+        "answers": list(part.answers),
+    }

@@ -26,7 +26,7 @@ from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, 
 from harness.process import signals
 from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
-from harness.records.record import ADAPTER_SHA256, Environment, Provider, Record, Status
+from harness.records.record import ADAPTER_SHA256, Cell, Environment, Provider, Record, Status
 from harness.report import html, terminal
 from harness.runner import cell_environments, executors, task_assets
 from harness.runner.attempt import RunContext
@@ -139,9 +139,12 @@ class _Session:
     gates: SharedGates
 
     def jobs(self) -> Iterator[Job]:
-        """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell."""
+        """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell.
+
+        The order is the plan's, except that a Cell waits for later ones while another Cell runs its parity gate.
+        """
         last_attempts = self.folder.last_attempts()
-        for cell in self.plan.cells:
+        for cell in self.gates.in_order(self.plan.cells, lambda cell: _gate_key(self.assets, cell, self.device)):
             self.times.lap(_IN_CELLS)
             if cell.cell_id in self.done:
                 self.progress.resumed(cell)
@@ -170,7 +173,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
         with contextlib.closing(executor.run(session.jobs(), context, progress)) as records:
             for record in records:
                 measured.add(record.cell_id)
-                session.gates.add(_gate_key(session.assets, record, session.device), record)
+                session.gates.add(_gate_key(session.assets, record.cell, session.device), record)
                 session.times.lap(_IN_CELLS)
                 progress.end(record)
                 session.times.lap("scheduling")
@@ -192,12 +195,12 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
     return run
 
 
-def _gate_key(assets: CellAssets, record: Record, device: Device) -> str:
-    """Return the key of the parity gate of a Record. Empty if its Cell is not in `assets` or never shares its gate."""
-    if record.cell_id not in assets:
+def _gate_key(assets: CellAssets, cell: Cell, device: Device) -> str:
+    """Return the key of the parity gate of a Cell. Empty if the Cell is not in `assets` or never shares its gate."""
+    if cell.cell_id not in assets:
         return ""
-    model, _, task = assets[record.cell_id]
-    return gate_key.of_cell(record.cell, model, task, device)
+    model, _, task = assets[cell.cell_id]
+    return gate_key.of_cell(cell, model, task, device)
 
 
 @contextlib.contextmanager

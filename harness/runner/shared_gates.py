@@ -1,15 +1,18 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
 A parity gate checks a Cell's own layers against the reference before the Cell is measured. No Cell waits for the gate
-of another Cell. If no gate with its key has ended when a Cell starts, the Cell runs its own. A resumed run does not
-reuse earlier results, because the code of a plug-in may have changed in between.
+of another Cell: while a gate runs, Cells with other keys go first. If only Cells with its key are left, the next one
+runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have changed in
+between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 from harness.cell import gate_key
 from harness.cell.job import Job, KnownGate
-from harness.records.record import Outcome, Record
+from harness.records.record import Cell, Outcome, Record
 
 
 class SharedGates:
@@ -21,6 +24,18 @@ class SharedGates:
     def __init__(self, *, own: bool = False) -> None:
         self._own = own
         self._gates: dict[str, KnownGate] = {}
+        self._running: dict[str, str] = {}  # id of a Cell that runs its own gate -> key
+
+    def in_order(self, cells: Sequence[Cell], key_of: Callable[[Cell], str]) -> Iterator[Cell]:
+        """Yield the Cells in their order, except that a Cell waits for later ones while another Cell runs its gate.
+
+        key_of: returns the key of a Cell's gate, from `gate_key.of_cell`.
+        """
+        left = [(cell, key_of(cell)) for cell in cells]
+        while left:
+            running = set(self._running.values())
+            index = next((i for i, (_, key) in enumerate(left) if key not in running), 0)
+            yield left.pop(index)[0]
 
     def add(self, key: str, record: Record) -> None:
         """Store the result of the parity gate in a Record. key: from `gate_key.of_cell`.
@@ -28,6 +43,7 @@ class SharedGates:
         Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. Concurrent Cells may
         run gates with the same key. Then a failure replaces a pass, and a pass never replaces a failure.
         """
+        self._running.pop(record.cell_id, None)
         if not key or not record.gate or record.gate.record or self._own:
             return
         made, before = (
@@ -39,7 +55,11 @@ class SharedGates:
 
     def known(self, job: Job) -> KnownGate | None:
         """Return the gate that the Cell of a job may reuse. None if the Cell must run its own."""
-        return self._gates.get(gate_key.of_cell(job.cell, job.model, job.task, job.device))
+        key = gate_key.of_cell(job.cell, job.model, job.task, job.device)
+        found = self._gates.get(key)
+        if key and found is None and not self._own:
+            self._running[job.cell.cell_id] = key
+        return found
 
 
 def _why_failed(record: Record) -> str:

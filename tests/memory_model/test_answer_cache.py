@@ -105,11 +105,13 @@ def test_a_cell_has_the_same_prediction_with_and_without_the_cache(
         again = predict(work, batches)
         assert isinstance(again, Predicted)
         assert again.model_dump_json() == first.model_dump_json()
+        batches[0].inputs["input_ids"][0, 0] += 1
+        assert predict(work, batches) == first  # other texts of the same shape
         assert not asked
         batches[0].inputs["attention_mask"][0, -1] = 0
         padded = predict(work, batches)
         assert isinstance(padded, Predicted)
-        assert (padded.peak_B, len(asked)) == (1, 1)
+        assert (padded.peak_B, len(asked)) == (1 + isolated_step.bytes_of(batches), 1)
 
 
 @pytest.mark.nightly

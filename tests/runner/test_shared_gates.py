@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.cell import gate_key
-from harness.cell.job import Asset, JobTask
+from harness.cell.job import Asset, Job, JobTask
 from harness.errors import Exit
+from harness.records.gate import Gate
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Provider, Record, Status, Training
+from harness.runner.shared_gates import SharedGates
 from support import recorded_run
 from support.sandbox import ForkSandbox, Sandbox
 from support.stub_attempts import SOURCE
@@ -74,6 +77,40 @@ def test_what_chooses_the_code_has_its_own_gate(other: str) -> None:
 def test_a_compiled_model_and_an_imported_adapter_never_share() -> None:
     assert key(trained(compile=True)) == ""
     assert key(changed(config={"adapter_sha256": "0" * 64})) == ""
+
+
+def ordered(gates: SharedGates, jobs: Sequence[Job]) -> Iterator[Job]:
+    """Yield the jobs as a runner takes them."""
+    for cell in gates.in_order([job.cell for job in jobs], lambda cell: key(cell, USE.sha256)):
+        (job,) = (job for job in jobs if job.cell == cell)
+        yield job.model_copy(update={"known_gate": gates.known(job)})
+
+
+def two_seeds_of_two_methods() -> list[Job]:
+    asset = Asset(path="/nowhere", source=SOURCE, use=USE)
+    task = JobTask(name="t", spec={}, labels=2, test=1, shuffle_seed=0, use=USE)
+    return [
+        Job(run="r", folder="f", attempt=1, cell=changed(method=method, seed=seed), model=asset, data=None, task=task,
+            device="cpu")
+        for method in ("lora", "dora") for seed in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_while_a_gate_runs_cells_with_other_gates_go_first(own: bool) -> None:
+    jobs, gates = two_seeds_of_two_methods(), SharedGates(own=own)
+    queue = ordered(gates, jobs)
+    taken = [next(queue) for _ in range(2)]
+    assert [job.cell.method for job in taken] == (["lora", "lora"] if own else ["lora", "dora"])
+    for job in taken:
+        gates.add(key(job.cell), recorded_run.record("fused", job.cell, gate=Gate(key=f"gate of {job.cell.method}")))
+    known = [job.known_gate.record if job.known_gate else "" for job in queue]
+    assert known == ([""] * 2 if own else [f"{job.cell.cell_id}.1" for job in taken])
+
+
+def test_if_only_cells_with_one_gate_are_left_the_next_one_runs_its_own() -> None:
+    jobs = two_seeds_of_two_methods()[:2]
+    assert [job.known_gate for job in ordered(SharedGates(), jobs)] == [None, None]
 
 
 def test_software_and_threads_are_part_of_the_key(tmp_path: Path) -> None:

@@ -112,12 +112,19 @@ class Prompt:
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Time the model in its current state, and store the samples under `variant`."""
-        for kind in self.kinds:
-            if kind == "decode" and self.no_decoding:
-                continue
-            run = _decode if kind == "decode" else _forward
-            self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
+        """Time the model in its current state, and store the samples under `variant`.
+
+        Decoding precedes prefill, because its passes over the prompts warm the model up. So prefill needs no other
+        warm-up.
+        """
+        warm_s: float | None = None
+        if self.causal and not self.no_decoding:
+            warm_s, seconds = _decode(self.model, self.ids, self.passes)
+            self._add(variant, "decode", seconds)
+        self._add(variant, self.kinds[0], _forward(self.model, self.ids, self.causal, self.passes, warm_s))
+
+    def _add(self, variant: Variant, kind: PassKind, seconds: list[float]) -> None:
+        self.samples.setdefault((variant, kind), []).extend(seconds)
 
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
         """Return one Latency for each kind of pass: forward, or prefill and decode.
@@ -259,32 +266,47 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
+def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None, warm_s: float | None) -> list[float]:
+    """Run the model over the prompts. Return the seconds of each pass.
+
+    passes: number of passes to time; None for the usual number. warm_s: seconds of an earlier pass over the prompts.
+    None if there was none; then the first pass is a warm-up.
+    """
     options = {"use_cache": False} if causal else {}
 
     def once() -> float:
         return _timed(lambda: model(input_ids=ids, **options), ids.device)
 
-    slowest = max(once() for _ in range(WARMUP))
+    slowest = max(once() for _ in range(WARMUP)) if warm_s is None else warm_s
     return [once() for _ in range(passes or (FEWER if slowest > SLOW_S else PER_BLOCK))]
 
 
 @torch.inference_mode()
-def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
-    """Decode greedily with a key-value cache. Return the seconds that each token took.
+def _decode(model: nn.Module, ids: Tensor, passes: int | None) -> tuple[float, list[float]]:
+    """Decode greedily with a key-value cache. Return the seconds of the last prefill, and of each token.
 
     passes: smallest number of tokens to time; None for a single round of decoding.
     """
-    times: list[float] = []
+    prefill_s, times = 0.0, list[float]()
     while len(times) < (passes or 1):
-        times += _decoded(model, ids)
-    return times
+        prefill_s, seconds = _decoded(model, ids)
+        times += seconds
+    return prefill_s, times
 
 
-def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
-    """Decode a few tokens after the prompts. Return the seconds of each token except the first, which is a warm-up."""
-    name, output = _cache(model), model(input_ids=ids, use_cache=True)
-    times = []
+def _decoded(model: nn.Module, ids: Tensor) -> tuple[float, list[float]]:
+    """Decode a few tokens after the prompts. Return the seconds of the prefill, and of each token except the first.
+
+    The first token is a warm-up.
+    """
+    name = _cache(model)
+    output: Any = None
+
+    def prefill() -> None:
+        nonlocal output
+        output = model(input_ids=ids, use_cache=True)
+
+    prefill_s, times = _timed(prefill, ids.device), []
     for _ in range(DECODED):
         token, cache = output.logits[:, -1:].argmax(-1), {name: getattr(output, name)}
 
@@ -293,4 +315,4 @@ def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
             output = model(input_ids=token, **cache, use_cache=True)
 
         times.append(_timed(one, ids.device))
-    return times[WARMUP:]
+    return prefill_s, times[WARMUP:]
