@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
-    file, merging and unmerging, freezing, and a second model in the process. After a failure, the check reports the
+    file, merging and unmerging, freezing, and a second model in the process. A walk that fails is taken again with more
+    references, which show how far rounding may lead. After a failure that they do not explain, the check reports the
     shortest walk that shows it. With GaLore, a walk uses one subspace only. The check `refresh` tries
     new subspaces.
     """
@@ -63,7 +64,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     from harness.conformance.walk.machine import walk
 
     warm(start.added(), case.generator(salt=1))
-    failure = walk(lambda: _programs(start, again, case, forward), case.walks, case.walk_seed)
+    failure = walk(lambda draws: _programs(start, again, case, forward, draws), case.walks, case.walk_seed)
     if failure is None:
         return from_problems(subject, case, "walk", [], f"{case.walks} walks")
     return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
@@ -76,15 +77,19 @@ def _other_numbers(config: Any) -> dict[str, float]:
     }
 
 
-def _programs(start: Subject, attach: Callable[[], Subject | None], case: Case, forward: Forward) -> Programs:
-    """Return the programs that take a walk together: the subject, and three references.
+def _programs(
+    start: Subject, attach: Callable[[], Subject | None], case: Case, forward: Forward, draws: int
+) -> Programs:
+    """Return the programs that take a walk together: the subject, and the references.
 
-    attach: function that attaches the subject's implementation again, with the config of `start`.
+    attach: function that attaches the subject's implementation again, with the config of `start`. draws: number of
+    references that round every result at random.
 
-    One reference is in float64, and two are in the subject's dtype. All programs begin with the tensors and the state of
-    `start`, but the tensors of the last reference (`near`) are slightly moved.
+    One reference is in float64, and all others are in the subject's dtype. All programs begin with the tensors and the
+    state of `start`, but the tensors of one reference (`near`) are slightly moved.
     """
     from harness.conformance.walk.machine import Programs
+    from harness.conformance.walk.other_rounding import OtherRounding
 
     def subject() -> tuple[nn.Module, Adapted]:
         again = attach()
@@ -108,9 +113,11 @@ def _programs(start: Subject, attach: Callable[[], Subject | None], case: Case, 
         load(adapted, start.adapted.tensors(), start.state())
         return Program(model, adapted, attach, forward, start.trains_plainly)
 
-    wide, own, near = (program(partial(reference, dtype)) for dtype in ("float64", start.dtype, start.dtype))
+    narrow = partial(reference, start.dtype)
+    wide, own, near = program(partial(reference, "float64")), program(narrow), program(narrow)
+    drawn = tuple(replace(program(narrow), rounding=OtherRounding(seed)) for seed in range(draws))
     programs = Programs(
-        program(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another
+        program(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another, drawn
     )
     programs.align()
     return programs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class Program:
     """Function that runs a given model on the inputs of the walk, and returns the output."""
     may_train: bool
     """True if the model may be in training mode. False with dropout, whose two modes compute different outputs."""
+    rounding: AbstractContextManager[object] = field(default_factory=nullcontext)
+    """Context in which the program computes. It may change how results are rounded."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -48,21 +51,33 @@ class Program:
 
     def backward(self, seed: int) -> None:
         """Run forward and backward on one micro-batch. Gradients are added up. seed: seed of the gradient of the output."""
-        y = self.forward(self.model)
-        if y.requires_grad:
-            y.backward(incoming(y, seed))
+        with self.rounding:
+            y = self.forward(self.model)
+            if y.requires_grad:
+                y.backward(incoming(y, seed))
 
     def step(self) -> None:
         """Add the gradients of the Method's own loss term, take an optimizer step, call the Method's `after_step`, and
         clear the gradients.
         """
-        term = self.adapted.regularizer()
-        if term is not None:
-            term.backward()
-        self.optimizer.step()
-        self.steps += 1
-        self.adapted.after_step(self.steps)
-        self.optimizer.zero_grad()
+        with self.rounding:
+            term = self.adapted.regularizer()
+            if term is not None:
+                term.backward()
+            self.optimizer.step()
+            self.steps += 1
+            self.adapted.after_step(self.steps)
+            self.optimizer.zero_grad()
+
+    def merge(self) -> None:
+        """Merge the adapter into the weights."""
+        with self.rounding:
+            self.adapted.merge()
+
+    def unmerge(self) -> None:
+        """Undo the merge."""
+        with self.rounding:
+            self.adapted.unmerge()
 
     def tensors_and_state(self) -> dict[str, Tensor]:
         """Map names to copies of the trained tensors and of the floating-point tensors of the state."""
@@ -126,7 +141,8 @@ class Program:
         """Return the model's output `y` and, in modes with gradients, those of the trained tensors. mode: a key of
         RUN_MODES.
         """
-        return RUN_MODES[mode](self)
+        with self.rounding:
+            return RUN_MODES[mode](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Load `tensors` and `state`, so that the next comparison does not count earlier rounding errors.
