@@ -115,12 +115,12 @@ def check(
     adapter_model.safetensors. The file is judged without running a loader. If it conforms to a base, the logits of HF peft,
     or of the loaders that are named beside the path, are compared with those of the reference.
 
-    Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
-    float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins
-    continue. The exit code is 1 if a check fails or a plug-in cannot be imported, and 4 if no check of a named
-    IMPLEMENTATION can run. Ctrl-C or SIGTERM prints the results so far and exits with 4. With --with, the same checks
-    run once per environment, and the output shows which results differ. An environment that does not exist is made
-    first.
+    Without arguments, checks every implementation that this machine can run, and the reference itself in representative
+    cases only. The reference is computed in float64. Each plug-in runs in its own process: a crash or a hang counts as a
+    failure, and the other plug-ins continue. The exit code is 1 if a check fails or a plug-in cannot be imported, and 4 if
+    no check of a named IMPLEMENTATION can run. Ctrl-C or SIGTERM prints the results so far and exits with 4. With --with,
+    the same checks run once per environment, and the output shows which results differ. An environment that does not exist
+    is made first.
     """
     if device == "cuda" and (served or loop or self_test or any(map(_is_adapter_path, implementations))):
         raise UsageError("applies to implementations only", where="--device", hint="leave it out")
@@ -255,14 +255,15 @@ def check(
         raise UsageError(
             "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
         )
-    if case is not None and (not case or drawn):
-        what = "has no effect on --drawn" if drawn else "is empty, and so would select every case"
-        raise UsageError(what, where="--case", hint="leave out --drawn" if drawn else "e.g. --case 'rank=160 bfloat16'")
+    if case == "":
+        raise UsageError(
+            "is empty, and so would select every case", where="--case", hint="e.g. --case 'rank=160 bfloat16'"
+        )
     if is_part and drawn:
         raise UsageError(
             "has no effect on --drawn", where="--shard", hint="leave it out, and give each machine a --seed"
         )
-    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "", checks, shard)
+    breadth = CaseSelection(full, drawn, seed or 0, wide, case or "", checks, shard=shard)
     request = command.CheckRequest(
         implementations,
         methods,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.conformance.case_selection import FEW
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
@@ -17,6 +18,8 @@ from harness.methods.registry import DTYPES, Implementation
 if TYPE_CHECKING:
     from harness.cli.check_run import CheckRequest
 
+REFERENCE = "reference"
+"""Name of the implementations that all others are compared with."""
 _TASKS_PER_JOB = 12
 """Number of tasks of equal size per job if it costs little to start a process. So no core is idle for long at the end."""
 
@@ -50,15 +53,31 @@ def tasks(
         WorkerTask(
             point=point,
             targets=[(i.name, i.kind, i.target) for i in part],
-            breadth=request.breadth,
+            breadth=_breadth(several, request),
             dtypes=tuple(request.dtypes),
             device=request.device,
         )
         for point, several in grouped.items()
         for part in _parts(several, math.ceil(total(several) / share), sizes)
     ]
+    if any(task.breadth.representative for task in tasks):
+        skipped[f"{REFERENCE} in most cases"] = (
+            f"all others are compared with it; `peft-harness check {REFERENCE}` tries it in every case"
+        )
     # The longest tasks come first, so that no core is idle for long at the end.
     return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
+
+
+def _breadth(several: Sequence[Implementation], request: CheckRequest) -> CaseSelection:
+    """Return the selection of cases for the implementations of one entry point.
+
+    If no option says what to try, the reference is compared with itself in representative cases only. In all cases, that
+    would take a third of the time of `check`.
+    """
+    is_reference = all(one.name == REFERENCE for one in several)
+    if is_reference and not request.implementations and request.breadth == FEW:
+        return replace(FEW, representative=True)
+    return request.breadth
 
 
 def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:

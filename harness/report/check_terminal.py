@@ -81,8 +81,7 @@ def _next_commands(report: CheckReport) -> list[str]:
         return []
     option = "--op" if first.kind == "operation" else "--method"
     options = [shlex.quote(first.implementation), option, first.target, *report.options]
-    # A drawn case was reduced to a smaller one, and a crash has no case.
-    if first.dtype != "-" and not any(one.startswith(("--case", "--drawn")) for one in report.options):
+    if first.dtype != "-" and not any(one.startswith("--case") for one in report.options):  # a crash has no case
         options.append(f"--case {shlex.quote(f'{first.case} {first.dtype}')}")
     return [
         "next, for the first failure:",

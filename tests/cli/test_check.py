@@ -93,7 +93,7 @@ def test_the_terminal_ends_with_commands_that_explain_and_repeat_the_first_failu
     assert last([]) == [title, explain, f"{again} --method lora {case}"]
     assert last(["--wide"]) == [title, explain, f"{again} --method lora --wide {case}"]
     assert last(["--case rank"]) == [title, explain, f"{again} --method lora --case rank"]
-    assert last(["--drawn 5 --seed 0"])[2] == f"{again} --method lora --drawn 5 --seed 0"  # the case may be reduced
+    assert last(["--drawn 5 --seed 0"])[2] == f"{again} --method lora --drawn 5 --seed 0 {case}"
     assert last([], dtype="-")[2] == f"{again} --method lora"
     assert last([], kind="operation", target="lora_linear")[2] == f"{again} --op lora_linear {case}"
     assert last([], kind="loader", target="adapter_files")[2] == f"{again} --method adapter_files {case}"
@@ -447,6 +447,27 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
     assert len(tasks) == (6 if forks else 2)
 
 
+@pytest.mark.parametrize(
+    ("request_", "few"),
+    [
+        (command.CheckRequest(), True),
+        (command.CheckRequest(methods=["lora"]), True),
+        (command.CheckRequest(["reference"]), False),
+        (command.CheckRequest(breadth=CaseSelection(wide=True)), False),
+        (command.CheckRequest(breadth=CaseSelection(case="rank=3")), False),
+    ],
+    ids=["usual", "method", "named", "wide", "case"],
+)
+def test_only_a_reference_that_nobody_names_is_tried_in_few_cases(request_: command.CheckRequest, few: bool) -> None:
+    names = ("reference", "acme")
+    offered = [Implementation(name, "method", "lora", print, dtypes=DTYPES, point=name) for name in names]
+    tasks, skipped = check_tasks.tasks(offered, request_, {"lora": parity_suite.load_plan("lora")}, 1)
+    breadths = {task.targets[0][0]: task.breadth for task in tasks}
+    assert breadths["acme"] == request_.breadth
+    assert breadths["reference"].representative is few
+    assert [*skipped] == ["reference in most cases"] * few
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "said"),
@@ -493,7 +514,6 @@ def test_an_entry_point_in_the_wrong_group_is_said(
         ["--jobs", "many"],
         ["--deep"],
         ["--case", ""],
-        ["--case", "rank=3", "--drawn", "5"],
         ["--loop", "trl", "--case", "rank=3"],
         ["--self-test", "--case", "rank=3"],
         ["--case", "rank=3", "./adapter"],

@@ -28,7 +28,7 @@ from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.tolerance_constants import LONG_SUM, NOISE_FACTOR
 from harness.errors import Exit
-from harness.methods.registry import DTYPES, Implementation
+from harness.methods.registry import DTYPES, Implementation, TargetKind
 from harness.methods.spec import Adapted, methods
 from harness.records.record import CheckResult, Outcome
 from reference import adalora, galore, lora
@@ -500,6 +500,38 @@ def test_drawn_outcomes_are_reported_before_a_later_case_ends_the_process(
     with pytest.raises(KeyboardInterrupt):
         search(parity_suite.load("lora"), DRAWN, ["float32"], run_case, reported.append, "mine-lora")
     assert [one.case for one in reported] == tried[:2]
+
+
+def test_a_text_selects_among_the_drawn_cases_which_a_seed_draws_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+
+    def tried_by(breadth: CaseSelection) -> list[str]:
+        tried: list[str] = []
+
+        def run_case(case: sample.AnyCase) -> list[CheckOutcome]:
+            tried.append(f"{case} {case.dtype}")
+            return []
+
+        search(parity_suite.load("lora"), breadth, ["float32", "float16"], run_case, print, "mine-lora")
+        return tried
+
+    few = CaseSelection(drawn=20, seed=3)
+    every = tried_by(few)
+    assert len(every) > 10
+    assert tried_by(dataclasses.replace(few, case=every[7])) == [one for one in every if every[7] in one]
+
+
+@pytest.mark.parametrize(("kind", "target"), [("method", "vera"), ("operation", "double_dequantize")])
+def test_a_representative_selection_tries_the_cases_that_have_a_role(kind: TargetKind, target: str) -> None:
+    plan = parity_suite.load_plan(target)
+    reference = Implementation("reference", kind, target, print, dtypes=DTYPES)
+    chosen = [case for case in sample.fixed(plan, FEW, DTYPES) if case.typical or case.representative]
+    begun: list[str] = []
+    suite_run.stream(reference, lambda _: None, breadth=CaseSelection(representative=True), begin=begun.append)
+    assert begun == [f"{case} {case.dtype}" for case in chosen]
+    assert 0 < len(chosen) < len([*sample.fixed(plan, FEW, DTYPES)])
 
 
 def refuses_to_load(model: Any, config: lora.Config, generator: torch.Generator) -> Any:

@@ -310,12 +310,14 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float = ROUNDED_ULPS) -> Tensor:
     """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
 
-    Integers do not change.
+    Integers and zeros do not change.
     """
     if not value.is_floating_point():
         return value
+    wide, smallest = value.double(), EPSILON[dtype] * torch.finfo(getattr(torch, dtype)).smallest_normal
+    unit = (EPSILON[dtype] * wide.abs()).clamp_min(smallest) * (wide != 0)  # subnormal numbers have one unit
     moves = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 1
-    return (value.double() * (1 + EPSILON[dtype] * ulps * moves)).to(value.dtype)
+    return (wide + unit * ulps * moves).to(value.dtype)
 
 
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -86,7 +86,6 @@ def stream(
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
-
     lost: list[DeviceLostError] = []
 
     def tried(case: AnyCase) -> Iterator[CheckOutcome]:
@@ -104,7 +103,8 @@ def stream(
                 return
 
     for case in sample.fixed(plan, breadth, wanted):
-        if not breadth.is_in_shard(f"{implementation.target} {case} {case.dtype}"):
+        has_role = not breadth.representative or case.typical or case.representative or isinstance(case, LoaderCase)
+        if not (has_role and breadth.is_in_shard(f"{implementation.target} {case} {case.dtype}")):
             continue
         # An Operation's first case also runs `first_call`, with the arguments of the typical case.
         named = [f"{one} {one.dtype}" for one in (case, cast("AnyCase | None", case.first)) if one is not None]
