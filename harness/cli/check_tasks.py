@@ -60,7 +60,7 @@ def tasks(
         for point, several in grouped.items()
         for part in _parts(several, math.ceil(total(several) / share), sizes)
     ]
-    if any(task.breadth.representative for task in tasks):
+    if any(task.breadth.typical for task in tasks):
         skipped[f"{REFERENCE} in most cases"] = (
             f"all others are compared with it; `peft-harness check {REFERENCE}` tries it in every case"
         )
@@ -71,12 +71,12 @@ def tasks(
 def _breadth(several: Sequence[Implementation], request: CheckRequest) -> CaseSelection:
     """Return the selection of cases for the implementations of one entry point.
 
-    If no option says what to try, the reference is compared with itself in representative cases only. In all cases, that
-    would take a third of the time of `check`.
+    If no option says what to try, the reference is compared with itself in the typical case of each suite only. In all
+    cases, that would take a third of the time of `check`.
     """
     is_reference = all(one.name == REFERENCE for one in several)
     if is_reference and not request.implementations and request.breadth == FEW:
-        return replace(FEW, representative=True)
+        return replace(FEW, typical=True)
     return request.breadth
 
 

@@ -31,9 +31,8 @@ class CaseSelection:
     """Only cases are tried whose name and dtype contain this text, e.g. `rank=160 bfloat16`."""
     checks: tuple[str, ...] = ()
     """Names of the only checks to run. If empty, all checks of a parity suite run."""
-    representative: bool = False
-    """True selects only the cases with the role `typical` or `representative`. A loader's cases have no role: all are
-    selected."""
+    typical: bool = False
+    """True selects only the most ordinary case of each suite."""
     shard: tuple[int, int] = (1, 1)
     """(K, N): only the cases of shard K of N are tried. Every case is in exactly one of the N shards."""
 

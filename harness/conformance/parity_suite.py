@@ -228,7 +228,10 @@ class LoaderSuite(_Tolerant):
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         for dtype in there if wanted.is_wide else there[:1]:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype, wide=True)[1]
-            yield from (LoaderCase(name, dtype) for name in corpus.names()[every])
+            yield from (
+                LoaderCase(name, dtype, typical=dtype == _main(there) and name == corpus.TYPICAL)
+                for name in corpus.names()[every]
+            )
 
 
 ParitySuite = MethodSuite | OperationSuite | LoaderSuite

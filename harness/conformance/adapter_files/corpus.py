@@ -6,6 +6,9 @@ from pathlib import Path
 
 from harness.resources import data_folder
 
+TYPICAL = "plain"
+"""Name of the most ordinary adapter."""
+
 
 def folder() -> Path:
     """Return the path of suites/adapters, which holds one folder per adapter."""
