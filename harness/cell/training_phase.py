@@ -26,6 +26,8 @@ from harness.records.record import TrainingMeasured
 # The optimizer makes its state in step 1, and allocators grow, so the first steps are not steady.
 TIMING_WARMUP = 3
 WARMUP_PASSES = 1
+"""Number of forward and backward passes before training. A compiled model gets one more: it is compiled again for batches of
+another length."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def train(
     optimizer, schedule = optimizers.make(adapted, parameters, cell.training, cell.optimizer, cell.implementation)
     with run.clock.phase("warm-up"), loop.drop_gradients(loop.trainable(adapted, parameters), cell.training.layerwise):
         model.train()
-        for batch in batches[:WARMUP_PASSES]:
+        for batch in batches[: WARMUP_PASSES + cell.training.compile]:
             for part in batch.parts(cell.training.accumulate):
                 loop.loss_of(model, part).backward()
             optimizer.zero_grad(set_to_none=True)

@@ -62,10 +62,10 @@ def tasks(
     ]
     if any(task.breadth.typical for task in tasks):
         skipped[f"{REFERENCE} in most cases"] = (
-            f"all others are compared with it; `peft-harness check {REFERENCE}` tries it in every case"
+            f"all others are compared with it; one case per target was tried; `peft-harness check {REFERENCE}` tries all"
         )
     # The longest tasks come first, so that no core is idle for long at the end.
-    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
+    return sorted(tasks, key=lambda t: (t.breadth.typical, -sum(sizes[target] for *_, target in t.targets))), skipped
 
 
 def _breadth(several: Sequence[Implementation], request: CheckRequest) -> CaseSelection:

@@ -1,8 +1,8 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
 A parity gate checks a Cell's own layers against the reference before the Cell is measured. No Cell waits for the gate
-of another Cell: while a gate runs, Cells with other keys go first. If only Cells with its key are left, the next one
-runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have changed in
+of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none, the next
+Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have changed in
 between.
 """
 

@@ -97,7 +97,7 @@ def test_the_checks_that_lora_does_not_have_pass_the_reference(target: str) -> N
 def test_one_example_of_a_suite_is_typical(target: str, dtypes: list[str]) -> None:
     plan = parity_suite.load_plan(target)
     typical = [case for case in sample.fixed(plan, FEW, dtypes) if case.typical]
-    assert [case.dtype for case in typical] == ([] if target == "adapter_files" else dtypes[:1])
+    assert [case.dtype for case in typical] == dtypes[:1]
     for case in typical:
         if isinstance(case, parity_suite.MethodCase):
             assert not any(value for name, value in case.config.items() if "dropout" in name)

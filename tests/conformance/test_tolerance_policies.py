@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import (
+    Judgement,
+    carried_noise,
+    exact,
+    noise_floor,
+    perturbed,
+    worst_of,
+)
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import NOISE_FACTOR, PERTURBED_DRAWS, ROUNDED_ULPS
 
 
 def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:
@@ -166,3 +174,25 @@ def test_a_result_before_which_a_rounding_error_jumps_is_compared_with_all_plaus
     for jumps in (False, True):
         verdict = noise_floor({"y": jumped.float()}, {"y": RIGHT.double()}, draws(), "float32", jumps=jumps)
         assert verdict.passed == jumps
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_a_moved_number_keeps_its_sign_and_what_has_no_neighbour_stays(dtype: str) -> None:
+    limits = torch.finfo(getattr(torch, dtype))
+    special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=getattr(torch, dtype))
+    moved = perturbed(special, dtype, torch.Generator().manual_seed(0), 2 * ROUNDED_ULPS)
+    assert torch.equal(moved.nan_to_num(1.0), special.nan_to_num(1.0))
+    smallest = torch.full((1000,), limits.smallest_normal * limits.eps, dtype=torch.float64)
+    for sign in (1, -1):
+        moved = perturbed(sign * smallest, dtype, torch.Generator().manual_seed(0), 4 * ROUNDED_ULPS)
+        assert (sign * moved >= 0).all()
+        assert (moved != sign * smallest).any()
+
+
+def test_a_draw_that_overflows_allows_no_further_error() -> None:
+    truth = torch.full((100,), 1.0, dtype=torch.float64)
+    own = {"x": (truth * (1 + 2.0**-12)).half()}
+    overflowed = {"x": torch.full((100,), math.inf, dtype=torch.float16)}
+    judged = carried_noise({"x": (3 * truth).half()}, {"x": truth}, [own, own, overflowed], "float16", NOISE_FACTOR)
+    assert not judged.passed
+    assert judged.decided

@@ -310,14 +310,16 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float = ROUNDED_ULPS) -> Tensor:
     """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
 
-    Integers and zeros do not change.
+    Integers, zeros, infinities and NaN do not change. No number changes its sign. Subnormal numbers have one unit, the
+    smallest of them.
     """
     if not value.is_floating_point():
         return value
     wide, smallest = value.double(), EPSILON[dtype] * torch.finfo(getattr(torch, dtype)).smallest_normal
-    unit = (EPSILON[dtype] * wide.abs()).clamp_min(smallest) * (wide != 0)  # subnormal numbers have one unit
+    unit = (EPSILON[dtype] * wide.abs()).clamp_min(smallest).where((wide != 0) & wide.isfinite(), 0.0)
     moves = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 1
-    return (wide + unit * ulps * moves).to(value.dtype)
+    moved = wide + unit * ulps * moves
+    return moved.masked_fill((moved < 0) != (wide < 0), 0.0).to(value.dtype)
 
 
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -367,7 +369,9 @@ def _factor(factor: float, tensor: Tensor) -> float:
 
 
 def _largest(errors: Sequence[Distance]) -> Distance:
-    return Distance(*(max(getattr(e, m) for e in errors) for m in ("norm", "largest", "share")))
+    """Return the largest of each measure. A later draw that overflows is no measure of the error."""
+    kept = [errors[0], *(one for one in errors[1:] if math.isfinite(one.norm) and math.isfinite(one.largest))]
+    return Distance(*(max(getattr(e, m) for e in kept) for m in ("norm", "largest", "share")))
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
