@@ -54,11 +54,8 @@ class Conforming:
     def _search(self, plan: parity_suite.ParitySuite) -> list[CheckOutcome]:
         from harness.conformance.drawing.search import search
 
-        name = f"{self.implementation.name}-{self.implementation.target}"
         outcomes: list[CheckOutcome] = []
-        search(
-            plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), outcomes.append, name
-        )
+        search(plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), outcomes.append)
         return outcomes
 
     def _run(self, plan: parity_suite.ParitySuite, case: parity_suite.AnyCase) -> list[CheckOutcome]:

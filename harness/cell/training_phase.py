@@ -26,8 +26,8 @@ from harness.records.record import TrainingMeasured
 # The optimizer makes its state in step 1, and allocators grow, so the first steps are not steady.
 TIMING_WARMUP = 3
 WARMUP_PASSES = 1
-"""Number of forward and backward passes before training. A compiled model gets one more: it is compiled again for batches of
-another length."""
+"""Number of batches with which the model runs forward and backward before training. A compiled model runs one more, because
+torch compiles it again if the second batch has another length."""
 
 
 @dataclass

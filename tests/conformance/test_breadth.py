@@ -498,15 +498,11 @@ def test_drawn_outcomes_are_reported_before_a_later_case_ends_the_process(
         ]
 
     with pytest.raises(KeyboardInterrupt):
-        search(parity_suite.load("lora"), DRAWN, ["float32"], run_case, reported.append, "mine-lora")
+        search(parity_suite.load("lora"), DRAWN, ["float32"], run_case, reported.append)
     assert [one.case for one in reported] == tried[:2]
 
 
-def test_a_text_selects_among_the_drawn_cases_which_a_seed_draws_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
-
+def test_a_text_selects_among_the_drawn_cases_which_a_seed_draws_again() -> None:
     def tried_by(breadth: CaseSelection) -> list[str]:
         tried: list[str] = []
 
@@ -514,43 +510,13 @@ def test_a_text_selects_among_the_drawn_cases_which_a_seed_draws_again(
             tried.append(f"{case} {case.dtype}")
             return []
 
-        search(parity_suite.load("lora"), breadth, ["float32", "float16"], run_case, print, "mine-lora")
+        search(parity_suite.load("lora"), breadth, ["float32", "float16"], run_case, print)
         return tried
 
     few = CaseSelection(drawn=20, seed=3)
     every = tried_by(few)
     assert len(every) > 10
     assert tried_by(dataclasses.replace(few, case=every[7])) == [one for one in every if every[7] in one]
-
-
-@pytest.mark.slow
-def test_a_failing_case_is_tried_first_by_the_next_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
-    failing_case = ""
-
-    def tried_by(seed: int, text: str = "") -> list[str]:
-        tried: list[str] = []
-
-        def run_case(case: sample.AnyCase) -> list[CheckOutcome]:
-            tried.append(f"{case} {case.dtype}")
-            outcome = Outcome.FAIL if tried[-1] == failing_case else Outcome.PASS
-            result = CheckResult(check="lora/forward/float32/warm", outcome=outcome)
-            return [
-                CheckOutcome(
-                    implementation="mine", kind="method", target="lora", dtype=case.dtype, case=str(case), result=result
-                )
-            ]
-
-        breadth = CaseSelection(drawn=6, seed=seed, case=text)
-        search(parity_suite.load("lora"), breadth, ["float32"], run_case, print, "mine-lora")
-        return tried
-
-    failing_case = tried_by(0)[-1]
-    tried_by(0)
-    stored = {*tmp_path.rglob("*")}
-    tried_by(1, "a text that no case has")
-    assert {*tmp_path.rglob("*")} == stored
-    assert tried_by(2)[0] == failing_case
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness.conformance import parity_suite
 from harness.conformance.execution import suite_run
@@ -55,6 +56,7 @@ def taken(name: str, monkeypatch: pytest.MonkeyPatch) -> CheckResult:
         try:
             for rule, arguments in rules:
                 getattr(one, rule)(*arguments)
+                one.end_of_rule()
         except machine.WalkFailedError as failure:
             return failure
         return None
@@ -88,23 +90,25 @@ def test_a_failure_that_does_not_come_again_is_reported(monkeypatch: pytest.Monk
     assert taken("regularizer", monkeypatch).outcome is Outcome.FAIL
 
 
-def test_an_earlier_doubt_does_not_explain_a_failure_that_does_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, rules = CASES["regularizer"]
-    monkeypatch.setitem(CASES, "regularizer", (case, [*rules, ("merge", ())]))
+@pytest.mark.parametrize("rules", [[("merge", ())], [("teardown", ())]], ids=["merge", "teardown"])
+def test_an_earlier_doubt_does_not_explain_a_failure_that_does_not_come_again(
+    rules: Rules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, earlier = CASES["regularizer"]
+    monkeypatch.setitem(CASES, "regularizer", (case, [*earlier, *rules]))
     assert taken("regularizer", monkeypatch).outcome is Outcome.PASS
-    right, calls = FusedAdaLora.merge, []
+    right, calls = machine.AdapterWalk._judge, []
 
-    def first_is_wrong(self: FusedAdaLora) -> None:
-        calls.append(self)
-        if len(calls) == 1:
-            for name, tensor in self.tensors().items():
-                if name.endswith("E"):
-                    tensor.data += 1
-        right(self)
+    def last_is_wrong(self: machine.AdapterWalk, mine: dict[str, Tensor], *others: dict[str, Tensor]) -> None:
+        is_last = len(self.calls) == len(earlier) + len(rules)
+        if is_last and not calls:
+            calls.append(self)
+            mine = {name: 2 * tensor for name, tensor in mine.items()}
+        right(self, mine, *others)
 
-    monkeypatch.setattr(FusedAdaLora, "merge", first_is_wrong)
+    monkeypatch.setattr(machine.AdapterWalk, "_judge", last_is_wrong)
     assert taken("regularizer", monkeypatch).outcome is Outcome.FAIL
-    assert len(calls) > 1
+    assert calls
 
 
 @pytest.mark.slow

@@ -310,16 +310,16 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float = ROUNDED_ULPS) -> Tensor:
     """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
 
-    Integers, zeros, infinities and NaN do not change. No number changes its sign. Subnormal numbers have one unit, the
-    smallest of them.
+    Integers, zeros, infinities and NaN do not change. No number changes its sign, or becomes infinite in `dtype`.
+    Subnormal numbers have one unit, the smallest of them.
     """
     if not value.is_floating_point():
         return value
-    wide, smallest = value.double(), EPSILON[dtype] * torch.finfo(getattr(torch, dtype)).smallest_normal
-    unit = (EPSILON[dtype] * wide.abs()).clamp_min(smallest).where((wide != 0) & wide.isfinite(), 0.0)
+    wide, limits = value.double(), torch.finfo(getattr(torch, dtype))
+    unit = (EPSILON[dtype] * wide.abs()).clamp_min(EPSILON[dtype] * limits.smallest_normal) * (wide != 0)
     moves = 2 * torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 1
     moved = wide + unit * ulps * moves
-    return moved.masked_fill((moved < 0) != (wide < 0), 0.0).to(value.dtype)
+    return moved.where(moved.abs() <= limits.max, wide).masked_fill((moved < 0) != (wide < 0), 0.0).to(value.dtype)
 
 
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure, Unsatisfiable
 
-from harness.cache_folder import root as cache_root
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import sample
 from harness.conformance.findings import defects
@@ -46,7 +43,6 @@ def search(
     dtypes: Sequence[str],
     run_case: Callable[[AnyCase], Iterable[CheckOutcome]],
     report: Callable[[CheckOutcome], object],
-    name: str,
 ) -> None:
     """Try `wanted.drawn` random cases, and shrink each failure to the smallest case that still fails.
 
@@ -56,7 +52,6 @@ def search(
     is not shrunk, and the search goes on.
 
     If `wanted` selects cases by a text, the others are drawn, so that the same seed gives the same cases, but not run.
-    Otherwise, the smallest failing cases are stored in the cache under `name`, and the next search tries them first.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()
@@ -65,18 +60,17 @@ def search(
         for outcome in outcomes:
             report(outcome)
 
+    @seed(wanted.seed)
     @settings(
         max_examples=wanted.drawn,
-        # A stored case that the text leaves out would seem to pass, and would be deleted.
-        database=None if wanted.case else DirectoryBasedExampleDatabase(_folder(name)),
-        phases=(Phase.reuse, Phase.generate, Phase.shrink),
+        database=None,  # otherwise the failures of earlier searches would decide what a seed tries
+        phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
         deadline=None,
         report_multiple_bugs=True,
         verbosity=Verbosity.quiet,
         print_blob=False,
     )
-    @seed(wanted.seed)  # below `settings`, because it switches the database off
     @given(sample.random(plan, dtypes))
     def try_case(case: AnyCase) -> None:
         if not wanted.includes(f"{case} {case.dtype}"):
@@ -111,7 +105,3 @@ def _failure_of(check: str) -> type[AssertionError]:
     Each check needs its own type, because Hypothesis regards all failures of one type as the same failure.
     """
     return type(f"{check}Failed", (AssertionError,), {})
-
-
-def _folder(name: str) -> Path:
-    return cache_root() / "hypothesis" / name

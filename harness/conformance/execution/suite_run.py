@@ -116,7 +116,7 @@ def stream(
     if breadth.drawn:
         from harness.conformance.drawing.search import search  # imports Hypothesis
 
-        search(plan, breadth, wanted, tried, report, f"{implementation.name}-{implementation.target}")
+        search(plan, breadth, wanted, tried, report)
         if lost:
             raise lost[0]
 

@@ -121,7 +121,9 @@ class AdapterWalk(RuleBasedStateMachine):
         self.programs = type(self).start(self.draws)
         self.taken: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []  # the same rules, as names and arguments
-        self.merged = self.frozen = self.interrupted = self.has_doubt = False
+        self.merged = self.frozen = self.interrupted = False
+        self.comparisons = 0
+        self.latest_doubt = 0  # the number of the last comparison that `own` and `near` alone do not explain
 
     @invariant()
     def end_of_rule(self) -> None:
@@ -129,7 +131,6 @@ class AdapterWalk(RuleBasedStateMachine):
         self.interrupted = False
 
     def _take(self, text: str, *arguments: Any) -> None:
-        self.has_doubt = False
         self.taken.append(text)
         self.calls.append((text.partition("(")[0], arguments))
         self.interrupted = True
@@ -157,11 +158,12 @@ class AdapterWalk(RuleBasedStateMachine):
         self._judge(*({name: one[name] for name in names} for one in (mine, *others)))
 
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], *rounded: dict[str, Tensor]) -> None:
+        self.comparisons += 1
         own_and_near = rounded[: len(rounded) - self.draws]
         judgement = carried_noise(mine, truth, own_and_near, self.programs.dtype, self.programs.factor)
         if judgement.passed or not judgement.decided:
             return
-        self.has_doubt = True
+        self.latest_doubt = self.comparisons
         if self.draws:
             judgement = carried_noise(mine, truth, rounded, self.programs.dtype, self.programs.factor)
             if judgement.passed:
@@ -181,8 +183,8 @@ class AdapterWalk(RuleBasedStateMachine):
         passing walk does not need the further references, so only a failing walk pays for them. In 16 bits, they would
         excuse a scaling that is 10 % off, so only a walk in float32 is taken again.
 
-        If the last rule does not fail again by `own` and `near`, the implementation computes something else each time,
-        and rounding is no explanation. Once a failure is confirmed, a large error in a shorter walk counts without a
+        If the same comparison does not fail again with `own` and `near`, the implementation computes something else each
+        time, and rounding is no explanation. Once a failure is confirmed, a large error in a shorter walk counts without a
         second look, to save time.
         """
         is_hopeless = self.shortest is not None and judgement.ratio > HOPELESS
@@ -195,7 +197,7 @@ class AdapterWalk(RuleBasedStateMachine):
                 again.end_of_rule()
         except WalkFailedError:
             return False
-        return bool(again.has_doubt)
+        return bool(again.latest_doubt == self.comparisons)
 
     @rule(mode=st.sampled_from(list(RUN_MODES)))
     @precondition(lambda self: not self.merged)

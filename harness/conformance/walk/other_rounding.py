@@ -25,7 +25,6 @@ class OtherRounding(TorchDispatchMode):
 
     Moved inputs alone do not show what the rounding of an intermediate result may do. Two terms of a difference move
     together if both depend on the same input. A number that the dtype holds exactly does not move, so copies stay equal.
-    No number moves beyond the largest of its dtype.
     Operations that draw random numbers, and those that return nothing, such as a fused optimizer step, compute as usual.
     seed: seed of the moves.
     """
@@ -56,8 +55,7 @@ class OtherRounding(TorchDispatchMode):
         is_exact = result.double() == truth
         if not is_exact.all():
             moved = perturbed(truth, _NAMES[result.dtype], self._generator, _ULPS)
-            rounded = moved.to(result.dtype)
-            result.copy_(torch.where(is_exact | ~rounded.isfinite(), result, rounded))
+            result.copy_(torch.where(is_exact, result, moved.to(result.dtype)))
 
 
 def _moves(value: Any) -> bool:
