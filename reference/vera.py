@@ -77,8 +77,8 @@ class Config:
     """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
     dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
     """Probability that an input feature of the adapter branch is dropped in training."""
-    projection_key: int = field(default=0, metadata={"minimum": 0, "maximum": 4294967295})
-    """Seed of A and B. PyTorch's generator uses 32 bits of it."""
+    projection_key: int = field(default=0, metadata={"minimum": 0, "maximum": 9223372036854775807})
+    """Seed of A and B. PyTorch's generator uses its lowest 32 bits."""
     d_initial: float = field(default=0.1, metadata={"minimum": -1e3, "maximum": 1e3})
     """Initial value of d."""
 

@@ -24,7 +24,7 @@ from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.parity_suite import MethodSuite, OperationSuite
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import discover, optional_features
-from harness.methods.spec import Adapted, method_info, methods
+from harness.methods.spec import Adapted, in_digits, method_info, methods
 from reference.shared.adapted import AdaptedLayer, AdaptedModel
 from reference.shared.layers import KINDS, LINEAR, kind_of
 from reference.spec import ReferenceSpec
@@ -268,7 +268,7 @@ def _bounds(factor: Factor) -> str:
         return "; drawn: other sizes"
     if factor.least is None or factor.most is None:
         return ""
-    return f"; drawn: {factor.least:g} to {factor.most:g}{' each' if factor.dimensions else ''}"
+    return f"; drawn: {in_digits(factor.least)} to {in_digits(factor.most)}{' each' if factor.dimensions else ''}"
 
 
 def _shown(value: Any) -> str:

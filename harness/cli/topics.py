@@ -26,7 +26,7 @@ from harness.memory_model.ledger import PARTS
 from harness.methods import registry
 from harness.methods.loader import ADAPTER_FILES, Loader
 from harness.methods.peft_config import UNREFERENCED
-from harness.methods.spec import Adapted, FieldInfo, MethodInfo, methods
+from harness.methods.spec import Adapted, FieldInfo, MethodInfo, in_digits, methods
 from harness.records.record import Training
 from harness.resources import data_folder
 
@@ -344,6 +344,6 @@ def _indented(text: str) -> list[str]:
 
 def _field(field: FieldInfo) -> str:
     limits = [f"at least {field.minimum:g}"] if field.minimum is not None else []
-    limits += [f"at most {field.maximum:.10g}"] if field.maximum is not None else []
+    limits += [f"at most {in_digits(field.maximum)}"] if field.maximum is not None else []
     limits += [f"one of {', '.join(map(str, field.choices))}"] if field.choices is not None else []
     return ", ".join([field.type_label, f"default {field.shown_default}", *limits])

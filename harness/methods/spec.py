@@ -188,7 +188,7 @@ class FieldInfo:
         if self.minimum is not None and value < self.minimum:
             return f"must be at least {self.minimum:g}, got {value!r}"
         if self.maximum is not None and value > self.maximum:
-            return f"must be at most {self.maximum:.10g}, got {value!r}"
+            return f"must be at most {in_digits(self.maximum)}, got {value!r}"
         return ""
 
 
@@ -205,6 +205,11 @@ class MethodInfo:
     """Fields of its `Config`, by name."""
     path: Path
     """Path of the Method's file."""
+
+
+def in_digits(number: float) -> str:
+    """Return a whole number with all its digits, and any other number with up to 10."""
+    return str(number) if isinstance(number, int) else f"{number:.10g}"
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:

@@ -22,7 +22,7 @@ from harness.conformance.drawing import sample
 from harness.conformance.drawing.combinations import switched_kinds
 from harness.conformance.drawing.covering import covering, each_value, every_pair, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
-from harness.conformance.drawing.search import search
+from harness.conformance.drawing.search import cases, search
 from harness.conformance.execution import suite_run
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.findings.outcomes import CheckOutcome
@@ -500,6 +500,20 @@ def test_drawn_outcomes_are_reported_before_a_later_case_ends_the_process(
     with pytest.raises(KeyboardInterrupt):
         search(parity_suite.load("lora"), DRAWN, ["float32"], run_case, reported.append)
     assert [one.case for one in reported] == tried[:2]
+
+
+@pytest.mark.parametrize("target", methods())
+def test_every_value_that_is_tried_keeps_the_limits_that_explain_prints(target: str) -> None:
+    fields = methods()[target].fields
+    for name, factor in of_config(fields).items():
+        ends = [end for end in (factor.least, factor.most) if end is not None]
+        tried = [*factor.levels, *factor.extremes, *(map(int, ends) if fields[name].type == "int" else ends)]
+        assert [problem for value in tried if (problem := fields[name].problem(value))] == []
+
+
+def test_a_key_is_drawn_up_to_the_largest_number_of_63_bits() -> None:
+    drawn = [case.config.get("projection_key", 0) for case in cases(parity_suite.load("vera"), ["float32"], 100, 0)]
+    assert 2**32 < max(drawn) < 2**63
 
 
 def test_a_text_selects_among_the_drawn_cases_which_a_seed_draws_again() -> None:

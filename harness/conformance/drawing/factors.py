@@ -147,8 +147,9 @@ def of_field(field: FieldInfo, *, is_rank: bool = False) -> Factor | None:
 def _of_whole_number(field: FieldInfo, is_rank: bool) -> Factor:
     least = int(field.minimum or 0)
     if field.maximum is not None and field.maximum >= _KEY:
-        most = int(field.maximum)
-        return Factor(_distinct((field.default, 7, 2**31, most)), (2**32, 2**32 + 7), least, most)
+        keys = (field.default, 7, 2**31, 2**32 - 1)
+        levels = _distinct(tuple(key for key in keys if least <= key <= field.maximum))
+        return Factor(levels, _others((2**32, 2**32 + 7), levels, least, field.maximum), least, int(field.maximum))
     most = int(min(field.maximum if field.maximum is not None else math.inf, max(LARGEST_SIZE, field.default)))
     levels = _distinct(tuple(level for level in (field.default, least, 3, 130) if least <= level <= most))
     extremes = (20, 40, 100, 260, LARGEST_RANK) if is_rank else (2, LARGEST_RANK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -64,5 +63,5 @@ def _whole(least: int, most: int) -> st.SearchStrategy[int]:
     The ranges from `least` to 2 `least`, from 2 `least` to 4 `least` and so on are equally likely.
     """
     low = max(1, least)
-    exponents = st.integers(0, max(0, math.floor(math.log2(most / low))) if most > low else 0)
+    exponents = st.integers(0, max(1, most // low).bit_length() - 1)  # not by a logarithm, which rounds 2**63 - 1 up
     return exponents.flatmap(lambda e: st.integers(low << e, min(most, (low << (e + 1)) - 1)))
