@@ -33,6 +33,6 @@ class FrozenWeightsModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FrozenWeightsModel:
-    """Freeze `model`. `generator` is not used."""
+    """Freeze `model`. `layers` has every linear layer of the model. `generator` is not used."""
     model.requires_grad_(False)
     return FrozenWeightsModel(model, linear_layers(model))

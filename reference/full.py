@@ -34,6 +34,6 @@ class FullModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FullModel:
-    """Make every parameter of `model` trainable. `generator` is not used."""
+    """Make every parameter of `model` trainable. `layers` has every linear layer of the model. `generator` is not used."""
     model.requires_grad_(True)
     return FullModel(model, linear_layers(model))

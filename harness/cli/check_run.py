@@ -248,7 +248,7 @@ def _why_nothing(breadth: CaseSelection) -> str:
         because = "" if whole.is_whole else f", or {_why_nothing(whole)}"
         return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
     if not breadth.checks:
-        reduced = ", and the smallest case of a failure is not drawn again" if breadth.drawn else ""
+        reduced = "; --drawn does not draw the smallest case of a failure again" if breadth.drawn else ""
         return (
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
             f"cases{reduced}"

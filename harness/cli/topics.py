@@ -343,7 +343,7 @@ def _indented(text: str) -> list[str]:
 
 
 def _field(field: FieldInfo) -> str:
-    limits = [f"at least {field.minimum:g}"] if field.minimum is not None else []
+    limits = [f"at least {in_digits(field.minimum)}"] if field.minimum is not None else []
     limits += [f"at most {in_digits(field.maximum)}"] if field.maximum is not None else []
     limits += [f"one of {', '.join(map(str, field.choices))}"] if field.choices is not None else []
     return ", ".join([field.type_label, f"default {field.shown_default}", *limits])

@@ -10,7 +10,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRole:
-    """Origin of a case, and which checks it tries. Of these roles, a loader's case has at most `typical`."""
+    """Origin of a case, and which checks it tries. A loader's case has none of these roles, except `typical`."""
 
     sampled: bool = False
     """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings. It tries only the checks

@@ -186,7 +186,7 @@ class FieldInfo:
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(map(str, self.choices))}; got {value!r}"
         if self.minimum is not None and value < self.minimum:
-            return f"must be at least {self.minimum:g}, got {value!r}"
+            return f"must be at least {in_digits(self.minimum)}, got {value!r}"
         if self.maximum is not None and value > self.maximum:
             return f"must be at most {in_digits(self.maximum)}, got {value!r}"
         return ""

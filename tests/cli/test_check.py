@@ -455,8 +455,9 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
         (command.CheckRequest(["reference"]), False),
         (command.CheckRequest(breadth=CaseSelection(wide=True)), False),
         (command.CheckRequest(breadth=CaseSelection(case="rank=3")), False),
+        (command.CheckRequest(dtypes=["bfloat16"]), False),
     ],
-    ids=["usual", "method", "named", "wide", "case"],
+    ids=["usual", "method", "named", "wide", "case", "dtype"],
 )
 def test_only_a_reference_that_nobody_names_is_tried_in_few_cases(request_: command.CheckRequest, few: bool) -> None:
     names = ("reference", "acme")

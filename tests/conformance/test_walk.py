@@ -26,7 +26,7 @@ CASES: dict[str, tuple[parity_suite.MethodCase, Rules]] = {
     "average": (
         parity_suite.MethodCase(
             {"rank": 12, "target_rank": 1, "tinit": 0, "beta1": 0.0774, "beta2": 0.0, "orthogonality": 4.0}, "linear",
-            parity_suite.CaseShape.model_validate({"tokens": 9, "in": 24, "out": 40}), "float32", model="deep",
+            parity_suite.CaseShape.model_validate({"tokens": 130, "in": 24, "out": 40}), "float32", model="deep",
             magnitude="large",
         ),
         [("step", (6,)), ("merge", ()), ("scheduler", (2.0,)), ("unmerge", ()), ("step", (3,))],
@@ -129,7 +129,8 @@ def test_other_rounding_moves_only_numbers_that_are_rounded() -> None:
         exact, rounded, later = (2 * x).clone(), x * x, x.clone().mul_(x)
     assert torch.equal(exact, 2 * x)
     off = (rounded.double() - x.double().square()) / x.double().square()
-    assert off.abs().max() > ROUNDED_ULPS * EPSILON["float32"]  # rounding alone reaches half a unit
+    # Rounding alone reaches half a unit. A move reaches one more unit.
+    assert ROUNDED_ULPS < off.abs().max() / EPSILON["float32"] <= 3 * ROUNDED_ULPS
     assert (off > 0).any()
     assert (off < 0).any()
     assert not torch.equal(rounded, x * x)

@@ -51,7 +51,7 @@ def search(
     counts for the first check that it fails. `wanted.seed` decides the random cases. A failure that a known defect explains
     is not shrunk, and the search goes on.
 
-    If `wanted` selects cases by a text, the others are drawn, so that the same seed gives the same cases, but not run.
+    If `wanted` selects cases by a text, the others do not run. They are still drawn, so a seed gives the same cases.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()
