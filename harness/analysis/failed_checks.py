@@ -55,13 +55,15 @@ def unreferenced(record: Record) -> str:
 
 def no_speed(record: Record) -> str:
     """Return the reason why no time of this Cell may be shown. If times may be shown, return an empty string."""
-    others = (_of_merging, _of_mixing, of_serving)
-    return _refusal([c for c in failed(record) if not any(one(c) for one in others)]) or unreferenced(record)
+    others = (_of_mixing, of_serving)
+    return _refusal(
+        [c for c in failed(record) if not c.of_merging and not any(one(c) for one in others)]
+    ) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:
     """Return the reason why no time of the merged model may be shown. If times may be shown, return an empty string."""
-    return no_speed(record) or _refusal([c for c in failed(record) if _of_merging(c)])
+    return no_speed(record) or _refusal([c for c in failed(record) if c.of_merging])
 
 
 def no_mixed_speed(record: Record) -> str:
@@ -74,10 +76,6 @@ def no_mixed_speed(record: Record) -> str:
 
 def _of_mixing(check: CheckResult) -> bool:
     return check.id.check == "multi-adapter"
-
-
-def _of_merging(check: CheckResult) -> bool:
-    return "merge" in check.id.check
 
 
 def _refusal(failed: list[CheckResult]) -> str:

@@ -60,6 +60,9 @@ class KnownGate(FrozenModel):
     """The Record of the earlier Cell, as `cell_id.attempt`."""
     because: str = ""
     """Reason why the gate failed. Empty if it passed."""
+    merged_after: int | None = None
+    """Number of training steps after which the merged weights of the earlier Cell passed their check. None if there was
+    no such check, or if it did not pass."""
 
 
 class Job(FrozenModel):

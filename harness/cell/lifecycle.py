@@ -246,7 +246,8 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
     """Check the merged model, and measure and return the latencies.
 
     If memory runs out, the Cell does not fail: the returned latencies have a reason instead of times. If the suite
-    requests no latencies, only the merged model is checked, in a phase called `merge`, and the list is empty.
+    requests no latencies, only the merged model is checked, in a phase called `merge`, and the list is empty. This check
+    may be an earlier Cell's (`_merging_known`).
     """
     model: Any = subject.model
     cell = run.cell
@@ -265,6 +266,24 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
             return latency.unmeasured(model, causal, vocabulary, because, cell.evaluation)
 
 
+def _merging_known(run: CellRun) -> bool:
+    """Return whether the Cell reuses the check of merged weights of an earlier Cell. If so, store this in `run.gate`.
+
+    Both Cells have the same gate key and the same number of training steps, so merging runs the same code. A Cell that
+    times its merged model always checks it.
+    """
+    known = run.known_gate
+    if (
+        run.cell.evaluation.latency
+        or run.gate is None
+        or known is None
+        or known.merged_after != run.cell.training.steps
+    ):
+        return False
+    run.gate = run.gate.model_copy(update={"merging": True})
+    return True
+
+
 def _latencies(
     run: CellRun, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
 ) -> list[Latency]:
@@ -276,7 +295,7 @@ def _latencies(
         run.checks += checks
     refused = ""
     layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
-    if subject.adapted.can_merge:
+    if subject.adapted.can_merge and not _merging_known(run):
         merged = parity_gate.after_training(subject, run.cell.seed, forward)
         run.checks += merged
         refused = "; ".join(

@@ -74,6 +74,11 @@ class CheckResult(FrozenModel):
         return CheckId.parse(self.check)
 
     @property
+    def of_merging(self) -> bool:
+        """Whether the check judges merged weights."""
+        return "merge" in self.id.check
+
+    @property
     def share(self) -> float | None:
         """The error divided by the allowed error. None if the error was not measured or no error is allowed."""
         return None if self.error is None or not self.allowed else self.error / self.allowed

@@ -23,12 +23,16 @@ class Gate(FrozenModel):
     """Record of the same run whose gate this attempt reuses, as `cell_id.attempt`. Empty if the attempt ran the gate
     itself."""
     checks: Count = 0
-    """Number of results of the gate; they come first in `Record.checks`. In a Record's file, this number is 0 if
-    another Record ran the gate."""
+    """Number of results that come first in `Record.checks`: those of the gate, followed by a reused check of merging.
+    In a Record's file, this number is 0 if another Record ran the gate."""
+    merging: bool = False
+    """Whether the attempt also reuses the check of the merged weights, which `record` made after its training."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
     """Copy the results of each shared parity gate into the Records that use it, as their first checks.
+
+    A shared check of merging is copied after them.
 
     Return the usable Records, and the reasons why others are not usable, by Record id. A Record is not usable if the
     Record that ran its gate is missing or was changed.
@@ -47,7 +51,9 @@ def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
                 f"rests on the parity gate of Record {record.gate.record}, which is missing or was changed"
             )
             continue
-        gate = record.gate.model_copy(update={"checks": taken.checks})
-        checks = [*other.checks[: taken.checks], *record.checks]
-        found.append(record.model_copy(update={"gate": gate, "checks": checks}))
+        reused = other.checks[: taken.checks]
+        if record.gate.merging:
+            reused += [check for check in other.checks[taken.checks :] if check.of_merging]
+        gate = record.gate.model_copy(update={"checks": len(reused)})
+        found.append(record.model_copy(update={"gate": gate, "checks": reused + record.checks}))
     return found, ungated

@@ -1,6 +1,7 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-A parity gate checks a Cell's own layers against the reference before the Cell is measured. No Cell waits for the gate
+A parity gate checks a Cell's own layers against the reference before the Cell is measured. With the gate, a later Cell
+may reuse the check of the merged weights, which follows the training. No Cell waits for the gate
 of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none, the next
 Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have changed in
 between.
@@ -46,10 +47,10 @@ class SharedGates:
         self._running.pop(record.cell_id, None)
         if not key or not record.gate or record.gate.record or self._own:
             return
-        made, before = (
-            KnownGate(key=record.gate.key, record=record.id, because=_why_failed(record)),
-            self._gates.get(key),
+        made = KnownGate(
+            key=record.gate.key, record=record.id, because=_why_failed(record), merged_after=_merged_after(record)
         )
+        before = self._gates.get(key)
         if before is None or before.key != made.key or not before.because:
             self._gates[key] = made
 
@@ -66,3 +67,9 @@ def _why_failed(record: Record) -> str:
     """Return the reason why the gate of a Record failed. Empty if it passed, or if the Record has no gate."""
     results = record.checks[: record.gate.checks] if record.gate else []
     return record.because if any(result.outcome is Outcome.FAIL for result in results) else ""
+
+
+def _merged_after(record: Record) -> int | None:
+    """Return the number of training steps after which the merged weights passed their check. None if they did not."""
+    of_merging = [check.outcome for check in record.checks if check.of_merging]
+    return record.cell.training.steps if of_merging and set(of_merging) == {Outcome.PASS} else None

@@ -13,7 +13,18 @@ from harness.cell import gate_key
 from harness.cell.job import Asset, Job, JobTask
 from harness.errors import Exit
 from harness.records.gate import Gate
-from harness.records.record import AssetUse, Base, Cell, Evaluation, Provider, Record, Status, Training
+from harness.records.record import (
+    AssetUse,
+    Base,
+    Cell,
+    CheckResult,
+    Evaluation,
+    Outcome,
+    Provider,
+    Record,
+    Status,
+    Training,
+)
 from harness.runner.shared_gates import SharedGates
 from support import recorded_run
 from support.sandbox import ForkSandbox, Sandbox
@@ -226,3 +237,36 @@ def test_a_resumed_run_takes_its_own_gates_and_measures_what_rests_on_a_lost_one
     assert finished.err.count(f"rests on the parity gate of Record {first}, which is missing or was changed") == 1
     found = by_seed(fork_sandbox)
     assert {s: (r.attempt, rests_on(r)) for s, r in found.items()} == {0: (2, ""), 1: (2, ""), 2: (2, found[0].id)}
+
+
+@pytest.mark.nightly
+def test_merged_weights_are_checked_again_after_another_number_of_steps_and_for_latencies(
+    fork_sandbox: ForkSandbox,
+) -> None:
+    cells = [
+        "{implementation: reference, latency: never}",
+        "{implementation: reference, seed: 1, latency: never}",
+        "{implementation: reference, seed: 2, latency: never, training: {steps: 3}}",
+        "{implementation: reference, seed: 3}",
+    ]
+    assert fork_sandbox.command("run", fork_sandbox.suite(*cells), "--out", "run").code == Exit.PASS
+    found = by_seed(fork_sandbox)
+    assert [rests_on(record) for record in found.values()] == ["", *[found[0].id] * 3]
+    assert [bool(record.gate and record.gate.merging) for record in found.values()] == [False, True, False, False]
+    assert [sum(check.of_merging for check in record.checks) for record in found.values()] == [1] * 4
+    reused = fork_sandbox.run_folder / "cells" / f"{found[1].id}.json"
+    assert "/merge/" not in reused.read_text(encoding="utf-8")
+
+
+def test_only_a_passed_check_of_merging_is_reused() -> None:
+    merge = CheckResult(check="lora/merge/float32/trained", outcome=Outcome.PASS, policy="noise_floor")
+    outcomes = {Outcome.PASS: 0, Outcome.FAIL: None, Outcome.SKIPPED: None}
+    for outcome, steps in outcomes.items():
+        job, *_ = two_seeds_of_two_methods()
+        gates = SharedGates()
+        checked = merge.model_copy(update={"outcome": outcome})
+        record = recorded_run.record("fused", job.cell, gate=Gate(key="gate"), checks=[checked])
+        gates.add(key(job.cell), record)
+        known = gates.known(job)
+        assert known is not None
+        assert known.merged_after == (steps if steps is None else job.cell.training.steps)
