@@ -6,7 +6,7 @@ A module has about twenty dicts of hooks, nearly always empty. `copy.deepcopy` s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -15,9 +15,12 @@ _T = TypeVar("_T")
 _ATOMS = (bool, int, float, str, type(None))
 
 
-def copied(thing: _T, modules: Iterable[nn.Module] = ()) -> _T:
-    """Return a deep copy of `thing`. modules: the modules inside `thing`, if `thing` itself is not a module."""
-    memo: dict[int, Any] = {}
+def copied(thing: _T, modules: Iterable[nn.Module] = (), *, replaced: Mapping[int, Any] | None = None) -> _T:
+    """Return a deep copy of `thing`. modules: the modules inside `thing`, if `thing` itself is not a module.
+
+    replaced: `id` of an object inside `thing` -> the object that the copy has in its place.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
     for module in (thing, *modules):
         if isinstance(module, nn.Module):
             _copy(module, memo)

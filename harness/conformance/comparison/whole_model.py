@@ -20,9 +20,18 @@ INPUT_GRADIENT = "grad input"
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a model in `dtype`. In float64, the copy computes each expert of a mixture separately."""
-    made: nn.Module = module_copy.copied(model).to(dtype)
+    # A tensor that `to` would convert is converted right away, so that it is copied once and not twice.
+    plain = [t for t in tensors(model).values() if type(t) in (nn.Parameter, Tensor) and t.grad is None]
+    replaced = {id(t): _converted(t, dtype) for t in plain if t.is_floating_point() and t.dtype is not dtype}
+    made: nn.Module = module_copy.copied(model, replaced=replaced).to(dtype)
     one_by_one(made, dtype)
     return made
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a parameter or buffer in another dtype."""
+    made = tensor.detach().to(dtype)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
