@@ -69,7 +69,7 @@ SPEC = ReferenceSpec(
             paper="not treated",
             here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank "
             "r. conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k; in two "
-            "dimensions only",
+            "dimensions only. A and B start as those of a linear layer of their sizes, so gaussian has 1/(r k)",
             why="the authors' code (loralib) and HF peft differ; peft's form is more widely used. loralib's factors have "
             "too many or too few numbers for the kernel of a Conv1d or Conv3d",
         ),
@@ -132,7 +132,7 @@ class Config:
         default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
     )
     """Initial values: `kaiming` (uniform A) and `gaussian` (normal A) set B to 0; `orthogonal` draws A and B with B A = 0
-    and requires an even rank."""
+    and mean square 1/200, and requires an even rank."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
     """True to give B a trainable bias c with the same scaling as B A; for linear layers and convolutions only."""
 

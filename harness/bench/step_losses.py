@@ -12,7 +12,8 @@ from harness.bench.results import TIMED_CALL
 from harness.conformance.case import Case
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, skipped
-from harness.conformance.comparison.tolerance_policies import carried_noise, perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.subject import DTYPES, attach_reference, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR
 from harness.methods import module_copy

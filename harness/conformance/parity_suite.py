@@ -17,7 +17,13 @@ from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_role import CaseRole, Dtype
 from harness.conformance.case_selection import CaseSelection, Values
-from harness.conformance.tolerance_constants import LONG_SUM, LONG_SUM_FACTOR, NOISE_FACTOR
+from harness.conformance.tolerance_constants import (
+    CARRIED_CHECKS,
+    CARRIED_FACTOR,
+    LONG_SUM,
+    LONG_SUM_FACTOR,
+    NOISE_FACTOR,
+)
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
 from harness.records.record import FrozenModel
@@ -82,14 +88,19 @@ class SettingRange(FrozenModel):
 
 class _Tolerant(FrozenModel):
     tolerances: dict[str, Tolerance] = Field(default={})
+    checks: list[str] = Field(min_length=1)
 
-    def factors(self, gradients: str = "", rows: int = 0, dtype: str = "") -> dict[str, float]:
-        """Map checks to the factor that replaces NOISE_FACTOR for them: those in `tolerances`, and the check `gradients` if
-        the input in `dtype` has so many rows that sums over them round (see LONG_SUM).
+    def factors(self, dtype: str = "", terms: int = 0, **terms_in: int) -> dict[str, float]:
+        """Map checks to the factor that replaces the usual one for them: those in `tolerances`, and those with sums of so
+        many terms that they round in `dtype` (see LONG_SUM).
+
+        terms: largest number of terms of a sum. terms_in: the same number for single checks that have longer sums.
         """
         factors = {check: looser.factor for check, looser in self.tolerances.items()}
-        if rows > LONG_SUM and dtype in ("float32", "float64"):
-            factors[gradients] = LONG_SUM_FACTOR * factors.get(gradients, NOISE_FACTOR)
+        for check in self.checks if dtype in ("float32", "float64") else ():
+            if max(terms, terms_in.get(check, 0)) > LONG_SUM:
+                usual = CARRIED_FACTOR if check in CARRIED_CHECKS else NOISE_FACTOR
+                factors[check] = LONG_SUM_FACTOR * factors.get(check, usual)
         return factors
 
 
@@ -106,7 +117,6 @@ class MethodSuite(_Tolerant):
     """
     follows: str = "the paper"
     """Source that the reference follows, in words: the paper, or a library where the paper leaves something open."""
-    checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
@@ -189,7 +199,6 @@ class OperationSuite(_Tolerant):
 
     operation: str
     follows: str = "the paper"
-    checks: list[str] = Field(min_length=1)
     values: list[Values] = Field(min_length=1, alias="cases")
     """One entry per case: keyword arguments for the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
@@ -216,7 +225,6 @@ class LoaderSuite(_Tolerant):
 
     loader: str
     follows: str
-    checks: list[str] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[LoaderCase]:

@@ -434,7 +434,7 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
 
     assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == NOISE_FACTOR
     assert allowed("float32", LONG_SUM + 1) > NOISE_FACTOR
-    of_layers = parity_suite.load("lora").factors("gradient", LONG_SUM + 1, "float32")
+    of_layers = parity_suite.load("lora").factors("float32", LONG_SUM, gradient=LONG_SUM + 1)
     assert of_layers["gradient"] > NOISE_FACTOR
     assert "forward" not in of_layers
 

@@ -26,7 +26,7 @@ from harness.conformance.operations import adamw8bit_step
 from harness.methods.registry import Implementation
 from harness.methods.spec import Adapted
 from harness.records.record import Outcome
-from reference import galore, loha, lora, qlora
+from reference import adalora, galore, loha, lora, qlora
 from reference.operations import nf4
 from reference.shared.layers import replace as replace_layer
 
@@ -370,3 +370,23 @@ def test_a_walk_of_galore_does_not_depend_on_the_signs_of_singular_vectors() -> 
     case = parity_suite.MethodCase({"rank": 2, "update_gap": 1}, "linear", shape, "float32")
     [outcome] = suite_run.run_case(mine, plan, case, wide=True, only=["walk"])
     assert outcome.result.outcome is Outcome.PASS
+
+
+@pytest.mark.parametrize(("wrong", "outcome"), [(1.0, Outcome.PASS), (1 + 1e-4, Outcome.FAIL)])
+def test_a_regularizer_may_sum_term_by_term(wrong: float, outcome: Outcome) -> None:
+    plan = parity_suite.load("adalora").model_copy(update={"checks": ["regularizer"]})
+    case = parity_suite.MethodCase({"rank": 181, "regularization": "squared-sum"}, "linear", plan.shapes[0], "float32")
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
+        adapted: Any = adalora.attach(model, config, generator)
+
+        def regularizer() -> Tensor:
+            grams = [m @ m.T - torch.eye(len(m)) for layer in adapted.adalora.values() for m in (layer.A, layer.B.T)]
+            squares = torch.stack([gram.square().flatten().cumsum(0)[-1] for gram in grams])
+            return wrong * adapted.config.orthogonality * squares.sum()
+
+        adapted.regularizer = regularizer
+        return adapted  # type: ignore[no-any-return]
+
+    mine = Implementation("mine", "method", "adalora", attach, dtypes=("float32",))
+    assert {one.result.outcome for one in suite_run.run_case(mine, plan, case)} == {outcome}

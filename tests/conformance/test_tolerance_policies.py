@@ -10,14 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.tolerance_policies import (
-    Judgement,
-    carried_noise,
-    exact,
-    noise_floor,
-    perturbed,
-    worst_of,
-)
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import NOISE_FACTOR, PERTURBED_DRAWS, ROUNDED_ULPS
 

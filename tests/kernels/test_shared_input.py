@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import configure
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.kernels.torch.nf4_linear import Nf4Linear

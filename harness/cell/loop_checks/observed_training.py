@@ -14,7 +14,7 @@ from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.loop import StepSamples
 from harness.cell.training.unsaved_optimizer import UnsavedOptimizer
-from harness.conformance.comparison.tolerance_policies import perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.methods import checksums
 from harness.methods.registry import Registry

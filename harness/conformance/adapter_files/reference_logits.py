@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.conformance.adapter_files.adapter_file import AdapterFile
-from harness.conformance.comparison.tolerance_policies import perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.errors import Unsupported, UsageError, first_names
 from harness.methods.base_model import load_base, logits, missing_weights
 from harness.methods.unsupported_adapters import reason, unsupported

@@ -17,14 +17,8 @@ from harness.conformance.comparison.call_forms import owns
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference
-from harness.conformance.comparison.tolerance_policies import (
-    ROUNDED_SUMS,
-    Judgement,
-    exact,
-    noise_floor,
-    perturbed,
-    worst_of,
-)
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor, worst_of
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS

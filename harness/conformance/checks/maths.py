@@ -14,16 +14,10 @@ from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import cast, inputs, takes_rows
 from harness.conformance.comparison.layer_comparison import observe_with_reference
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.optimizer_steps import optimizer_of
-from harness.conformance.comparison.tolerance_policies import (
-    Judgement,
-    carried_noise,
-    exact,
-    noise_floor,
-    perturbed,
-    worst_of,
-)
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
 from harness.conformance.tolerance_constants import CARRIED_FACTOR, LARGEST_OVERFLOW, PERTURBED_DRAWS
 from harness.methods.spec import Adapted

@@ -16,11 +16,11 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import PlausibleResults
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.tolerance_policies import (
     ROUNDED_SUMS,
     Judgement,
     noise_floor,
-    perturbed,
     rounded_once,
     worst_of,
 )

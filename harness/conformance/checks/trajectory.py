@@ -11,8 +11,9 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.optimizer_steps import DECAY, AdamW, bitsandbytes_problem, optimizer_of
-from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, worst_of
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import Subject, attach_reference, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR

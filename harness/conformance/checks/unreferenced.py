@@ -17,7 +17,8 @@ from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import from_problems, judged, skipped
-from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.normal_noise import noise_for, normal_noise
 from harness.conformance.subject import Subject, is_small
 from harness.errors import UsageError

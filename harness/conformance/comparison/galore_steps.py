@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject
 from reference.galore import Projector, galore_step, projector

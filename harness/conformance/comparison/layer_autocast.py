@@ -14,9 +14,10 @@ from harness.conformance.comparison.call_forms import Call
 from harness.conformance.comparison.check_results import named_if_raised
 from harness.conformance.comparison.inputs import HALF, cast
 from harness.conformance.comparison.layer_comparison import PlausibleResults
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import ill_formed
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import AUTOCAST_FACTOR, PERTURBED_DRAWS
 

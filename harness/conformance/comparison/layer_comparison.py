@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import cast
+from harness.conformance.comparison.moved_numbers import perturbed, with_error_of_float64
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed, with_error_of_float64
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS
 from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import LAYER_DRAWS, REORDERED_DRAWS, REORDERED_ULPS, ROUNDED_ULPS
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.operation_call import map_floats, reference_outputs
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
 from harness.conformance.operation import Arguments, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import prefix_tensor
-from harness.conformance.comparison.tolerance_policies import (
-    ROUNDED_SUMS,
-    Judgement,
-    exact,
-    noise_floor,
-    perturbed,
-    with_error_of_float64,
-    worst_of,
-)
+from harness.conformance.comparison.moved_numbers import perturbed, with_error_of_float64
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor, worst_of
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import Arguments, Judge, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES

@@ -29,8 +29,6 @@ from harness.conformance.tolerance_constants import (
     NOISE_FACTOR,
     NOISE_FLOOR_EPS,
     PERTURBED_DRAWS,
-    PROPORTIONAL,
-    ROUNDED_ULPS,
     SUBNORMAL_STEPS,
 )
 
@@ -86,15 +84,16 @@ def noise_floor(
     judgement passes. jumps: True if a tiny rounding error may change the result a lot, because a quantiser follows it.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
-    eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the
-    difference, relative to the root mean square: it reveals one wrong element among many. The third is the projection
-    of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
+    eps, which grows with `factor` in dtypes that round every term of a sum. The first error is the relative Frobenius
+    norm of the difference. The second is the largest element of the difference, relative to the root mean square: it
+    reveals one wrong element among many. The third is the projection of the difference on the truth: it reveals a
+    slightly wrong factor, because rounding hardly changes this projection.
 
     A missing or surplus tensor fails. A tensor is not judged if `factor` times the reference's error, plus the floor,
     exceeds the share CEILING of the tensor's norm. Subnormal numbers have fewer digits, so an error of a few times the
     smallest one is allowed in addition.
     """
-    policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
+    policy = f"noise-floor: {factor:g} x reference in {dtype} + {_floor_eps(dtype, factor / NOISE_FACTOR):g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     distances = Distances(subject, truth)
@@ -138,7 +137,7 @@ def _within_noise(
     factor: float,
     policy: str,
 ) -> Judgement:
-    floor, truth = NOISE_FLOOR_EPS[dtype], distances.truth
+    floor, truth = _floor_eps(dtype, factor / NOISE_FACTOR), distances.truth
     judged, lost = [], []
     for name, expected in truth.items():
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
@@ -193,7 +192,7 @@ def carried_noise(
     the errors over all tensors is larger, the median is used instead. rounded: tensors of the reference in `dtype`, or
     several plausible results.
     """
-    policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
+    policy = f"carried-noise: {factor:g} x reference in {dtype} + {_floor_eps(dtype, factor / CARRIED_FACTOR):g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     distances = Distances(subject, truth)
@@ -223,7 +222,7 @@ def _within_carried(
             continue
         if name in lost:
             continue
-        have, floor = distances.of_subject(name), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
+        have, floor = distances.of_subject(name), _floor_eps(dtype, factor / CARRIED_FACTOR) * EPSILON[dtype]
         wide = _factor(factor, expected)
         for error, allowed, measure in (
             (have.norm, wide * max(own[name].norm, usual[0]) + floor, ""),
@@ -307,37 +306,6 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     return replace(worst, nonfinite=sum(j.nonfinite for j in judged))
 
 
-def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float = ROUNDED_ULPS) -> Tensor:
-    """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
-
-    Integers, zeros, infinities and NaN do not change. No number changes its sign, or becomes infinite in `dtype`.
-    Subnormal numbers have one unit, the smallest of them.
-    """
-    if not value.is_floating_point():
-        return value
-    wide, limits = value.double(), torch.finfo(getattr(torch, dtype))
-    moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(value.device)
-    unit = wide.abs().mul_(EPSILON[dtype]).clamp_min_(EPSILON[dtype] * limits.smallest_normal).mul_(wide != 0)
-    moved = unit.mul_(ulps).mul_(moves).add_(wide)  # in place, as large weights are moved often
-    return moved.where(moved.abs() <= limits.max, wide).masked_fill_((moved < 0) != (wide < 0), 0.0).to(value.dtype)
-
-
-def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `truth`, moved as far as rounding to float64 may have moved it.
-
-    truth: tensors of the reference in float64. Their errors cannot be measured, because no wider dtype exists. narrow:
-    the same tensors in float32. The errors of `narrow` are scaled by the ratio of the two eps, since rounding errors
-    are proportional to eps. A tensor with large errors in float32 is not moved.
-    """
-    scale = EPSILON["float64"] / EPSILON["float32"]
-    return {
-        name: wide + scale * (narrow[name].double() - wide)
-        if Distance.of(narrow[name], wide).norm < PROPORTIONAL
-        else wide
-        for name, wide in truth.items()
-    }
-
-
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
     """Return a mask (T,) that is True for the rows of `value` (T, E) that agree with `truth`.
 
@@ -358,6 +326,11 @@ def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: st
 def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
     why = f"the reference itself is too inaccurate for {', '.join(lost[:3])} in {dtype}"
     return Judgement(False, None, None, "", why, policy, 0, decided=False)
+
+
+def _floor_eps(dtype: str, times: float) -> float:
+    """Return the floor of an allowed error, in eps. times: ratio of the error's factor to the usual factor."""
+    return NOISE_FLOOR_EPS[dtype] * (max(1.0, times) if dtype in ROUNDED_SUMS else 1.0)
 
 
 def _factor(factor: float, tensor: Tensor) -> float:

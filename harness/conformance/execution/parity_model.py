@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -112,6 +113,13 @@ class ParityModel(nn.Module):
             parameter.data = (drawn * (own_size * fan_in**-0.5)).to(dtype)
         self.x = _input(kind, D, generator, dtype)
         self.requires_grad_(form != "tied")
+
+    @property
+    def terms(self) -> int:
+        """Largest number of terms in a sum over the inputs or outputs of a layer."""
+        if self.kind == "experts":
+            return max(side for weight in self.parameters() for side in weight.shape)
+        return max(max(len(weight), math.prod(weight.shape[1:])) for weight in self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the whole model for x."""

@@ -279,10 +279,10 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    rows = max(subject.arguments.get("x", torch.empty(0)).shape[:-1].numel(), *of.values.get("shape", ()), 0)
+    rows, sides = subject.arguments.get("x", torch.empty(0)).shape[:-1].numel(), max(of.values.get("shape", [0]))
     case = Case(
         "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
-        factors=plan.factors("backward", rows, of.dtype),
+        factors=plan.factors(of.dtype, sides, backward=rows),
     )  # fmt: skip
     return subject, case
 
@@ -364,7 +364,7 @@ def attach(
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights,
-        factors=plan.factors("gradient", of.shape.tokens, of.dtype),
+        factors=plan.factors(of.dtype, pristine.terms, gradient=of.shape.tokens, regularizer=of.config.get("rank", 0) ** 2),
     )  # fmt: skip
     return subject, case
 

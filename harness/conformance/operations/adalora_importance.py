@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import dense_linear
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.operation_call import map_floats
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor
 from harness.conformance.drawing.factors import Factor, Matrix, Rank
 from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS

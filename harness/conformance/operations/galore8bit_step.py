@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, noise_floor, worst_of
 from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.operations import galore_step
 from harness.conformance.subject import DTYPES

@@ -13,7 +13,8 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
-from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
 from harness.conformance.tolerance_constants import HOPELESS, PERTURBED_DRAWS
 from harness.conformance.walk.program import RUN_MODES, Program
 

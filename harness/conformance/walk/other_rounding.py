@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harness.conformance.comparison.tolerance_policies import perturbed
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.tolerance_constants import ROUNDED_ULPS
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
