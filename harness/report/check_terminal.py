@@ -50,6 +50,7 @@ def lines(report: CheckReport) -> list[str]:
     found += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
     counts = {status: report.count(status) for status in CheckStatus}
     found += _in_common(report)
+    found += _unsupported(report)
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     found.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     if counts[CheckStatus.SKIPPED]:
@@ -69,6 +70,17 @@ def _in_common(report: CheckReport) -> list[str]:
     if more := len(found) - len(lines):
         lines.append(f"... and {plural(more, 'more failing check')}; --json and --html list all")
     return lines
+
+
+def _unsupported(report: CheckReport) -> list[str]:
+    """Return a line for each reason why a case was unsupported, if a single implementation was checked."""
+    if len({one.provider for one in report.tried}) > 1:
+        return []
+    unsupported = [one for one in report.tried if one.status is CheckStatus.UNSUPPORTED]
+    found = Counter((one.target, one.result.detail) for one in unsupported)
+    lines = [f"{target}: {plural(count, 'check')} {why}" for (target, why), count in found.items()]
+    more = [f"... and {plural(len(lines) - _MOST_SUMMARIES, 'more reason')}; --json and --html list all"]
+    return lines[:_MOST_SUMMARIES] + (more if len(lines) > _MOST_SUMMARIES else [])
 
 
 def _next_commands(report: CheckReport) -> list[str]:

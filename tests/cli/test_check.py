@@ -129,6 +129,21 @@ def test_the_terminal_says_why_a_check_is_skipped(report: CheckReport) -> None:
     assert said not in check_terminal.lines(report)  # no check is skipped; one is unsupported
 
 
+def test_the_terminal_says_why_cases_of_a_single_implementation_are_unsupported(report: CheckReport) -> None:
+    unsupported = [
+        tried(
+            found=result("lora/initial/float32/init", Outcome.SKIPPED, detail=f"unsupported: no {what}"),
+            execution=Execution.UNSUPPORTED,
+        )
+        for what in ("experts", "experts", "embeddings")
+    ]
+    said = ["lora: 2 checks unsupported: no experts", "lora: 1 check unsupported: no embeddings"]
+    alone = check_terminal.lines(dataclasses.replace(report, tried=unsupported))
+    assert [line for line in alone if "unsupported:" in line] == said
+    others = check_terminal.lines(dataclasses.replace(report, tried=[*unsupported, tried("another")]))
+    assert not [line for line in others if "unsupported:" in line]
+
+
 def test_a_long_list_of_failing_checks_is_cut(report: CheckReport) -> None:
     several = [
         tried(found=result(f"lora/check{number}/float32/warm", Outcome.FAIL), case=str(rank), settings={"rank": rank})

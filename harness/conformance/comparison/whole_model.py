@@ -75,10 +75,10 @@ def base(subject: Subject, dtype: str) -> nn.Module:
     return model.to(DTYPES[dtype]).eval()
 
 
-def start(subject: Subject, dtype: str) -> nn.Module:
+def start(subject: Subject, dtype: str, seed: int = 0) -> nn.Module:
     """Return the model of `base` with the Method's reference attached, in the state from which training starts."""
     model = base(subject, dtype)
-    attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
+    attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(seed))
     return model.eval()
 
 
