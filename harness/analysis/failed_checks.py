@@ -13,7 +13,8 @@ def failed(record: Record) -> list[CheckResult]:
 def checks_run_here(record: Record) -> list[CheckResult]:
     """Return the checks that ran in the attempt of this Record.
 
-    A Cell may reuse the parity gate, i.e. the checks before training, of an earlier Cell. Reused results are left out.
+    A Cell may reuse the parity gate, i.e. the checks before training, of an earlier Cell, and its check of merged weights.
+    Reused results are left out.
     """
     return record.checks[record.gate.checks :] if record.gate and record.gate.record else record.checks
 

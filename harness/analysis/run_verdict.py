@@ -16,7 +16,7 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.errors import Exit, first_names, plural
 from harness.records import naming
 from harness.records.manifest import Comparison
-from harness.records.record import Cell, Outcome, Record, Status
+from harness.records.record import Cell, CheckResult, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
@@ -45,8 +45,8 @@ class Parity:
     unchecked: tuple[str, ...]
     """Ids of ok Records in which no check passed."""
     shared: int
-    """Number of Cells that reuse the parity gate (the checks before training) of another Cell. The checks of a gate
-    count once."""
+    """Number of Cells that reuse the parity gate (the checks before training) of another Cell. Reused checks count
+    once."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ def _parity(latest: dict[str, Record]) -> Parity:
     ]
     # A gate counts once, also if the Record that took it is no longer the newest of its Cell.
     newest = {record.id for record in latest.values()}
-    older = {
-        r.gate.record: r.checks[: r.gate.checks]
-        for r in latest.values()
-        if r.gate and r.gate.record and r.gate.record not in newest
-    }
+    older = dict[str, list[CheckResult]]()
+    for record in latest.values():
+        if record.gate and record.gate.record and record.gate.record not in newest:
+            reused = record.checks[: record.gate.checks]  # some Records reuse the check of merged weights, too
+            older[record.gate.record] = max(older.get(record.gate.record, []), reused, key=len)
     found += [check for results in older.values() for check in results]
     outcomes = Counter(check.outcome for check in found)
     unchecked = tuple(

@@ -36,7 +36,7 @@ from harness.errors import UsageError
 from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
-_PROBED, _PROBED_CAUSAL = 4, 2
+_PROBED, _PROBED_CAUSAL = 8, 4
 """Number of probe texts, for an encoder and for a causal model. A causal model gets fewer, because it returns more
 logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32

@@ -60,9 +60,9 @@ class KnownGate(FrozenModel):
     """The Record of the earlier Cell, as `cell_id.attempt`."""
     because: str = ""
     """Reason why the gate failed. Empty if it passed."""
-    merged_after: int | None = None
-    """Number of training steps after which the merged weights of the earlier Cell passed their check. None if there was
-    no such check, or if it did not pass."""
+    merged_recipe: str = ""
+    """Recipe of the earlier Cell, as `Cell.recipe_id`, if its merged weights passed their check after training. Empty if
+    they did not, or were not checked."""
 
 
 class Job(FrozenModel):

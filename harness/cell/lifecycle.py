@@ -247,7 +247,7 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
 
     If memory runs out, the Cell does not fail: the returned latencies have a reason instead of times. If the suite
     requests no latencies, only the merged model is checked, in a phase called `merge`, and the list is empty. This check
-    may be an earlier Cell's (`_merging_known`).
+    may be an earlier Cell's (`_reuse_merging`).
     """
     model: Any = subject.model
     cell = run.cell
@@ -266,19 +266,13 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
             return latency.unmeasured(model, causal, vocabulary, because, cell.evaluation)
 
 
-def _merging_known(run: CellRun) -> bool:
-    """Return whether the Cell reuses the check of merged weights of an earlier Cell. If so, store this in `run.gate`.
+def _reuse_merging(run: CellRun) -> bool:
+    """If the Cell may reuse an earlier Cell's check of merged weights, store this in `run.gate` and return True.
 
-    Both Cells have the same gate key and the same number of training steps, so merging runs the same code. A Cell that
-    times its merged model always checks it.
+    Both Cells have the same recipe, so they differ only in the seed. A Cell that times its merged model always checks it.
     """
-    known = run.known_gate
-    if (
-        run.cell.evaluation.latency
-        or run.gate is None
-        or known is None
-        or known.merged_after != run.cell.training.steps
-    ):
+    known, cell = run.known_gate, run.cell
+    if cell.evaluation.latency or run.gate is None or known is None or known.merged_recipe != cell.recipe_id:
         return False
     run.gate = run.gate.model_copy(update={"merging": True})
     return True
@@ -295,7 +289,7 @@ def _latencies(
         run.checks += checks
     refused = ""
     layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
-    if subject.adapted.can_merge and not _merging_known(run):
+    if subject.adapted.can_merge and not _reuse_merging(run):
         merged = parity_gate.after_training(subject, run.cell.seed, forward)
         run.checks += merged
         refused = "; ".join(

@@ -47,7 +47,7 @@ class _RunCommand(click.Command):
 @options.strict
 @click.option(
     "--own-gates", is_flag=True,
-    help="Let every Cell take its own parity gate, instead of that of an earlier Cell with the same code.",
+    help="Let every Cell take its own parity gate and check its own merged weights, instead of reusing earlier results.",
 )  # fmt: skip
 @click.option(
     "--jobs", type=click.IntRange(1, 10_000), metavar="N",

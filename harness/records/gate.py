@@ -23,19 +23,17 @@ class Gate(FrozenModel):
     """Record of the same run whose gate this attempt reuses, as `cell_id.attempt`. Empty if the attempt ran the gate
     itself."""
     checks: Count = 0
-    """Number of results that come first in `Record.checks`: those of the gate, followed by a reused check of merging.
-    In a Record's file, this number is 0 if another Record ran the gate."""
+    """Number of results that come first in `Record.checks`: those of the gate, and then a reused check of merged weights.
+    In a Record's file, this number is 0 if another Record ran the gate; reading a run counts the reused results."""
     merging: bool = False
-    """Whether the attempt also reuses the check of the merged weights, which `record` made after its training."""
+    """Whether the attempt also reuses the check of merged weights of `record`, which that attempt made after training."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
-    """Copy the results of each shared parity gate into the Records that use it, as their first checks.
-
-    A shared check of merging is copied after them.
+    """Copy the reused results of parity gates, and of merged weights, into the Records that reuse them, as first checks.
 
     Return the usable Records, and the reasons why others are not usable, by Record id. A Record is not usable if the
-    Record that ran its gate is missing or was changed.
+    Record with the reused results is missing or was changed.
     """
     records = list(records)
     by_id = {record.id: record for record in records}
@@ -46,14 +44,14 @@ def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:
             continue
         other = by_id.get(record.gate.record)
         taken = other.gate if other else None
-        if other is None or taken is None or taken.record or taken.key != record.gate.key:
+        merged = [check for check in other.checks[taken.checks :] if check.of_merging] if other and taken else []
+        lacking = record.gate.merging and not merged
+        if other is None or taken is None or taken.record or taken.key != record.gate.key or lacking:
             ungated[record.id] = (
                 f"rests on the parity gate of Record {record.gate.record}, which is missing or was changed"
             )
             continue
-        reused = other.checks[: taken.checks]
-        if record.gate.merging:
-            reused += [check for check in other.checks[taken.checks :] if check.of_merging]
+        reused = other.checks[: taken.checks] + (merged if record.gate.merging else [])
         gate = record.gate.model_copy(update={"checks": len(reused)})
         found.append(record.model_copy(update={"gate": gate, "checks": reused + record.checks}))
     return found, ungated

@@ -338,7 +338,7 @@ class Record(FrozenModel):
     phases: list[Phase] = []
     """Phases of the attempt, in order."""
     checks: list[CheckResult] = []
-    """Results of the checks. Those of a shared parity gate are only in the file of the Record that ran the gate."""
+    """Results of the checks. Reused ones are only in the file of the Record that ran them; see `gate`."""
     gate: Gate | None = None
     """Parity gate that the attempt uses: the checks of the Cell's own layers. None in older Records, for a Cell that
     never shares its gate, and if the gate did not end."""

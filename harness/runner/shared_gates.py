@@ -1,10 +1,10 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-A parity gate checks a Cell's own layers against the reference before the Cell is measured. With the gate, a later Cell
-may reuse the check of the merged weights, which follows the training. No Cell waits for the gate
-of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none, the next
-Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have changed in
-between.
+A parity gate checks a Cell's own layers against the reference before the Cell is measured. Cells of one recipe, i.e.
+Cells that differ only in the seed, also reuse the check of merged weights, which follows the training. No Cell waits for
+the gate of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none,
+the next Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have
+changed in between.
 """
 
 from __future__ import annotations
@@ -41,18 +41,22 @@ class SharedGates:
     def add(self, key: str, record: Record) -> None:
         """Store the result of the parity gate in a Record. key: from `gate_key.of_cell`.
 
-        Nothing is stored if the attempt ended before its gate, or reused the gate of another Cell. Concurrent Cells may
-        run gates with the same key. Then a failure replaces a pass, and a pass never replaces a failure.
+        No gate is stored if the attempt ended before its gate, or reused the gate of another Cell. Concurrent Cells may
+        run gates with the same key. Then a failure replaces a pass, and a pass never replaces a failure. This holds for
+        the check of merged weights, too, also if it failed in a Cell that reused the gate.
         """
         self._running.pop(record.cell_id, None)
-        if not key or not record.gate or record.gate.record or self._own:
+        if not key or not record.gate or self._own:
             return
-        made = KnownGate(
-            key=record.gate.key, record=record.id, because=_why_failed(record), merged_after=_merged_after(record)
-        )
-        before = self._gates.get(key)
-        if before is None or before.key != made.key or not before.because:
-            self._gates[key] = made
+        merged, known = _merged(record), self._gates.get(key)
+        before = known if known is not None and known.key == record.gate.key else None
+        if not record.gate.record and (before is None or not before.because):
+            recipe = record.cell.recipe_id if merged and (before is None or before.merged_recipe) else ""
+            self._gates[key] = KnownGate(
+                key=record.gate.key, record=record.id, because=_why_failed(record), merged_recipe=recipe
+            )
+        elif before is not None and merged is False:
+            self._gates[key] = before.model_copy(update={"merged_recipe": ""})
 
     def known(self, job: Job) -> KnownGate | None:
         """Return the gate that the Cell of a job may reuse. None if the Cell must run its own."""
@@ -69,7 +73,8 @@ def _why_failed(record: Record) -> str:
     return record.because if any(result.outcome is Outcome.FAIL for result in results) else ""
 
 
-def _merged_after(record: Record) -> int | None:
-    """Return the number of training steps after which the merged weights passed their check. None if they did not."""
-    of_merging = [check.outcome for check in record.checks if check.of_merging]
-    return record.cell.training.steps if of_merging and set(of_merging) == {Outcome.PASS} else None
+def _merged(record: Record) -> bool | None:
+    """Return whether the merged weights passed their check after training. None if there was no such check."""
+    own = record.checks[record.gate.checks if record.gate else 0 :]
+    outcomes = {check.outcome for check in own if check.of_merging}
+    return outcomes == {Outcome.PASS} if outcomes else None

@@ -173,7 +173,7 @@ def test_a_result_before_which_a_rounding_error_jumps_is_compared_with_all_plaus
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_a_moved_number_keeps_its_sign_and_what_has_no_neighbour_stays(dtype: str) -> None:
     limits = torch.finfo(getattr(torch, dtype))
-    special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=getattr(torch, dtype))
+    special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=getattr(torch, dtype)).repeat(20)
     moved = perturbed(special, dtype, torch.Generator().manual_seed(0), 2 * ROUNDED_ULPS)
     assert torch.equal(moved.nan_to_num(1.0), special.nan_to_num(1.0))
     smallest = torch.full((1000,), limits.smallest_normal * limits.eps, dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from harness.conformance.comparison import whole_model
 from harness.methods.module_copy import copied
 
 
@@ -89,3 +90,16 @@ def test_plain_modules_do_not_take_the_slow_way(monkeypatch: pytest.MonkeyPatch)
     few = len(calls)
     copy.deepcopy(module)
     assert 10 * few < len(calls) - few
+
+
+def test_a_copy_of_a_whole_model_in_another_dtype_keeps_ties_and_what_trains() -> None:
+    model = Tied()
+    made: Any = whole_model.copied(model, torch.float64)
+    assert made.second.inner.weight is made.first.weight
+    assert {n: p.requires_grad for n, p in made.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    for name, tensor in whole_model.tensors(model).items():
+        copy_of = whole_model.tensors(made)[name]
+        assert torch.equal(copy_of, tensor.double() if tensor.is_floating_point() else tensor)
+        assert copy_of.dtype == (torch.float64 if tensor.is_floating_point() else tensor.dtype)

@@ -12,7 +12,7 @@ import pytest
 from harness.cell import gate_key
 from harness.cell.job import Asset, Job, JobTask
 from harness.errors import Exit
-from harness.records.gate import Gate
+from harness.records.gate import Gate, shared
 from harness.records.record import (
     AssetUse,
     Base,
@@ -240,13 +240,11 @@ def test_a_resumed_run_takes_its_own_gates_and_measures_what_rests_on_a_lost_one
 
 
 @pytest.mark.nightly
-def test_merged_weights_are_checked_again_after_another_number_of_steps_and_for_latencies(
-    fork_sandbox: ForkSandbox,
-) -> None:
+def test_merged_weights_are_checked_again_for_another_recipe_and_for_latencies(fork_sandbox: ForkSandbox) -> None:
     cells = [
         "{implementation: reference, latency: never}",
         "{implementation: reference, seed: 1, latency: never}",
-        "{implementation: reference, seed: 2, latency: never, training: {steps: 3}}",
+        "{implementation: reference, seed: 2, latency: never, training: {lr: 1e-2}}",
         "{implementation: reference, seed: 3}",
     ]
     assert fork_sandbox.command("run", fork_sandbox.suite(*cells), "--out", "run").code == Exit.PASS
@@ -258,15 +256,44 @@ def test_merged_weights_are_checked_again_after_another_number_of_steps_and_for_
     assert "/merge/" not in reused.read_text(encoding="utf-8")
 
 
-def test_only_a_passed_check_of_merging_is_reused() -> None:
-    merge = CheckResult(check="lora/merge/float32/trained", outcome=Outcome.PASS, policy="noise_floor")
-    outcomes = {Outcome.PASS: 0, Outcome.FAIL: None, Outcome.SKIPPED: None}
-    for outcome, steps in outcomes.items():
-        job, *_ = two_seeds_of_two_methods()
-        gates = SharedGates()
-        checked = merge.model_copy(update={"outcome": outcome})
-        record = recorded_run.record("fused", job.cell, gate=Gate(key="gate"), checks=[checked])
-        gates.add(key(job.cell), record)
-        known = gates.known(job)
-        assert known is not None
-        assert known.merged_after == (steps if steps is None else job.cell.training.steps)
+def checked(name: str, outcome: Outcome = Outcome.PASS) -> CheckResult:
+    return CheckResult(check=f"lora/{name}/float32/trained", outcome=outcome, policy="noise_floor")
+
+
+PASSED, FAILED = checked("merge"), checked("merge", Outcome.FAIL)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "reused"),
+    [
+        ([("", 0, [PASSED])], True),
+        ([("", 0, [FAILED])], False),
+        ([("", 0, [checked("merge", Outcome.SKIPPED)])], False),
+        ([("", 0, [checked("moved")])], False),
+        ([("", 1, [PASSED])], False),  # a check of the gate, before training
+        ([("", 1, [PASSED, PASSED])], True),
+        ([("", 0, [FAILED]), ("", 0, [PASSED])], False),  # of two concurrent Cells
+        ([("", 0, [PASSED]), ("", 0, [FAILED])], False),
+        ([("", 0, [PASSED]), ("another", 0, [FAILED])], False),  # of a Cell that reuses the gate
+        ([("", 0, [PASSED]), ("another", 0, [checked("moved")])], True),
+    ],
+)
+def test_only_a_passed_check_of_merged_weights_is_reused(
+    attempts: list[tuple[str, int, list[CheckResult]]], reused: bool
+) -> None:
+    job, *_ = two_seeds_of_two_methods()
+    gates = SharedGates()
+    for rests, own, checks in attempts:
+        gate = Gate(key="gate", record=rests, checks=own)
+        gates.add(key(job.cell), recorded_run.record("fused", job.cell, gate=gate, checks=checks))
+    known = gates.known(job)
+    assert known is not None
+    assert known.merged_recipe == (job.cell.recipe_id if reused else "")
+
+
+def test_a_record_that_reuses_a_check_of_merged_weights_that_is_not_there_is_unusable() -> None:
+    job, other, *_ = two_seeds_of_two_methods()
+    user = recorded_run.record("fused", other.cell, gate=Gate(key="gate", record=f"{job.cell.cell_id}.1", merging=True))
+    for checks, found in (([PASSED], 2), ([checked("moved")], 1)):
+        owner = recorded_run.record("fused", job.cell, gate=Gate(key="gate"), checks=checks)
+        assert len(shared([owner, user])[0]) == found

@@ -26,7 +26,8 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float
     moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(value.device)
     unit = wide.abs().mul_(EPSILON[dtype]).clamp_min_(EPSILON[dtype] * limits.smallest_normal).mul_(wide != 0)
     moved = unit.mul_(ulps).mul_(moves).add_(wide)  # in place, as large weights are moved often
-    return moved.where(moved.abs() <= limits.max, wide).masked_fill_((moved < 0) != (wide < 0), 0.0).to(value.dtype)
+    moved = moved.where(moved.abs() <= limits.max, wide)  # NaN and infinities stay
+    return moved.masked_fill_((moved < 0) != (wide < 0), 0.0).to(value.dtype)
 
 
 def with_error_of_float64(narrow: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -198,8 +198,8 @@ _SAMPLES = (
 _CHECKS = (
     *_KEY,
     *_fields("", CheckResult, CheckResult.model_fields),
-    Column("shared", BOOLEAN, "", "Whether it is a result of another Record's parity gate, on which this attempt rests "
-           "(gate_record in cells); that Record has it as a row of its own"),
+    Column("shared", BOOLEAN, "", "Whether this attempt reuses the result from another Record (gate_record in cells); "
+           "that Record has it as a row of its own"),
 )  # fmt: skip
 
 _ITEMS = (
