@@ -230,7 +230,7 @@ class DoraConv(DoraLayer, LoraConv):
 
     def direction(self) -> Tensor:
         """Return V' = W0 + s B A, shape (E, C, *K)."""
-        return self.base.weight.detach() + self.delta()
+        return self.base.weight + self.delta()
 
     @staticmethod
     def norms(V: Tensor) -> Tensor:

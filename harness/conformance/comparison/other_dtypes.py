@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.call_forms import ROWS, owns, tensors_of_copy
 from harness.conformance.comparison.check_results import named_if_raised
 from harness.conformance.comparison.inputs import cast, inputs
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor
 from harness.conformance.subject import DTYPES, Subject, load
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.errors import Unsupported
 from harness.methods.module_copy import copied
 from harness.methods.spec import method_info
@@ -42,16 +45,32 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
     other = OTHER_DTYPE[subject.dtype]
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
-    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Round a copy of the layer `of` to the dtype `other`, run it in `dtype`, and return output and gradients."""
-        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
-        named = tensors_of_copy(of, made, named)
-        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
+    def cast_copy(
+        of: nn.Module, named: Mapping[str, Tensor], dtype: str, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Round a copy of the layer `of` to the dtype `other`, run it in `dtype`, and return output and gradients.
 
-    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+        generator: draws a move within the last place of `other` for each number of the layer and of its input.
+        """
+        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        named, given = tensors_of_copy(of, made, named), [cast(x_other, dtype), dy_other.to(DTYPES[dtype])]
+        if generator is not None:
+            with torch.no_grad():
+                for tensor in (*made.parameters(), *made.buffers()):
+                    tensor.copy_(perturbed(tensor, other, generator))
+            given = [perturbed(t, other, generator) for t in given]
+        return observe(made, named, *given, training=subject.trains_plainly)
+
+    def draws() -> Iterator[dict[str, Tensor]]:
+        yield cast_copy(own.layer, own.tensors, other)
+        for seed in range(PERTURBED_DRAWS):  # in 16 bits, sums are not rounded
+            dtype = other if other in ROUNDED_SUMS else "float64"
+            yield cast_copy(own.layer, own.tensors, dtype, torch.Generator().manual_seed(seed))
+
+    truth = cast_copy(own.layer, own.tensors, "float64")
     with named_if_raised(path, COPY.format(other)):
-        mine = moved(layer, tensors, other)
-    verdict = noise_floor(mine, truth, rounded, other, case.factor("calls"))
+        mine = cast_copy(layer, tensors, other)
+    verdict = noise_floor(mine, truth, draws(), other, case.factor("calls"))
     yield path, COPY.format(other), verdict
 
 

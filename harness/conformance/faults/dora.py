@@ -86,6 +86,9 @@ FAULTS = [
     _dora("takes_the_norm_of_nn_conv1d_as_that_of_conv1d", ["forward", "norm"],
         "norms(V.flatten(1)).view(", "norms((V.transpose(0, 1) if V.dim() == 3 else V).flatten(1)).view(",
         layer="nn-conv1d", inputs=36, outputs=36),
+    _dora("takes_the_weight_of_a_convolution_for_a_constant_in_the_norm", ["calls"],
+        "return self.base.weight + self.delta()", "return self.base.weight.detach() + self.delta()",
+        layer="conv2d", values={**_USUAL, "detach_norm": False}),
     _dora("scales_only_the_kernel", ["forward", "gradient"],
         "return y + g * self.scaling * low", "return y + self.scaling * low", layer="conv2d"),
     # peft's shape of the norms, which adds a dimension to an image without a batch dimension.
