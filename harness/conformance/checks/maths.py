@@ -66,7 +66,8 @@ def _starts(subject: Subject, forward: Callable[[nn.Module], Tensor]) -> Iterato
     further = PERTURBED_DRAWS if subject.reference_cache is not None else 0
     for seed in range(1 + further):
         with torch.no_grad():
-            yield {"logits": forward(whole_model.start(subject, subject.dtype, seed))}
+            logits = forward(whole_model.start(subject, subject.dtype, seed))
+        yield {"logits": logits}
 
 
 @check(in_cell=[CellStage.WARM], in_brief_cases=True)
