@@ -17,13 +17,7 @@ from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_role import CaseRole, Dtype
 from harness.conformance.case_selection import CaseSelection, Values
-from harness.conformance.tolerance_constants import (
-    CARRIED_CHECKS,
-    CARRIED_FACTOR,
-    LONG_SUM,
-    LONG_SUM_FACTOR,
-    NOISE_FACTOR,
-)
+from harness.conformance.tolerance_constants import LONG_SUM, LONG_SUM_FACTOR, NOISE_FACTOR, USUAL_FACTORS
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
 from harness.records.record import FrozenModel
@@ -99,8 +93,7 @@ class _Tolerant(FrozenModel):
         factors = {check: looser.factor for check, looser in self.tolerances.items()}
         for check in self.checks if dtype in ("float32", "float64") else ():
             if max(terms, terms_in.get(check, 0)) > LONG_SUM:
-                usual = CARRIED_FACTOR if check in CARRIED_CHECKS else NOISE_FACTOR
-                factors[check] = LONG_SUM_FACTOR * factors.get(check, usual)
+                factors[check] = LONG_SUM_FACTOR * factors.get(check, USUAL_FACTORS.get(check, NOISE_FACTOR))
         return factors
 
 

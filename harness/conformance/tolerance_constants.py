@@ -133,8 +133,10 @@ CARRIED_FACTOR = 4.0
 # of one operation because both runs are single draws of a noise that each optimizer step carries on and amplifies.
 TRAJECTORY_FACTOR = 4.0
 
-# Names of the checks that use CARRIED_FACTOR or TRAJECTORY_FACTOR, which are equal, in place of NOISE_FACTOR.
-CARRIED_CHECKS = ("logits", "model", "trajectory", "walk")
+# Check -> its usual factor, if this is not NOISE_FACTOR.
+USUAL_FACTORS = {
+    "logits": CARRIED_FACTOR, "model": CARRIED_FACTOR, "trajectory": TRAJECTORY_FACTOR, "walk": TRAJECTORY_FACTOR,
+}  # fmt: skip
 
 # Floor added to the allowance of losses, in units of eps times the largest loss so far: at the first steps the reference may
 # happen to round to the exact value, and a factor times zero would then demand bitwise equality.
