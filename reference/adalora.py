@@ -362,8 +362,9 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
     """Freeze `model` and wrap every target in an AdaLoraLinear or an AdaLoraConv.
 
-    A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
-    if a target names no layer of the `KINDS`, if target_rank exceeds rank, or if tinit + tfinal is not below total_steps.
+    A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. `mask` is True for
+    the triplets that the last pruning kept, and before it for all. Raises ValueError if a target names no layer of the
+    `KINDS`, if target_rank exceeds rank, or if tinit + tfinal is not below total_steps.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets, KINDS)

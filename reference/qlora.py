@@ -126,7 +126,8 @@ class Config:
     block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
     """Weights per block, which share one absmax."""
     double_quant: bool = True
-    """True to quantise the absmax of the weight's blocks too, in blocks of 256 (see the Operation `double_quantize`)."""
+    """True to quantise the absmax of the weight's blocks too, in blocks of 256 (see the Operation `double_quantize`).
+    Otherwise absmax is float32, and there is no absmax2 and no offset."""
     lora_bias: bool = field(default=False, metadata={"omit_default": True, "opt_in": True})
     """True to give B a trainable bias c with the same scaling as B A."""
 
