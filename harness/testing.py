@@ -136,7 +136,9 @@ def wrap_layers(
     returns the change of the base weight. Without it, the layers cannot be merged.
 
     The layers must implement every setting in `config`. For a config that they do not support, raise
-    `harness.Unsupported`.
+    `harness.Unsupported`. This function raises it for a target that is not an nn.Linear (a Conv1D, an embedding, a
+    convolution): to adapt these, return an `Adapted` (harness/methods/spec.py) instead. `state()` of the result is empty,
+    so the checks compare no frozen tensors of the layers.
     """
     from harness.methods.wrap import wrap
 
