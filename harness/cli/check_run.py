@@ -248,10 +248,10 @@ def _why_nothing(breadth: CaseSelection) -> str:
         because = "" if whole.is_whole else f", or {_why_nothing(whole)}"
         return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
     if not breadth.checks:
-        reduced = "; --drawn does not draw the smallest case of a failure again" if breadth.drawn else ""
+        full = ", and --drawn tries any case by its full name and dtype" if breadth.drawn else ""
         return (
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
-            f"cases{reduced}"
+            f"cases{full}"
         )
     # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
     wide = checks.names_of_wide(never_by_default=not breadth.case)

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.errors import FlakyFailure, Unsatisfiable
 
 from harness.conformance.case_selection import CaseSelection
-from harness.conformance.drawing import sample
+from harness.conformance.drawing import named_case, sample
+from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.findings import defects
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.parity_suite import AnyCase, ParitySuite
+from harness.conformance.parity_suite import AnyCase, LoaderSuite, ParitySuite
 
 
 def cases(plan: ParitySuite, dtypes: Sequence[str], number: int, first_seed: int) -> list[AnyCase]:
@@ -51,7 +52,8 @@ def search(
     counts for the first check that it fails. `wanted.seed` decides the random cases. A failure that a known defect explains
     is not shrunk, and the search goes on.
 
-    If `wanted` selects cases by a text, the others do not run. They are still drawn, so a seed gives the same cases.
+    If `wanted` selects cases by a text, the others do not run. They are still drawn, so a seed gives the same cases. If the
+    text is the full name and dtype of a case, e.g. of a smallest one, only this case is tried, whether it is drawn or not.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()
@@ -86,6 +88,9 @@ def search(
         if not smallest:  # after a failure, cases may be steps of the shrinking
             report_all(tried)
 
+    if (named := _named(plan, wanted, dtypes)) is not None:
+        report_all(defects.explained(run_case(named), defects.known())[0])
+        return
     try:
         try_case()
     except (AssertionError, FlakyFailure, BaseExceptionGroup):
@@ -96,6 +101,17 @@ def search(
     for outcomes in smallest.values():
         if (outcomes[0].case, outcomes[0].dtype) not in reported:
             report_all(outcomes)
+
+
+def _named(plan: ParitySuite, wanted: CaseSelection, dtypes: Sequence[str]) -> AnyCase | None:
+    """Return the case whose full name and dtype `wanted` asks for. None if it is no full name, or if a fixed case has it."""
+    if not wanted.case or isinstance(plan, LoaderSuite):
+        return None
+    case = named_case.read(plan, wanted.case)
+    fixed = (f"{one} {one.dtype}" for one in sample.fixed(plan, wanted, dtypes))
+    if case is None or case.dtype not in dtypes or wanted.case in fixed or not is_accepted(plan, case):
+        return None
+    return case
 
 
 @cache

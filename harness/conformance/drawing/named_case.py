@@ -1,0 +1,52 @@
+"""Read a case from its name, e.g. to repeat a case that a search has shrunk. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any, get_args
+
+from harness.conformance.parity_suite import (
+    CaseShape,
+    Magnitude,
+    MethodCase,
+    MethodSuite,
+    ModelForm,
+    OperationCase,
+    OperationSuite,
+    WeightSize,
+)
+
+_SIZES = {"model": ModelForm, "magnitude": Magnitude, "weights": WeightSize}
+_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
+_PAIR = re.compile(r"(\w+)=(\[[^]]*\]|\S+)")
+
+
+def read(plan: MethodSuite | OperationSuite, name: str) -> MethodCase | OperationCase | None:
+    """Return the case with this name and dtype, e.g. `rank=8 conv2d 9x24x40 float32`. None if the name is no full name.
+
+    The values are not checked: the reference may refuse them.
+    """
+    values = {key: _value(value) for key, value in _PAIR.findall(name)}
+    *words, dtype = _PAIR.sub("", name).split() or [""]
+    sizes = {key: values.pop(key) for key in _SIZES if key in values}
+    if dtype not in plan.dtypes or any(size not in get_args(_SIZES[key]) for key, size in sizes.items()):
+        return None
+    if isinstance(plan, OperationSuite):
+        made: MethodCase | OperationCase = OperationCase(values, dtype, **sizes, drawn=True)
+    else:
+        *kinds, shape = words or [""]
+        kind, numbers = " ".join(kinds) or "linear", _SHAPE.fullmatch(shape)
+        if kind not in plan.layers or numbers is None:
+            return None
+        of_shape = CaseShape.model_validate(dict(zip(("tokens", "in", "out"), map(int, numbers.groups()), strict=True)))
+        made = MethodCase(values, kind, of_shape, dtype, **sizes, drawn=True)
+    return made if f"{made} {made.dtype}" == name else None
+
+
+def _value(text: str) -> Any:
+    """Return the value that `str` shows as this text: a number, None, a switch or a list, otherwise a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
