@@ -1,4 +1,4 @@
-"""Read a case from its name, e.g. to repeat a case that a search has shrunk. Imports no torch."""
+"""Read a case from its name, e.g. to repeat a case that a search has shrunk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 from typing import Any, get_args
 
+from harness.conformance.drawing import sample
 from harness.conformance.parity_suite import (
     CaseShape,
     Magnitude,
@@ -19,23 +20,29 @@ from harness.conformance.parity_suite import (
 
 _SIZES = {"model": ModelForm, "magnitude": Magnitude, "weights": WeightSize}
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
-_PAIR = re.compile(r"(\w+)=(\[[^]]*\]|\S+)")
+_PAIR = {
+    MethodSuite: re.compile(r"(\w+)=(\S+)"),
+    OperationSuite: re.compile(r"(\w+)=(.+?)(?= \w+=|$)"),  # a list or a value of several words
+}
 
 
 def read(plan: MethodSuite | OperationSuite, name: str) -> MethodCase | OperationCase | None:
     """Return the case with this name and dtype, e.g. `rank=8 conv2d 9x24x40 float32`. None if the name is no full name.
 
-    The values are not checked: the reference may refuse them.
+    The values are not checked, so they may be of a wrong type, or out of bounds. Raises ValueError for a shape with a 0.
     """
-    values = {key: _value(value) for key, value in _PAIR.findall(name)}
-    *words, dtype = _PAIR.sub("", name).split() or [""]
+    of_case, _, dtype = name.rpartition(" ")
+    pair = _PAIR[type(plan)]
+    values = {key: _value(value) for key, value in pair.findall(of_case)}
     sizes = {key: values.pop(key) for key in _SIZES if key in values}
+    if not values.keys() <= sample.factors(plan, plan.dtypes).keys():
+        return None
     if dtype not in plan.dtypes or any(size not in get_args(_SIZES[key]) for key, size in sizes.items()):
         return None
     if isinstance(plan, OperationSuite):
         made: MethodCase | OperationCase = OperationCase(values, dtype, **sizes, drawn=True)
     else:
-        *kinds, shape = words or [""]
+        *kinds, shape = pair.sub("", of_case).split() or [""]
         kind, numbers = " ".join(kinds) or "linear", _SHAPE.fullmatch(shape)
         if kind not in plan.layers or numbers is None:
             return None

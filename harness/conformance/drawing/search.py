@@ -104,14 +104,20 @@ def search(
 
 
 def _named(plan: ParitySuite, wanted: CaseSelection, dtypes: Sequence[str]) -> AnyCase | None:
-    """Return the case whose full name and dtype `wanted` asks for. None if it is no full name, or if a fixed case has it."""
+    """Return the case whose full name and dtype `wanted` asks for.
+
+    Return None if it is no full name, if a case of the fixed sample has this name, or if the reference refuses the case.
+    """
     if not wanted.case or isinstance(plan, LoaderSuite):
         return None
-    case = named_case.read(plan, wanted.case)
-    fixed = (f"{one} {one.dtype}" for one in sample.fixed(plan, wanted, dtypes))
-    if case is None or case.dtype not in dtypes or wanted.case in fixed or not is_accepted(plan, case):
+    if wanted.case in (f"{one} {one.dtype}" for one in sample.fixed(plan, wanted, dtypes)):
         return None
-    return case
+    try:
+        case = named_case.read(plan, wanted.case)
+        accepted = case is not None and case.dtype in dtypes and is_accepted(plan, case)
+    except Exception:  # noqa: BLE001  # a user's values may be of any type
+        return None
+    return case if accepted else None
 
 
 @cache
