@@ -269,7 +269,8 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
 def _reuse_merging(run: CellRun) -> bool:
     """If the Cell may reuse an earlier Cell's check of merged weights, store this in `run.gate` and return True.
 
-    Both Cells have the same recipe, so they differ only in the seed. A Cell that times its merged model always checks it.
+    Both Cells have the same recipe, so they differ only in the seed, and in whether latencies are measured. A Cell that
+    times its merged model always checks it.
     """
     known, cell = run.known_gate, run.cell
     if cell.evaluation.latency or run.gate is None or known is None or known.merged_recipe != cell.recipe_id:

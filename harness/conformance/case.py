@@ -90,15 +90,21 @@ class Case:
     factors: Mapping[str, float] = field(default_factory=dict)
     """Check name -> largest allowed error, as a multiple of the reference's own rounding error. A check without an
     entry uses NOISE_FACTOR."""
+    factors_of_16_bits: Mapping[str, float] = field(default_factory=dict)
+    """The same for tensors in 16 bits, whatever the subject's dtype: long sums are not rounded there."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
         """Return a fresh generator, seeded by the case's seed and by `salt`."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
 
-    def factor(self, check: str) -> float:
-        """Return the largest error that a check allows, as a multiple of the reference's own rounding error."""
-        return self.factors.get(check, NOISE_FACTOR)
+    def factor(self, check: str, dtype: str = "") -> float:
+        """Return the largest error that a check allows, as a multiple of the reference's own rounding error.
+
+        dtype: dtype of the compared tensors, if it is not the subject's.
+        """
+        factors = self.factors_of_16_bits if dtype in ("float16", "bfloat16") else self.factors
+        return factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:
         """Return a new Subject from `attach_fresh`. Return None if `attach_fresh` is None."""

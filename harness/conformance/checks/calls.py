@@ -255,7 +255,7 @@ def _with_new_values(subject: Subject, case: Case, path: str, call: Call) -> Ite
     rounded = PlausibleResults({"y": draw["y"]} for draw in rounded_by_autocast(own, call, "bfloat16"))
     for name, one in found.items():
         if name in autocast:
-            verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            verdict = noise_floor(one, {"y": judge.truth["y"]}, rounded, "bfloat16", case.factor("calls", "bfloat16"))
             yield _named(path, name, verdict)
         else:
             yield judge(name, one, NEW_VALUES[name].shown(judge.truth))

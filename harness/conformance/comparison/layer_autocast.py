@@ -38,7 +38,7 @@ def judge_under_autocast(subject: Subject, case: Case, path: str, call: Call) ->
     packed (4-bit) layer may return the dtype of its input, as bitsandbytes does.
     """
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
-    mine, x, dy, factor = call.tensors, call.x, call.dy, AUTOCAST_FACTOR * case.factor("calls")
+    mine, x, dy, factor = call.tensors, call.x, call.dy, AUTOCAST_FACTOR * case.factor("calls", "bfloat16")
     held = {name: t.detach().clone() for name, t in mine.items()}
     is_packed = bool(subject.packed) or any(name.endswith("codes") for name in subject.state())
     try:
@@ -111,4 +111,7 @@ def _judge_backward(subject: Subject, case: Case, path: str, call: Call) -> Iter
         mine = run(call.layer, call.tensors)
     except RuntimeError:
         return
-    yield form, noise_floor(mine, truth, PlausibleResults(drawn()), dtype, AUTOCAST_FACTOR * case.factor("calls"))
+    yield (
+        form,
+        noise_floor(mine, truth, PlausibleResults(drawn()), dtype, AUTOCAST_FACTOR * case.factor("calls", dtype)),
+    )

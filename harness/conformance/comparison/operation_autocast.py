@@ -47,7 +47,7 @@ def under_autocast(
                     pairs.append((subject.call(**other, **row), subject.call(**other)))
         yield from ((f"{dtype}, one row", one) for pair in pairs for one in _other_dtypes(*pair))
         if not exact(seen, dict(plain)).passed:
-            yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls"))
+            yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls", dtype))
 
 
 def _first_row(arguments: Arguments) -> Arguments:

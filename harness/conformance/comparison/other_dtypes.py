@@ -70,7 +70,7 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
     truth = cast_copy(own.layer, own.tensors, "float64")
     with named_if_raised(path, COPY.format(other)):
         mine = cast_copy(layer, tensors, other)
-    verdict = noise_floor(mine, truth, draws(), other, case.factor("calls"))
+    verdict = noise_floor(mine, truth, draws(), other, case.factor("calls", other))
     yield path, COPY.format(other), verdict
 
 
@@ -92,9 +92,8 @@ def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[s
     if mixed is None:
         return
     constants = method_info(subject.method).spec.start_from_config
-    there = mixed.adapted.layers.keys() & subject.adapted.layers.keys()  # the check `layers` reports a missing one
     for index, path in enumerate(mixed.bases):
-        if path not in there or floating_dtype(mixed.original_base(path)) != DTYPES[subject.dtype]:
+        if path not in subject.adapted.layers or floating_dtype(mixed.original_base(path)) != DTYPES[subject.dtype]:
             continue
         state = {n: t for n, t in subject.state().items() if n.rpartition(".")[2] not in constants}
         values = ({n: t for n, t in named.items() if n.startswith(f"{path}.")} for named in (subject.added(), state))

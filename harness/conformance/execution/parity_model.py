@@ -116,10 +116,11 @@ class ParityModel(nn.Module):
 
     @property
     def terms(self) -> int:
-        """Largest number of terms in a sum over the inputs or outputs of a layer."""
+        """Largest number of terms in a sum over the inputs or outputs of a layer to adapt."""
+        weights = [weight for path in self.targets for weight in self.get_submodule(path).parameters()]
         if self.kind == "experts":
-            return max(side for weight in self.parameters() for side in weight.shape)
-        return max(max(len(weight), math.prod(weight.shape[1:])) for weight in self.parameters())
+            return max(side for weight in weights for side in weight.shape)
+        return max(max(len(weight), math.prod(weight.shape[1:])) for weight in weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the whole model for x."""

@@ -282,7 +282,7 @@ def call(
     rows, sides = subject.arguments.get("x", torch.empty(0)).shape[:-1].numel(), max(of.values.get("shape", [0]))
     case = Case(
         "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
-        factors=plan.factors(of.dtype, sides, backward=rows),
+        factors_of_16_bits=plan.factors(), factors=plan.factors(of.dtype, sides * bool(rows), backward=max(rows, sides)),
     )  # fmt: skip
     return subject, case
 
@@ -363,7 +363,7 @@ def attach(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
-        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights,
+        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights, factors_of_16_bits=plan.factors(),
         factors=plan.factors(of.dtype, pristine.terms, gradient=of.shape.tokens, regularizer=of.config.get("rank", 0) ** 2),
     )  # fmt: skip
     return subject, case
