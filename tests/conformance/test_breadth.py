@@ -28,7 +28,7 @@ from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.tolerance_constants import LONG_SUM, NOISE_FACTOR
 from harness.errors import Exit
-from harness.methods.registry import DTYPES, Implementation, TargetKind
+from harness.methods.registry import DTYPES, Implementation, TargetKind, discover
 from harness.methods.spec import Adapted, methods
 from harness.records.record import CheckResult, Outcome
 from reference import adalora, galore, lora
@@ -437,6 +437,18 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
     of_layers = parity_suite.load("lora").factors("float32", LONG_SUM, gradient=LONG_SUM + 1)
     assert of_layers["gradient"] > NOISE_FACTOR
     assert "forward" not in of_layers
+
+
+@pytest.mark.parametrize(("side", "is_long"), [(LONG_SUM, False), (LONG_SUM + 1, True)])
+def test_a_long_side_counts_in_32_bits_only(side: int, is_long: bool) -> None:
+    plan = parity_suite.load("lora")
+    shape = parity_suite.CaseShape.model_validate({"tokens": 1, "in": side, "out": 2})
+    reference = discover().find("method", "lora", "reference")
+    for form in ("plain", "wide"):  # the layer `wide` is larger, and is not adapted
+        case = parity_suite.MethodCase({"rank": 1}, "linear", shape, "float32", form)
+        made = suite_run.attach(reference, plan, case)[1]
+        assert (made.factor("calls") > NOISE_FACTOR) is is_long
+        assert made.factor("calls", "bfloat16") == made.factor("calls", "float16") == NOISE_FACTOR
 
 
 def test_a_switch_is_tried_with_each_kind_of_layer() -> None:

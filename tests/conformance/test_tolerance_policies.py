@@ -13,7 +13,13 @@ from torch import Tensor
 from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_constants import NOISE_FACTOR, PERTURBED_DRAWS, ROUNDED_ULPS
+from harness.conformance.tolerance_constants import (
+    EPSILON,
+    NOISE_FACTOR,
+    NOISE_FLOOR_EPS,
+    PERTURBED_DRAWS,
+    ROUNDED_ULPS,
+)
 
 
 def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:
@@ -190,3 +196,12 @@ def test_a_draw_that_overflows_allows_no_further_error() -> None:
     judged = carried_noise({"x": (3 * truth).half()}, {"x": truth}, [own, own, overflowed], "float16", NOISE_FACTOR)
     assert not judged.passed
     assert judged.decided
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [("float32", True), ("bfloat16", False)])
+def test_the_floor_grows_with_the_factor_where_each_term_of_a_sum_is_rounded(dtype: str, passes: bool) -> None:
+    own = {"y": RIGHT.to(getattr(torch, dtype))}
+    truth = {"y": own["y"].double()}  # the reference has no error, so only the floor allows one
+    off = {"y": (truth["y"] * (1 + 4 * NOISE_FLOOR_EPS[dtype] * EPSILON[dtype])).to(getattr(torch, dtype))}
+    assert not noise_floor(off, truth, own, dtype).passed
+    assert noise_floor(off, truth, own, dtype, 8 * NOISE_FACTOR).passed is passes
