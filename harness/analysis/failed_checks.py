@@ -56,10 +56,8 @@ def unreferenced(record: Record) -> str:
 
 def no_speed(record: Record) -> str:
     """Return the reason why no time of this Cell may be shown. If times may be shown, return an empty string."""
-    others = (_of_mixing, of_serving)
-    return _refusal(
-        [c for c in failed(record) if not c.of_merging and not any(one(c) for one in others)]
-    ) or unreferenced(record)
+    own = [c for c in failed(record) if not (c.of_merging or _of_mixing(c) or of_serving(c))]
+    return _refusal(own) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance_constants import NOISE_FACTOR
+from harness.conformance.tolerance_constants import NOISE_FACTOR, USUAL_FACTORS
 
 if TYPE_CHECKING:
     from harness.conformance.subject import Subject
@@ -89,9 +89,9 @@ class Case:
     together, in place of the case's. Empty in cases in which the check `each_setting` is not tried."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Check name -> largest allowed error, as a multiple of the reference's own rounding error. A check without an
-    entry uses NOISE_FACTOR."""
-    factors_of_16_bits: Mapping[str, float] = field(default_factory=dict)
-    """The same for tensors in 16 bits, whatever the subject's dtype: long sums are not rounded there."""
+    entry uses its usual factor."""
+    long_sums: Mapping[str, float] = field(default_factory=dict)
+    """Check name -> further factor, if sums are so long that they round. It does not apply to tensors in 16 bits."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -103,8 +103,8 @@ class Case:
 
         dtype: dtype of the compared tensors, if it is not the subject's.
         """
-        factors = self.factors_of_16_bits if dtype in ("float16", "bfloat16") else self.factors
-        return factors.get(check, NOISE_FACTOR)
+        longer = 1.0 if dtype in ("float16", "bfloat16") else self.long_sums.get(check, 1.0)
+        return longer * self.factors.get(check, USUAL_FACTORS.get(check, NOISE_FACTOR))
 
     def attach_again(self, **config: Any) -> Subject | None:
         """Return a new Subject from `attach_fresh`. Return None if `attach_fresh` is None."""

@@ -17,7 +17,7 @@ from harness.conformance import suite_problems
 from harness.conformance.adapter_files import corpus
 from harness.conformance.case_role import CaseRole, Dtype
 from harness.conformance.case_selection import CaseSelection, Values
-from harness.conformance.tolerance_constants import NOISE_FACTOR, USUAL_FACTORS, long_sum_factor
+from harness.conformance.tolerance_constants import long_sum_factor
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods.registry import DTYPES, TargetKind
 from harness.records.record import FrozenModel
@@ -84,17 +84,18 @@ class _Tolerant(FrozenModel):
     tolerances: dict[str, Tolerance] = Field(default={})
     checks: list[str] = Field(min_length=1)
 
-    def factors(self, dtype: str = "", terms: int = 0, **terms_in: int) -> dict[str, float]:
-        """Map checks to the factor that replaces the usual one for them: those in `tolerances`, and those with sums of so
-        many terms that they round in `dtype` (see `long_sum_factor`).
+    def factors(self) -> dict[str, float]:
+        """Map the checks in `tolerances` to the factor that replaces the usual one for them."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def long_sums(self, dtype: str, terms: int, **terms_in: int) -> dict[str, float]:
+        """Map each check with a long sum in `dtype` to the further factor on its allowed error (see `long_sum_factor`).
 
         terms: largest number of terms of a sum. terms_in: the same number for single checks that have longer sums.
         """
-        factors = {check: looser.factor for check, looser in self.tolerances.items()}
-        for check in self.checks if dtype in ("float32", "float64") else ():
-            if (longer := long_sum_factor(max(terms, terms_in.get(check, 0)))) > 1:
-                factors[check] = longer * factors.get(check, USUAL_FACTORS.get(check, NOISE_FACTOR))
-        return factors
+        rounded = self.checks if dtype in ("float32", "float64") else ()
+        found = {check: long_sum_factor(max(terms, terms_in.get(check, 0))) for check in rounded}
+        return {check: factor for check, factor in found.items() if factor > 1}
 
 
 class MethodSuite(_Tolerant):

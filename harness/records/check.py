@@ -75,7 +75,7 @@ class CheckResult(FrozenModel):
 
     @property
     def of_merging(self) -> bool:
-        """Whether the check judges merged weights."""
+        """True if the check judges merged weights."""
         return "merge" in self.id.check
 
     @property

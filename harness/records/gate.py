@@ -26,7 +26,7 @@ class Gate(FrozenModel):
     """Number of results that come first in `Record.checks`: those of the gate, and then a reused check of merged weights.
     In a Record's file, this number is 0 if another Record ran the gate; reading a run counts the reused results."""
     merging: bool = False
-    """Whether the attempt also reuses the check of merged weights of `record`, which that attempt made after training."""
+    """True if the attempt also reuses the check of merged weights that `record` made after its training."""
 
 
 def shared(records: Iterable[Record]) -> tuple[list[Record], dict[str, str]]:

@@ -434,9 +434,8 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
 
     assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == NOISE_FACTOR
     assert allowed("float32", LONG_SUM + 1) > NOISE_FACTOR
-    of_layers = parity_suite.load("lora").factors("float32", LONG_SUM, gradient=LONG_SUM + 1)
-    assert of_layers["gradient"] > NOISE_FACTOR
-    assert "forward" not in of_layers
+    of_layers = parity_suite.load("lora").long_sums("float32", LONG_SUM, gradient=LONG_SUM + 1)
+    assert of_layers.keys() == {"gradient"}
 
 
 @pytest.mark.parametrize(("side", "is_long"), [(LONG_SUM, False), (LONG_SUM + 1, True)])
@@ -449,6 +448,20 @@ def test_a_long_side_counts_in_32_bits_only(side: int, is_long: bool) -> None:
         made = suite_run.attach(reference, plan, case)[1]
         assert (made.factor("calls") > NOISE_FACTOR) is is_long
         assert made.factor("calls", "bfloat16") == made.factor("calls", "float16") == NOISE_FACTOR
+
+
+@pytest.mark.parametrize(
+    ("name", "is_long"), [("lora_linear", True), ("nf4_dequantize", False), ("lorafa_step", False)]
+)
+def test_a_long_side_counts_in_outputs_only_if_a_product_sums_over_it(name: str, is_long: bool) -> None:
+    plan = parity_suite.load_operation(name)
+    mine = Implementation("mine", "operation", name, operations.every()[name].reference, dtypes=DTYPES)
+    typical = next(case for case in plan.cases(FEW, ["float32"]) if case.typical)
+    case = dataclasses.replace(typical, values={**typical.values, "shape": [8, 64 * LONG_SUM]})
+    made = suite_run.call(mine, plan, case)[1]
+    usual = plan.factors().get("outputs", NOISE_FACTOR)
+    assert (made.factor("outputs") > usual) is is_long
+    assert made.factor("outputs", "bfloat16") == usual
 
 
 def test_a_switch_is_tried_with_each_kind_of_layer() -> None:

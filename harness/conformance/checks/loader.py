@@ -7,7 +7,6 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import judged
 from harness.conformance.comparison.tolerance_policies import carried_noise
-from harness.conformance.tolerance_constants import CARRIED_FACTOR
 from harness.records.record import CheckResult
 
 
@@ -20,6 +19,6 @@ def check_logits(subject: LoaderSubject, case: Case) -> CheckResult:
     that the reference has in the dtype of the base.
     """
     have = by_prompt(subject.loaded().logits(subject.adapter.prompts, FIRST))
-    factor = case.factors.get("logits", CARRIED_FACTOR)
+    factor = case.factor("logits")
     verdict = carried_noise(have, subject.truth(), subject.rounded(), subject.dtype, factor)
     return judged(subject, case, "logits", verdict)

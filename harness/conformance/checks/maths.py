@@ -20,7 +20,7 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.optimizer_steps import optimizer_of
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance_constants import CARRIED_FACTOR, LARGEST_OVERFLOW, PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import LARGEST_OVERFLOW, PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 from reference.shared.layers import Convolution
@@ -214,7 +214,7 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
     if whole_model.INPUT_GRADIENT in truth:
         seen = whole_model.observe(subject.model, tensors, subject, case.forward, with_input=True)
         mine |= {name: tensor for name, tensor in seen.items() if name == whole_model.INPUT_GRADIENT}
-    factor = case.factors.get("model", CARRIED_FACTOR)
+    factor = case.factor("model")
     return judged(subject, case, "model", carried_noise(mine, truth, _carried(subject, case), subject.dtype, factor))
 
 

@@ -107,9 +107,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             is_merged, is_halved = when in (_MERGED, _AGAIN), when in (_CHANGED, _AGAIN)
             truth, draws = expected[path][is_merged, is_halved]
             if not (is_merged or quantises or y.isfinite().all()):
-                draws = islice(
-                    draws, 1, None
-                )  # the first result is merged, which may not overflow where this layer does
+                # The first result comes from a merged layer, which may be finite where this layer overflows.
+                draws = islice(draws, 1, None)
             verdict = noise_floor(
                 {"y": y}, truth, draws, subject.dtype, case.factor("merge"), jumps=quantises and is_merged
             )

@@ -16,7 +16,7 @@ from harness.conformance.comparison.optimizer_steps import DECAY, AdamW, bitsand
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, worst_of
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import Subject, attach_reference, load
-from harness.conformance.tolerance_constants import PERTURBED_DRAWS, TRAJECTORY_FACTOR
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
@@ -72,7 +72,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         mine, truth = end(trained.model, trained.adapted, decay, adamw), end_of_reference("float64", decay)
         # One run in this dtype may happen to have almost no error. Further runs start within the dtype's rounding errors.
         draws = (end_of_reference(subject.dtype, decay, seed) for seed in (None, *range(PERTURBED_DRAWS)))
-        factor = case.factors.get("trajectory", TRAJECTORY_FACTOR)
+        factor = case.factor("trajectory")
         return carried_noise(mine, truth, draws, subject.dtype, factor) if truth else None
 
     verdict, detail = judge(fresh, DECAY), ""

@@ -17,7 +17,6 @@ from harness.conformance.comparison.check_results import from_problems, judged, 
 from harness.conformance.comparison.galore_steps import LONG_GAP
 from harness.conformance.comparison.inputs import HALF
 from harness.conformance.subject import Subject, attach_reference, load, warm
-from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
 from harness.conformance.walk.program import Forward, Program
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
@@ -116,8 +115,6 @@ def _programs(
     narrow = partial(reference, start.dtype)
     wide, own, near = program(partial(reference, "float64")), program(narrow), program(narrow)
     drawn = tuple(replace(program(narrow), rounding=OtherRounding(seed)) for seed in range(draws))
-    programs = Programs(
-        program(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another, drawn
-    )
+    programs = Programs(program(subject), wide, own, near, start.dtype, case.factor("walk"), another, drawn)
     programs.align()
     return programs

@@ -111,7 +111,5 @@ def _judge_backward(subject: Subject, case: Case, path: str, call: Call) -> Iter
         mine = run(call.layer, call.tensors)
     except RuntimeError:
         return
-    yield (
-        form,
-        noise_floor(mine, truth, PlausibleResults(drawn()), dtype, AUTOCAST_FACTOR * case.factor("calls", dtype)),
-    )
+    factor = AUTOCAST_FACTOR * case.factor("calls", dtype)
+    yield form, noise_floor(mine, truth, PlausibleResults(drawn()), dtype, factor)

@@ -76,7 +76,10 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str, seed: int = 0) -> nn.Module:
-    """Return the model of `base` with the Method's reference attached, in the state from which training starts."""
+    """Return the model of `base` with the Method's reference attached, in the state from which training starts.
+
+    seed: seed of the random numbers with which the reference starts.
+    """
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(seed))
     return model.eval()

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import Any, get_args
+from typing import Any
 
 from harness.conformance.drawing import sample
-from harness.conformance.parity_suite import (
-    CaseShape,
-    Magnitude,
-    MethodCase,
-    MethodSuite,
-    ModelForm,
-    OperationCase,
-    OperationSuite,
-    WeightSize,
-)
+from harness.conformance.parity_suite import CaseShape, MethodCase, MethodSuite, OperationCase, OperationSuite
 
-_SIZES = {"model": ModelForm, "magnitude": Magnitude, "weights": WeightSize}
+_SIZES = ("model", "magnitude", "weights")
+"""Words of a name that belong to no config and no Operation."""
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
 _PAIR = {
     MethodSuite: re.compile(r"(\w+)=(\S+)"),
@@ -35,9 +27,10 @@ def read(plan: MethodSuite | OperationSuite, name: str) -> MethodCase | Operatio
     pair = _PAIR[type(plan)]
     values = {key: _value(value) for key, value in pair.findall(of_case)}
     sizes = {key: values.pop(key) for key in _SIZES if key in values}
-    if not values.keys() <= sample.factors(plan, plan.dtypes).keys():
+    known = sample.factors(plan, plan.dtypes)
+    if dtype not in plan.dtypes or not (values.keys() | sizes.keys()) <= known.keys():
         return None
-    if dtype not in plan.dtypes or any(size not in get_args(_SIZES[key]) for key, size in sizes.items()):
+    if any(size not in (*known[key].levels, *known[key].extremes) for key, size in sizes.items()):
         return None
     if isinstance(plan, OperationSuite):
         made: MethodCase | OperationCase = OperationCase(values, dtype, **sizes, drawn=True)

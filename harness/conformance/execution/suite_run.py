@@ -19,6 +19,7 @@ from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
+from harness.conformance.execution import long_sums
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, DeviceLostError, Execution
 from harness.conformance.operation import Arguments, OperationSubject, moved
@@ -279,10 +280,9 @@ def call(
         return moved(given | varied if of.magnitude != "normal" else given, device)
 
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    rows, sides = subject.arguments.get("x", torch.empty(0)).shape[:-1].numel(), max(of.values.get("shape", [0]))
     case = Case(
         "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
-        factors_of_16_bits=plan.factors(), factors=plan.factors(of.dtype, sides * bool(rows), backward=max(rows, sides)),
+        factors=plan.factors(), long_sums=long_sums.of_operation(plan, of, subject.arguments),
     )  # fmt: skip
     return subject, case
 
@@ -363,8 +363,8 @@ def attach(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, run_model=run_model,
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
-        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights, factors_of_16_bits=plan.factors(),
-        factors=plan.factors(of.dtype, pristine.terms, gradient=of.shape.tokens, regularizer=of.config.get("rank", 0) ** 2),
+        forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights, factors=plan.factors(),
+        long_sums=long_sums.of_layers(plan, of, pristine),
     )  # fmt: skip
     return subject, case
 
