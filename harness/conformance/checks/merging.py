@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Collection, Iterable, Mapping
-from itertools import chain, islice
-from typing import Any
+from collections.abc import Collection, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,10 @@ from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.call_histories import is_packed
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, inputs
-from harness.conformance.comparison.layer_comparison import PlausibleResults, RunLayer, runs_of
+from harness.conformance.comparison.merged_layers import expected_outputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
-from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load, warm
-from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
+from harness.conformance.subject import DTYPES, Subject, load, warm
 from harness.methods.module_copy import copied
 from harness.methods.spec import method_info
 from harness.records.record import CheckResult
@@ -71,7 +69,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         for layer in subject.adapted.layers.values():
             layer.eval()
         # Built before merging: the references use the model's own base weights, and must show if merging damages these.
-        expected = {path: _expected(subject, path, x) for path, x in xs.items()}
+        expected = {path: expected_outputs(subject, path, x) for path, x in xs.items()}
         subject.adapted.unmerge()
         outputs[_UNMERGED] = layer_outputs(subject, xs)
         eval_modes = {module: module.training for module in subject.model.modules()}
@@ -220,39 +218,6 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "unmerge", unchanged(whole_model.tensors(fresh.model), before))
 
 
-_Runs = tuple[dict[str, Tensor], Iterable[dict[str, Tensor]]]
-"""The output of the float64 reference, and plausible outputs, i.e. outputs that a correct program may give."""
-
-
-def _expected(subject: Subject, path: str, x: Tensor) -> dict[tuple[bool, bool], _Runs]:
-    """Return the expected outputs of a layer, by the pair (whether it is merged, whether its tensors are halved).
-
-    If merging does not quantise, a merged layer has the outputs of the layer with its adapter. In a small model, the
-    plausible outputs are computed when needed. In a large model, they are computed at once, because the reference layers of
-    all paths do not fit into memory together.
-    """
-    whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    half = whole[0].copy(), whole[1].copy()
-    for reference in half:
-        for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
-            reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
-    x = x.clone()  # the subject may write to the one that it gets
-
-    def runs(wide: ReferenceLayer, own: ReferenceLayer, run: RunLayer, *first: dict[str, Tensor]) -> _Runs:
-        jumps, is_small = run is _merged_output, subject.reference_cache is not None
-        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), run=run, reordered=jumps)
-        # Few draws move a sum across a tie of the quantiser, so all of them may be needed.
-        made = PlausibleResults(chain(first, islice(draws, None if jumps and is_small else DRAWS_AT_ONCE)))
-        return truth, made if is_small else list(made)
-
-    quantises, found = method_info(subject.method).spec.merge_quantises, dict[tuple[bool, bool], _Runs]()
-    for is_halved, pair in ((False, whole), (True, half)):
-        merged = runs(pair[0].copy(), pair[1].copy(), _merged_output) if quantises else None
-        found[False, is_halved] = runs(*pair, _output, *([] if quantises else [_merged(pair[1], x)]))
-        found[True, is_halved] = merged or found[False, is_halved]
-    return found
-
-
 @check(States.INIT, depends_on_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
@@ -358,23 +323,6 @@ def _used(subject: Subject | None, case: Case) -> dict[str, Tensor]:
         layer_seen = observe(layer, subject.tensors_of(path), x, dy, training=subject.trains_plainly)
         seen |= {f"{path}: {name}": tensor for name, tensor in layer_seen.items()}
     return seen
-
-
-def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return the output of a merged copy of the reference. Merging rounds the weight to the reference's dtype."""
-    merged = reference.copy()
-    merged.adapted.merge()
-    return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
-
-
-@torch.no_grad()  # also when a draw is made later
-def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
-    return {"y": layer.eval()(x)}
-
-
-@torch.no_grad()
-def _merged_output(layer: Any, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
-    return {"y": layer.merged().eval()(x)}
 
 
 def layer_outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:

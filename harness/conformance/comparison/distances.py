@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 1 << 17
+"""Number of elements of a block: 1 MiB in float64."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -36,18 +39,16 @@ class _Scaled:
     unit: float
     """Largest magnitude in `truth`, or 1 if it is 0 or infinite. Distances are computed in this unit, because the
     squares of numbers below 1e-154 underflow."""
-    units: Tensor
-    """`truth` divided by `unit`."""
     scale: float
-    """Norm of `units`, or 1 if the norm is 0."""
+    """Norm of `truth` in this unit, or 1 if the norm is 0."""
 
     @classmethod
     def of(cls, truth: Tensor) -> _Scaled:
         want = truth.detach().double()
-        top = float(want.abs().max()) if want.numel() else 0.0
+        top = float(torch.linalg.vector_norm(want, torch.inf)) if want.numel() else 0.0
         unit = top if 0 < top < math.inf else 1.0
-        units = want / unit
-        return cls(want, unit, units, float(torch.linalg.vector_norm(units)) or 1.0)
+        norms = [float(torch.linalg.vector_norm(block / unit)) for block in _blocks(want)]
+        return cls(want, unit, math.hypot(*norms) or 1.0)
 
     @property
     def size(self) -> float:
@@ -57,12 +58,23 @@ class _Scaled:
     def distance_of(self, value: Tensor) -> Distance:
         if not self.truth.numel():
             return Distance(0.0, 0.0, 0.0)
-        difference = (value.detach().double() - self.truth) / self.unit
+        norms, largest, product = list[float](), list[Tensor](), 0.0
+        for have, want in zip(_blocks(value.detach()), _blocks(self.truth), strict=True):
+            difference = torch.sub(have.double(), want).div_(self.unit)
+            norms.append(float(torch.linalg.vector_norm(difference)))
+            largest.append(torch.linalg.vector_norm(difference, torch.inf))
+            product += float(difference.mul_(want).div_(self.unit).sum())
         return Distance(
-            norm=float(torch.linalg.vector_norm(difference)) / self.scale,
-            largest=float(difference.abs().max()) * self.truth.numel() ** 0.5 / self.scale,
-            share=abs(float((difference * self.units).sum())) / self.scale**2,
+            norm=math.hypot(*norms) / self.scale,
+            largest=float(torch.stack(largest).max()) * self.truth.numel() ** 0.5 / self.scale,
+            share=abs(product) / self.scale**2,
         )
+
+
+def _blocks(tensor: Tensor) -> Sequence[Tensor]:
+    """Divide a tensor into blocks that fit into a cache, so that large temporary tensors need no memory."""
+    blocks: Sequence[Tensor] = tensor.reshape(-1).split(_BLOCK)
+    return blocks
 
 
 class Distances:

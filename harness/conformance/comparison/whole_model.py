@@ -121,7 +121,8 @@ def observe(
         if logits.requires_grad:
             logits.backward(dy)
         seen = {"logits": logits.detach().clone()}
-        seen |= {f"grad {name}": t.grad.detach().clone() for name, t in tensors.items() if t.grad is not None}
+        # Not copied: `parameter.grad = None` below leaves the gradients to the caller.
+        seen |= {f"grad {name}": t.grad.detach() for name, t in tensors.items() if t.grad is not None}
         if leaves and leaves[-1].grad is not None:
             seen[INPUT_GRADIENT] = leaves[-1].grad
         return seen
