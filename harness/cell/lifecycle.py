@@ -122,7 +122,9 @@ def _load(run: CellRun) -> models.Loaded:
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
         if job.model.source.scheme != "shape":
-            loaded = models.load(path, kind, job.task.labels, run.dtype, run.device, run.cell.seed)
+            loaded = models.load(
+                path, kind, job.task.labels, run.dtype, run.device, run.cell.seed, check_causal=run.known_gate is None
+            )
             run.notes += loaded.notes
             return loaded
         model = random_model.build(path, run.dtype, kind, job.task.labels)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from reference.operations import int8
+from reference.shared.quantised_weight import QuantisedWeight
 
 
-class Int8Weight(nn.Module):
+class Int8Weight(QuantisedWeight):
     """A weight W (E, D) in 8 bits: one code per element, and one absmax per row."""
 
     codes: Tensor

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from reference.operations import double_quant, nf4
+from reference.shared.quantised_weight import QuantisedWeight
 
 
-class Nf4Weight(nn.Module):
+class Nf4Weight(QuantisedWeight):
     """A weight of any shape in NF4. Blocks are consecutive in `W.flatten()`, and may cross rows."""
 
     codes: Tensor

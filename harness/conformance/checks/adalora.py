@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -108,7 +109,8 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are the same as in the
     reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up to a quarter of
     all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the start, and
-    whose gradients are so small that scores in float16 would be 0.
+    whose gradients are so small that scores in float16 would be 0, and for all steps of a drawn schedule, such as one with
+    tfinal = 0, or one in which delta_t divides nothing.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
     `state()` contains the pruning masks, the check writes other masks there once, which must take effect. Once, it continues
@@ -140,7 +142,22 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
         truth = _reference(long, "float64")
         for step in _LONG_STEPS:
             problems += [f"of 6000, {one}" for one in _problems_after(step, long, truth, case, _SMALL)]
+    drawn = _drawn_schedule(case.seed + sum(t.numel() for t in subject.added().values()))
+    if (other := case.attach_again(**drawn)) is not None:
+        truth, how = _reference(other, "float64"), ", ".join(f"{name} = {value}" for name, value in drawn.items())
+        for step in range(1, drawn["total_steps"] + 1):
+            problems += [f"with {how}: {one}" for one in _problems_after(step, other, truth, case)]
     return from_problems(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
+
+
+def _drawn_schedule(seed: int) -> dict[str, int]:
+    """Draw the settings of a schedule of 4 to 10 steps. Adapters of other sizes get other schedules."""
+    draw = random.Random(seed).randint  # noqa: S311  # no secret
+    steps = draw(4, 10)
+    tinit = draw(0, steps - 1)
+    return {
+        "total_steps": steps, "tinit": tinit, "tfinal": draw(0, steps - 1 - tinit), "delta_t": draw(1, steps + 1)
+    }  # fmt: skip
 
 
 def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case, size: float = 1.0) -> Iterator[str]:

@@ -50,7 +50,13 @@ from harness.conformance.comparison.layer_comparison import PlausibleResults, re
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.operation_call import flatten
 from harness.conformance.comparison.operation_forms import OperationForm, of_operation
-from harness.conformance.comparison.other_dtypes import BESIDE, COPY, judge_beside_another_dtype, judge_copy
+from harness.conformance.comparison.other_dtypes import (
+    BESIDE,
+    COPY,
+    judge_beside_another_dtype,
+    judge_constants,
+    judge_copy,
+)
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
@@ -209,8 +215,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             yield from (_named(path, *one) for one in judge_under_autocast(subject, case, path, call))
             yield from _untrained(subject, case, path, call)
     yield from _derivatives(subject, case)
-    for judged_layer in chain(judge_copy(subject, case), judge_beside_another_dtype(subject, case)):
-        yield _named(*judged_layer)
+    by_dtype = judge_copy(subject, case), judge_constants(subject, case), judge_beside_another_dtype(subject, case)
+    yield from (_named(*one) for one in chain.from_iterable(by_dtype))
 
 
 def _called(subject: Subject, case: Case) -> list[str]:

@@ -17,6 +17,7 @@ from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import from_problems, judged, prefix_tensor, skipped
 from harness.conformance.comparison.distances import place
+from harness.conformance.comparison.inputs import columns_of_wider
 from harness.conformance.comparison.tolerance_policies import exact, rounded_once, worst_of
 from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.poisoned_memory import poisoned_memory
@@ -121,13 +122,14 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
 
     A missing gradient counts as zero. But a tensor in a list that the call does not use, such as an adapter that no
     sequence of the batch chose, has the gradient None, as in the reference. With zeros, an optimizer would decay this
-    adapter and move it along its old moments.
+    adapter and move it along its old moments. An output without elements has a graph if the reference's has one, so that a
+    backward pass does not raise an error.
     """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
     verdict = operation_call.judge_gradients(subject, case, case.factor("backward"))
-    if verdict.passed and (needless := _needless_gradients(subject, case)):
-        return from_problems(subject, case, "backward", needless)
+    if verdict.passed and (problems := _needless_gradients(subject, case) + _without_graph(subject)):
+        return from_problems(subject, case, "backward", problems)
     return judged(subject, case, "backward", verdict)
 
 
@@ -203,13 +205,18 @@ def _overwritten(arguments: Arguments, by: Arguments) -> Arguments | None:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Four layouts are tried for every tensor: a view with gaps between its elements, a tensor that is transposed in
-    memory as a `.T` is, one whose batch and tokens are transposed in memory, and a contiguous slice that does not
-    begin at the start of its storage. A 0-d tensor does not begin there either. The outputs equal those for
-    contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
+    Five layouts are tried for every tensor: a view with gaps between its elements, some columns of a wider tensor, a
+    tensor that is transposed in memory as a `.T` is, one whose batch and tokens are transposed in memory, and a contiguous
+    slice that does not begin at the start of its storage. A 0-d tensor does not begin there either. The outputs equal
+    those for contiguous arguments to the last bit, or pass the rules of the checks `outputs` and `output_codes`.
     """
     plain, found = subject.call(), []
-    changes = {"every second element": _gapped, "transposed": _transposed, "slice": _sliced}
+    changes = {
+        "every second element": _gapped,
+        "transposed": _transposed,
+        "slice": _sliced,
+        "columns": columns_of_wider,
+    }
     if any(tensor.dim() > 2 for tensor in operation_call.flatten(subject.arguments).values()):
         changes["batch and tokens transposed"] = _swapped
     for name, change in changes.items():
@@ -303,6 +310,21 @@ def _needless_gradients(subject: OperationSubject, case: Case) -> list[str]:
     ]
 
 
+def _without_graph(subject: OperationSubject) -> list[str]:
+    """Describe each output without elements that has no graph, and that has one in the reference."""
+    if all(output.numel() for output in operation_call.reference_outputs(subject, torch.float64).values()):
+        return []
+    mine, right = (
+        operation_call.forward(subject, function, DTYPES[subject.dtype])[0]
+        for function in (subject.function, subject.operation.reference)
+    )
+    return [
+        f"{name} has no elements and no graph, so a backward pass raises an error"
+        for name, output in right.items()
+        if output.requires_grad and not output.numel() and not mine[name].requires_grad
+    ]
+
+
 def _changed(change: Callable[[Tensor], Tensor], one: object) -> object:
     """Return a tensor after `change`. A 0-d tensor becomes the second item of a vector. Anything else stays as it is."""
     if isinstance(one, Tensor):
@@ -310,22 +332,21 @@ def _changed(change: Callable[[Tensor], Tensor], one: object) -> object:
     return one
 
 
-def _gapped(tensor: Tensor) -> Tensor:
-    """Return an equal tensor that has a gap after each element in memory.
+def _odd(tensor: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of the dtype of `tensor` full of NaN or, if `tensor` holds integers, of the largest integer."""
+    return tensor.new_full(shape, torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
-    The gaps hold NaN or, if the tensor holds integers, the largest integer.
-    """
-    floating = tensor.is_floating_point()
-    wide = tensor.new_full((*tensor.shape, 2), torch.nan if floating else torch.iinfo(tensor.dtype).max)
+
+def _gapped(tensor: Tensor) -> Tensor:
+    """Return an equal tensor that has a gap after each element in memory."""
+    wide = _odd(tensor, *tensor.shape, 2)
     wide[..., 0] = tensor
     return wide[..., 0]
 
 
 def _sliced(tensor: Tensor) -> Tensor:
     """Return an equal tensor that is a contiguous slice and does not begin at the start of its storage."""
-    floating = tensor.is_floating_point()
-    first = tensor.new_full((1, *tensor.shape[1:]), torch.nan if floating else torch.iinfo(tensor.dtype).max)
-    return torch.cat([first, tensor])[1:]
+    return torch.cat([_odd(tensor, 1, *tensor.shape[1:]), tensor])[1:]
 
 
 def _transposed(tensor: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         odd.append("after a closure that raises, gradients are switched off")
     for shape in ((4,), fresh.own[0].shape):
         odd += _of_added_groups(optimizer, torch.ones(shape, device=fresh.own[0].device))
-    odd += _after_a_refused_step(fresh, case)
+    often = case.attach_again(update_gap=1) or fresh  # so that GaLore refuses such a gradient in any step
+    for number in (1, 2):
+        odd += _after_a_refused_step(often, case, number)
     return from_problems(subject, case, "closure", odd)
 
 
@@ -83,10 +85,11 @@ def _of_added_groups(optimizer: torch.optim.Optimizer, values: Tensor) -> Iterat
                 yield problem
 
 
-def _after_a_refused_step(fresh: Subject, case: Case) -> Iterator[str]:
+def _after_a_refused_step(fresh: Subject, case: Case, number: int) -> Iterator[str]:
     """Take a step that the optimizer refuses, and then one with good gradients. Yield a message if either is wrong.
 
     The gradient of the first tensor holds an infinity in the refused step. Yield nothing if the optimizer accepts it.
+    number: that of the refused step. The steps before it have good gradients.
     """
     tensors = fresh.adapted.tensors()
     start = {name: t.detach().clone() for name, t in tensors.items()}
@@ -94,25 +97,29 @@ def _after_a_refused_step(fresh: Subject, case: Case) -> Iterator[str]:
     gradients = {name: torch.randn(t.shape, generator=generator) for name, t in start.items()}
     first = next(iter(tensors))
     ends = []
-    for refused in (True, False):
-        optimizer = new_optimizer(fresh)
-        _put(tensors, start)
-        if refused:
-            try:
-                _step(optimizer, {first: tensors[first]}, {first: gradients[first] * torch.inf})
-            except (ValueError, RuntimeError, ArithmeticError, AssertionError):  # torch's SVD raises a RuntimeError
-                if not unchanged({first: tensors[first].detach()}, {first: start[first]}).passed:
-                    yield f"a step that raises changes {first}"
-            else:
-                break
-        _put(tensors, start)
-        with torch.random.fork_rng():
+    with torch.random.fork_rng():
+        for refused in (True, False):
+            optimizer = new_optimizer(fresh)
+            _put(tensors, start)
             process_settings.seed(0)  # for an optimizer that draws random numbers
+            for _ in range(number - 1):
+                _step(optimizer, tensors, gradients)
+            if refused:
+                before = tensors[first].detach().clone()
+                try:
+                    _step(optimizer, {first: tensors[first]}, {first: gradients[first] * torch.inf})
+                except (ValueError, RuntimeError, ArithmeticError, AssertionError):  # torch's SVD raises a RuntimeError
+                    if not unchanged({first: tensors[first].detach()}, {first: before}).passed:
+                        yield f"a step that raises changes {first}"
+                else:
+                    break
+            _put(tensors, start)
+            process_settings.seed(0)
             _step(optimizer, tensors, gradients)
-        ends.append({name: t.detach().clone() for name, t in tensors.items()})
+            ends.append({name: t.detach().clone() for name, t in tensors.items()})
     _put(tensors, start)
     if len(ends) > 1 and not (verdict := unchanged(*ends)).passed:
-        yield f"after a step that raised, the next step moves {verdict.tensor} as if the first had counted"
+        yield f"after step {number} raised, the next step moves {verdict.tensor} as if step {number} had counted"
 
 
 class _StoppedError(Exception):

@@ -53,9 +53,9 @@ the rank. `_NITER`: number of subspace iterations of the randomised SVD."""
 _LEFT = 2.0
 """Largest ratio of what an implementation leaves of the steep weight to what the reference leaves. The reference leaves
 nearly the optimum with every seed; an SVD that collapses to the largest singular values leaves over ten times as much."""
-_LEAST_RESIDUAL = 0.125
-"""Smallest ||W_res|| / ||W|| for which the rounding of W_res to 16 bits is judged. Above this ratio, the float32 errors
-of W - s B A are far below the 16-bit rounding errors of W_res."""
+_WIDER = 32
+"""The rounding of W_res to 16 bits is judged if its unit in the last place is at least so many times as large as that of W
+in float32. Then the float32 errors of W - s B A are far below the rounding errors of W_res."""
 
 
 @check()
@@ -64,8 +64,8 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
     The allowed error is a multiple of the reference's error in this dtype. W_res contains the rounding errors of A and
     B  (PiSSA, eqs. 2 to 5). In 16 bits, nearly every element of W_res must also be the correctly rounded value of W - s
-    B A, computed from the rounded factors. A W_res that is much smaller than W is exempt, because it shows the errors
-    of float32.
+    B A, computed from the rounded factors. A W_res that is so small that it shows the errors of float32 is exempt, such as
+    one in float16 at full rank.
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
@@ -90,11 +90,13 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
 
 def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
-    """Judge how W_res was rounded to 16 bits. Return None in other dtypes, and if W_res is much smaller than W."""
+    """Judge how W_res was rounded to 16 bits. Return None in other dtypes, and if W_res is too small, see `_WIDER`."""
     W, residual = fresh.original_weight(path).double(), fresh.state()[f"{path}.residual"].detach()
-    if fresh.dtype in ROUNDED_SUMS or float(residual.double().norm()) < _LEAST_RESIDUAL * float(W.norm()):
+    exactly = W - _principal(fresh, fresh.adapted, path)["s B A"]
+    unit, of_float32 = EPSILON[fresh.dtype] * float(exactly.norm()), EPSILON["float32"] * float(W.norm())
+    if fresh.dtype in ROUNDED_SUMS or unit < _WIDER * of_float32:
         return None
-    return rounded_once({"residual": residual}, {"residual": W - _principal(fresh, fresh.adapted, path)["s B A"]})
+    return rounded_once({"residual": residual}, {"residual": exactly})
 
 
 @check()

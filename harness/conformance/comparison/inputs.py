@@ -92,3 +92,15 @@ def takes_rows(base: nn.Module) -> bool:
 def safe_factor(y: Tensor) -> float:
     """Return a power of two by which y is multiplied without rounding: -2, or -1 if -2 would overflow."""
     return -2.0 if not y.numel() or float(y.abs().amax()) < torch.finfo(y.dtype).max / 4 else -1.0
+
+
+def columns_of_wider(tensor: Tensor) -> Tensor:
+    """Return an equal tensor that has a gap after each row in memory, as a part of a fused weight has. A vector has none.
+
+    The gaps hold large numbers and not NaN: in bfloat16, oneDNN multiplies the number after a row by zero.
+    """
+    if tensor.dim() < 2:
+        return tensor
+    limits = torch.finfo(tensor.dtype) if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
+    gap = tensor.new_full((*tensor.shape[:-1], 1), limits.max)
+    return torch.cat([tensor, gap], dim=-1)[..., :-1]

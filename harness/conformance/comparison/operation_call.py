@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.check_results import prefix_tensor
+from harness.conformance.comparison.inputs import columns_of_wider
 from harness.conformance.comparison.moved_numbers import perturbed, with_error_of_float64
 from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor, worst_of
 from harness.conformance.normal_noise import normal_noise
@@ -27,9 +28,9 @@ from harness.conformance.tolerance_constants import (
 )
 
 _T = TypeVar("_T")
-Layout = Literal["plain", "expanded", "transposed"]
+Layout = Literal["plain", "expanded", "transposed", "columns"]
 """Layout of the gradient of an output. `plain`: contiguous. `expanded`: one number expanded, as `y.sum()` sends it.
-`transposed`: transposed in memory, as `y.T` sends it."""
+`transposed`: transposed in memory, as `y.T` sends it. `columns`: a part of each row, as `torch.cat` sends it."""
 _NARROW = {torch.float64: torch.float32}
 
 
@@ -170,7 +171,7 @@ def incoming_gradients(outputs: Mapping[str, Tensor], case: Case, layout: Layout
         dy = normal_noise(drawn, generator).to(y.device, y.dtype).expand(y.shape)
         if layout == "transposed" and y.dim() > 1:
             dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
-        dys[name] = dy
+        dys[name] = columns_of_wider(dy) if layout == "columns" else dy
     return dys
 
 

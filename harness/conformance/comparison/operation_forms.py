@@ -53,6 +53,7 @@ class OperationForm(StrEnum):
     ONE_GRADIENT = "with only {} needing a gradient"
     EXPANDED = "with the gradient of a sum"
     TRANSPOSED = "with a transposed gradient"
+    COLUMNS = "with a gradient that is a part of each row"
     ONE_OUTPUT = "with only {} in use"
     SECOND_BACKWARD = "in a second backward pass"
     ZEROS = "with gradients that are zeros"
@@ -170,6 +171,7 @@ def _gradients(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     layouts: dict[operation_call.Layout, str] = {
         "expanded": OperationForm.EXPANDED,
         "transposed": OperationForm.TRANSPOSED,
+        "columns": OperationForm.COLUMNS,
     }
     for layout, form in layouts.items():
         yield judge(form, layout=layout)

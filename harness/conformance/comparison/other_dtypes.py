@@ -14,7 +14,7 @@ from harness.conformance.comparison.check_results import named_if_raised
 from harness.conformance.comparison.inputs import cast, inputs
 from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, exact, noise_floor, unchanged
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.errors import Unsupported
@@ -72,6 +72,25 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
         mine = cast_copy(layer, tensors, other)
     verdict = noise_floor(mine, truth, draws(), other, case.factor("calls", other))
     yield path, COPY.format(other), verdict
+
+
+def judge_constants(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:
+    """Cast a freshly adapted model to another dtype. Yield a judgement of the tensors in its state that keep their dtype.
+
+    These are the tensors that keep their dtype in the reference, such as the float32 constants of a packed weight: they keep
+    their values, too. Yield the form's name as well; the path is empty.
+    """
+    fresh = case.attach_again() if any(t.is_floating_point() for t in subject.state().values()) else None
+    if fresh is None:
+        return
+    other, truth = OTHER_DTYPE[subject.dtype], fresh.fresh_reference(fresh.dtype)
+    truth.model.to(DTYPES[other])
+    own, dtypes = fresh.state(), {name: t.dtype for name, t in truth.state().items() if t.is_floating_point()}
+    before = {n: own[n].clone() for n in own.keys() & dtypes.keys() if dtypes[n] not in (DTYPES[other], torch.float64)}
+    with named_if_raised("", COPY.format(other)):
+        fresh.model.to(DTYPES[other])
+    if before:
+        yield "", COPY.format(other), unchanged({name: fresh.state()[name] for name in before}, before)
 
 
 def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from harness.conformance.drawing.factors import Beta, Eps, Factor, FirstStep, Matrix, Rank, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
+from harness.conformance.operations.adamw8bit_step import SMALL
 from reference import galore
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), (0.01, 100.0), least=0.01, most=8.0)]
 LearningRate = Annotated[float, Factor((4.0,), (0.0, 0.01, 0.1, 1.0), least=0.0, most=8.0)]
-Gradient = Literal["dense", "large"]
+Gradient = Literal["dense", "large", "small"]
 LARGE = 256.0
 """Factor of a large gradient. The squares of about a third of its numbers exceed the largest float16."""
 NEVER = 1_000_000
@@ -40,10 +41,13 @@ def arguments(
     """Draw a weight (m, n), its gradient, its moments, and orthonormal projection matrices: P (m, r), Q (n, r) or both.
 
     The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
-    step; for step 1, the moments are zero. gradient: `large` multiplies the gradient by 256. By default, lr is so large
-    that the step is as large as the weight.
+    step; for step 1, the moments are zero. gradient: `large` multiplies the gradient by 256. `small` makes the gradient and
+    the moments as small as in a model that is nearly trained. By default, lr is so large that the step is as large as the
+    weight.
     """
     m, n = shape
+    size = {"dense": 1.0, "large": LARGE, "small": SMALL}[gradient]
+    before = min(size, 1.0) * (step > 1)
     left, right = galore.sides(m, n, side)
 
     def basis(rows: int) -> Tensor:
@@ -54,11 +58,11 @@ def arguments(
     low = (r if left else m, r if right else n)
     return {
         "W": draw(generator, dtype, m, n),
-        "G": draw(generator, dtype, m, n) * (LARGE if gradient == "large" else 1.0),
+        "G": draw(generator, dtype, m, n) * size,
         "P": basis(m) if left else None,
         "Q": basis(n) if right else None,
-        "M": draw(generator, dtype, *low) * (step > 1),
-        "V": draw(generator, dtype, *low).square() * (step > 1),
+        "M": draw(generator, dtype, *low) * before,
+        "V": draw(generator, dtype, *low).square() * before**2,
         "side": side,
         "step": step,
         "lr": lr,
