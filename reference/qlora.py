@@ -178,9 +178,9 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     """Freeze `model`, quantise every target, and add a low-rank update. A and B start as in LoRA.
 
     `generator` draws each A in turn. If the weight of a target is packed already, it is decoded and quantised again.
-    Because of quantisation, the initial output differs from that of the base model. Raises ValueError if a target names
-    no linear layer and no module of stacked experts, and for experts with a dropout or with lora_bias. The model is then
-    unchanged.
+    Because of quantisation, the initial output differs from that of the base model. If the model is cast to another dtype
+    later, the tensors of the 4-bit weight keep their dtypes and values. Raises ValueError if a target names no linear layer
+    and no module of stacked experts, and for experts with a dropout or with lora_bias. The model is then unchanged.
     """
     return adapt(model, targets(model, config.targets, KINDS), lambda base: _adapted(base, config, generator))
 

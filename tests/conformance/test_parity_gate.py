@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from harness.conformance import checks, faults
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom, parity_gate
-from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.comparison.merged_layers import expected_outputs
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.subject import (
     DTYPES,
@@ -25,6 +26,7 @@ from harness.conformance.subject import (
     load_start,
     warm,
 )
+from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.errors import Unsupported
 from harness.methods.implementations.bitsandbytes import weights as bitsandbytes
 from harness.methods.registry import Implementation, discover
@@ -194,6 +196,23 @@ def test_a_merge_that_spoils_the_base_weight_is_noticed_though_it_is_taken_back(
     monkeypatch.setattr(subject.adapted, "merge", rough)
     (result,) = parity_gate.after_training(subject, SEED)
     assert (result.outcome, result.detail) == (Outcome.FAIL, "after merging")
+
+
+def test_further_plausible_outputs_do_not_follow_a_base_weight_that_merging_spoils() -> None:
+    """A large model's references are built again for them, on the weights as they are then."""
+    subject, _ = through_the_gate(method("fused"))
+    warm(subject.added(), torch.Generator().manual_seed(SEED))
+    subject.original = Original(None)
+    truth, draws = expected_outputs(subject, "a", torch.randn(5, 64, generator=torch.Generator().manual_seed(SEED)))[
+        True, False
+    ]
+    with torch.no_grad():
+        subject.bases["a"].weight.mul_(3)  # type: ignore[operator,union-attr]
+    first, *further = draws
+    assert len(further) == DRAWS_AT_ONCE - 1
+    assert not exact(further[0], further[1]).passed
+    for draw in further:
+        assert noise_floor(draw, truth, first, "float32").passed
 
 
 class Square(Model):

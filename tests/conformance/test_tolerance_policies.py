@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.conformance.comparison.distances import Distance
 from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES
@@ -205,3 +206,23 @@ def test_the_floor_grows_with_the_factor_where_each_term_of_a_sum_is_rounded(dty
     off = {"y": (truth["y"] * (1 + 4 * NOISE_FLOOR_EPS[dtype] * EPSILON[dtype])).to(getattr(torch, dtype))}
     assert not noise_floor(off, truth, own, dtype).passed
     assert noise_floor(off, truth, own, dtype, 8 * NOISE_FACTOR).passed is passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_distance_of_a_large_tensor_counts_every_element(dtype: torch.dtype) -> None:
+    """Large tensors are compared block by block. All numbers below are powers of two, so the results are exact."""
+    truth = torch.zeros(1024, 1024, dtype=torch.float64)
+    truth[0, 0] = 4.0
+    first, last, lost = (truth.to(dtype, copy=True) for _ in range(3))
+    first[0, 0], last[-1, -1], lost[-1, -1] = 5.0, 2.0, torch.nan
+    assert Distance.of(first, truth) == Distance(norm=0.25, largest=256.0, share=0.25)
+    assert Distance.of(last, truth) == Distance(norm=0.5, largest=512.0, share=0.0)
+    assert Distance.of(last.T, truth.T) == Distance.of(last, truth)
+    assert math.isnan(Distance.of(lost, truth).largest)
+    assert math.isnan(Distance.of(lost, truth).norm)
+
+
+def test_a_distance_far_outside_float64_is_infinite_and_no_error() -> None:
+    truth = torch.ones(3, dtype=torch.float64)
+    assert Distance.of(truth * 1e200, truth).norm == math.inf
+    assert Distance.of(truth * 1e150, truth).norm < math.inf

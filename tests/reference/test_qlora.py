@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
-from harness.conformance.comparison.tolerance_policies import exact, noise_floor
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor, unchanged
 from harness.conformance.subject import DTYPES, configure, warm
 from reference import lora, qlora
 from reference.operations import double_quant, nf4
@@ -272,3 +272,14 @@ def test_rank_and_alpha_give_the_scaling() -> None:
         assert attached(rank=rank, alpha=alpha).layers["v_proj"].scaling == alpha / rank
     bound = 1 / math.sqrt(12)
     assert float(attached(rank=64).layers["q_proj"].A.detach().abs().max()) <= bound
+
+
+@DOUBLE
+def test_codes_and_constants_stay_as_they_are_when_the_model_is_cast(double: bool) -> None:
+    adapted = attached("float32", double_quant=double)
+    before = {name: t.clone() for name, t in adapted.state().items()}
+    for dtype in (torch.bfloat16, torch.float64):
+        adapted.model.to(dtype)
+        assert unchanged(adapted.state(), before).passed
+    adapted.model.to("meta")
+    assert {t.device.type for t in adapted.state().values()} == {"meta"}

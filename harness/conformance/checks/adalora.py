@@ -154,10 +154,9 @@ def _drawn_schedule(seed: int) -> dict[str, int]:
     """Draw the settings of a schedule of 4 to 10 steps. Adapters of other sizes get other schedules."""
     draw = random.Random(seed).randint  # noqa: S311  # no secret
     steps = draw(4, 10)
-    tinit = draw(0, steps - 1)
-    return {
-        "total_steps": steps, "tinit": tinit, "tfinal": draw(0, steps - 1 - tinit), "delta_t": draw(1, steps + 1)
-    }  # fmt: skip
+    tinit = draw(0, steps // 2)
+    tfinal = draw(0, 1) * draw(0, steps - 1 - tinit)
+    return {"total_steps": steps, "tinit": tinit, "tfinal": tfinal, "delta_t": draw(1, steps + 1)}
 
 
 def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case, size: float = 1.0) -> Iterator[str]:

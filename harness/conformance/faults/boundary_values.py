@@ -173,5 +173,18 @@ FAULTS = [
         values={"shape": [300], "gradient": "zero", "step": 1}),
     line_fault("oft", "computes_at_most_eight_terms", ["forward", "gradient"],
         "for _ in range(terms - 2):", "for _ in range(min(terms, 8) - 2):", values={"block_size": 2, "terms": 10}),
+    line_fault("lora_linear", "returns_zeros_without_a_graph_for_no_rows", ["backward"],
+        "    return apply_layer(", "    if not x.numel():\n        return x.new_zeros(*x.shape[:-1], len(W))\n"
+        "    return apply_layer(", values={"shape": [24, 40], "rows": [0], "rank": 3}),
+    line_fault("galore8bit_step", "stores_no_small_second_moments", ["output_codes"],
+        "    galore_moments.encode(state, M, V)", "    galore_moments.encode(state, M, V * (V >= 1e-12))",
+        file="galore", values={"shape": [48, 96], "rank": 4, "gradient": "small"}),
+    line_fault("pissa", "has_no_residual_at_full_rank", ["residual"],
+        "residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))",
+        "residual = (W - scaling * (B.to(W.dtype) @ A.to(W.dtype))) * (config.rank < min(W.shape))",
+        dtype="bfloat16", values={"rank": 24, "alpha": 24.0}),
+    line_fault("adalora", "prunes_for_the_last_time_only_at_a_multiple_of_delta_t", ["budget"],
+        "if step == end or (", "if (step == end and (config.tfinal or end % config.delta_t == 0)) or (",
+        values={**_ADALORA, "rank": 7}),
 ]
 # fmt: on

@@ -33,6 +33,21 @@ FAULTS = [
     line_fault("lora_linear", "reads_a_gradient_as_if_it_were_contiguous", ["calls"], f"return {_UPDATE}",
         f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy if 0 in dy.stride() else "
         "dy.as_strided(dy.shape, torch.empty(dy.shape).stride()))\n    return y", values=_LAYER),
+    line_fault("lora_linear", "reads_a_part_of_a_wider_gradient_as_if_its_rows_were_adjacent", ["calls"],
+        f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    if y.requires_grad:\n        y.register_hook(lambda dy: dy.as_strided(dy.shape, "
+        "(dy.shape[1], 1)) if dy.stride(1) == 1 and dy.stride(0) > dy.shape[1] else dy)\n    return y", values=_LAYER),
+    line_fault("nf4_quantize", "reads_columns_of_a_wider_weight_as_if_its_rows_were_adjacent", ["layouts"],
+        "flat = x.detach().flatten().float()",
+        "x = x.as_strided(x.shape, (x.shape[1], 1)) if x.stride(-1) == 1 and x.stride(0) > x.shape[-1] else x\n"
+        "    flat = x.detach().flatten().float()", file="dynamic_map", values=_BLOCKS),
+    line_fault("qlora", "rounds_its_constants_when_the_model_is_cast", ["calls"],
+        "if now.dtype != before[name].dtype:", "if False:", file="quantised_weight", values=_METHOD, inputs=64, outputs=48),
+    line_fault("galore", "counts_a_step_that_raises", ["closure"],
+        "        fresh = given or",
+        '        state |= {"step": state["step"] + 1} if state else {}\n        fresh = given or',
+        "        state |= {name: t for",
+        '        state |= {"step": state["step"] - 1} if state else {}\n        state |= {name: t for', values={"rank": 3}),
     line_fault("nf4_dequantize", "makes_its_table_in_the_default_dtype", ["calls"],
         "return code.to(codes.device)[", "return code.to(codes.device, torch.get_default_dtype())[",
         file="dynamic_map", values={"shape": [160, 96], "block": 64}),
