@@ -185,6 +185,6 @@ FAULTS = [
         dtype="bfloat16", values={"rank": 24, "alpha": 24.0}),
     line_fault("adalora", "prunes_for_the_last_time_only_at_a_multiple_of_delta_t", ["budget"],
         "if step == end or (", "if (step == end and (config.tfinal or end % config.delta_t == 0)) or (",
-        values={**_ADALORA, "rank": 7}),
+        values=_ADALORA),
 ]
 # fmt: on
