@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 
 import torch
@@ -223,7 +223,8 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
-    may stay frozen. No hook that attaching registered stays. Then the weights of the model are changed in place, and a
+    may stay frozen. No hook that attaching registered stays. Attaching leaves the modules that it does not adapt in training
+    or eval mode. Then the weights of the model are changed in place, and a
     second adapter is attached. It starts and computes like an adapter on a fresh copy of the changed model, also when
     both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values.
     No second adapter is attached to a quantised base, because its layers cannot be packed twice. Nothing keeps a detached
@@ -239,6 +240,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
     odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
     odd += _left_hooks(fresh.model, fresh.original.model)
+    odd += [] if fresh.packed else _other_modes(fresh.original.model, case)
     if odd:
         return from_problems(subject, case, "detach", odd)
     with torch.no_grad():
@@ -278,6 +280,18 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         problems = [f"the adapted {path} stays in memory after it was detached and dropped" for path in kept]
         return from_problems(subject, case, "detach", problems)
     return judged(subject, case, "detach", worst_of(found, "exact"))
+
+
+def _other_modes(model: nn.Module, case: Case) -> Iterator[str]:
+    """Attach to copies of the model in training and in eval mode. Yield a message for each one that attaching switches."""
+    for training, name in ((True, "training"), (False, "eval")):
+        modules = copied(model).train(training)
+        before = {path: module for path, module in modules.named_modules() if not [*module.children()] or not path}
+        if (attached := case.attach_again(model=modules)) is None:
+            return
+        layers = {id(one) for base in attached.bases.values() for one in base.modules()}
+        if other := [path for path, one in before.items() if id(one) not in layers and one.training is not training]:
+            yield f"attaching to a model in {name} mode switches the mode of {other[0] or 'the model'}"
 
 
 def _left_hooks(model: nn.Module, original: nn.Module) -> list[str]:

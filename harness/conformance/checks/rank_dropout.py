@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -31,7 +32,8 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
 
     The rows that remain are divided by their share of all rows, so that the mean of the mask is 1; if none remains, the
     output is the base's output. Masks differ between calls, the same seed of torch gives the same mask, and the
-    backward pass uses the mask of the forward pass. Output and gradients must equal the reference's for this mask; the
+    backward pass uses the mask of the forward pass. Rows are dropped independently: their number differs between calls,
+    and few rows are dropped in the same calls. Output and gradients must equal the reference's for this mask; the
     binomial distribution bounds the number of dropped rows. The checks `forward` and `merge` show that eval mode and
     merging drop no row, even if the layer is merged in training mode. A layer is left out if some row of its update is
     so small beside the output that rounding hides it.
@@ -69,6 +71,8 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
         alike = (p**2 + (1 - p) ** 2) ** (len(masks[0]) * (CALLS - 1))
         if len(masks) == CALLS and alike < 2.0**-30 and all(torch.equal(masks[0], kept) for kept in masks):
             problems.append(f"{path}: {CALLS} calls drop the same rows")
+        if len(masks) == CALLS and not problems:
+            problems += (f"{path}: {one}" for one in _dependent_rows(torch.stack(masks), p))
         if not problems and _differs_with_one_seed(subject, path, layer, x, dy):
             problems.append(f"{path}: two calls with one seed of torch differ; activation checkpointing needs the same")
     if not problems and len(hidden) == len(subject.adapted.layers):
@@ -77,6 +81,23 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
     if not problems and abs(dropped - p * rows) > spread + 1:
         problems.append(f"{dropped} of {rows} rows were dropped, should be {p * rows:.0f} +- {spread:.0f}")
     return from_problems(subject, case, "rank_dropout", problems, f"{dropped} of {rows} rows dropped at p = {p:g}")
+
+
+def _dependent_rows(kept: Tensor, p: float) -> Iterator[str]:
+    """Yield a message if the rows of the masks `kept`, bool (CALLS, E), are not dropped independently with probability p."""
+    calls, rows = kept.shape
+    # The likeliest number of dropped rows has about this probability, so all calls drop equally many with its power.
+    if (2 * math.pi * max(rows * p * (1 - p), 1.0)) ** (-(calls - 1) / 2) < 2.0**-30 and kept.sum(
+        1
+    ).unique().numel() == 1:
+        yield f"{calls} calls drop {rows - int(kept[0].sum())} rows each"
+    pairs, triples = math.comb(rows, 2), math.comb(rows, 3)
+    two, three = (p**2 + (1 - p) ** 2) ** calls, (p**3 + (1 - p) ** 3) ** calls
+    # Two pairs with a common row are equal in all calls with the probability `three`.
+    spread = DROPOUT_SIGMAS * (pairs * (two - two**2) + 6 * triples * (three - two**2)) ** 0.5
+    equal = sum(math.comb(int(count), 2) for count in kept.T.unique(dim=0, return_counts=True)[1])
+    if equal > pairs * two + spread + DROPOUT_SIGMAS:
+        yield f"{equal} pairs of rows are dropped in the same calls, should be {pairs * two:.3g} +- {spread:.3g}"
 
 
 def _with_a_rounded_share(

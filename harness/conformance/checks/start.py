@@ -6,7 +6,8 @@ A start is one such state: the adapter's tensors right after attaching.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 
@@ -22,6 +23,13 @@ from harness.records.record import CheckResult
 _LEAST_SAMPLE = 64
 """Smallest number of random elements for which the mean square is nearly normally distributed. For a smaller tensor,
 the check joins the elements of several starts."""
+_LARGE = 1.8
+"""A large number of a drawn tensor is so many times as large as the root mean square. Uniform numbers are at most 1.74 times
+as large, and 7 % of normal numbers exceed this."""
+_STARTS = 64
+"""Number of further starts of the reference that are tried if the first has another share of large numbers."""
+_LONG = 8
+"""Smallest length of rows that are compared: shorter ones may be equal by chance in 16 bits."""
 
 
 @check(States.INIT, in_minor_examples=False)
@@ -29,7 +37,8 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
-    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
+    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size. As many
+    numbers of a drawn tensor must be large, and no two of its rows or columns may be equal.
     Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
     shape start differently, as do two models that get one generator (unless it only lends its seed to a library). A
     change of the first adapter does not change the start of a second one. If the start comes from an SVD of the
@@ -68,7 +77,44 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
             problems.append(
                 f"{name}: mean is {float(mine.mean()):.3g}, should be {float(want.mean()):.3g} +- {spread:.2g}"
             )
+        if name in drawn:
+            further = (
+                (_other_start(subject, case, name, n) for n in range(_STARTS)) if want.numel() > _LEAST_SAMPLE else ()
+            )
+            problems += (f"{name}: {one}" for one in [*_tails(mine, want, further), *_equal_rows(mine, want)])
     return from_problems(subject, case, "initial", [*problems, *_generator_problems(case)])
+
+
+def _tails(mine: torch.Tensor, want: torch.Tensor, further: Iterable[torch.Tensor]) -> Iterator[str]:
+    """Yield a message if the share of large numbers is not the reference's, as if they were uniform instead of normal.
+
+    further: other starts of the reference. If the rows of a start have random sizes, as in LoRA's orthogonal start, its
+    share of large numbers may be far from that of one other start, but not from those of many.
+    """
+    limit = _LARGE * want.square().mean().sqrt()
+    found = int((mine.abs() > limit).sum())
+    for other in chain([want], further):
+        expected = int((other.abs() > limit).sum())
+        share = (found + expected) / (mine.numel() + other.numel())
+        spread = INITIAL_SIGMAS * (share * (1 - share) * (1 / mine.numel() + 1 / other.numel())) ** 0.5
+        if found + expected < _LEAST_SAMPLE or abs(found / mine.numel() - expected / other.numel()) <= spread:
+            return
+    yield f"{found} of {mine.numel()} numbers exceed {limit:.3g}; in the reference, {expected} of {want.numel()}"
+
+
+def _equal_rows(mine: torch.Tensor, want: torch.Tensor) -> Iterator[str]:
+    """Yield a message if two long rows or columns of a drawn tensor are equal, and none of the reference's are."""
+    for name, start in (("rows", 0), ("columns", -1)):
+        flat = [one.transpose(0, start).flatten(1) for one in (mine, want) if one.dim() > 1]
+        equal = [len(one) - len(one.unique(dim=0)) for one in flat if one.shape[1] >= _LONG]
+        if len(equal) == len((mine, want)) and equal[0] and not equal[1]:
+            yield f"{equal[0]} of its {name} are equal to others"
+
+
+def _other_start(subject: Subject, case: Case, name: str, number: int) -> torch.Tensor:
+    """Return the tensor `name` of another start of the reference."""
+    bases = {path: subject.original_base(path) for path in subject.bases}
+    return initial_tensors(subject.method, bases, subject.config, case.generator(salt=1000 + number))[name].double()
 
 
 def _several_starts(subject: Subject, case: Case, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
