@@ -67,6 +67,8 @@ def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]
             yield {name: (BEYOND_16_BITS,) if name == "rows" else BEYOND_16_BITS, "shape": _THIN, **one_sequence}
     elif "numel" in names:
         yield {"numel": math.prod(BEYOND_20_BITS)}
+    elif "blocks" in names:
+        yield {"blocks": BEYOND_17_BITS}
 
 
 def combinations(factors: Mapping[str, Factor]) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,8 @@ _adalora = partial(line_fault, "adalora", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _adalora("draws_uniform_numbers", ["initial"], "torch.randn(shape, generator=generator, dtype=torch.float64) * _STD",
+        "(2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * 3**0.5 * _STD", inputs=1030, outputs=63),
     _adalora("lets_the_budget_fall_as_a_square", ["budget"],
         "(end - step) ** 3 // (end - config.tinit) ** 3", "(end - step) ** 2 // (end - config.tinit) ** 2"),
     _adalora("forgets_the_final_steps_in_the_budget", ["budget"],

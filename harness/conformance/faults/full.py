@@ -17,6 +17,8 @@ _frozen = partial(line_fault, "frozen")
 
 # fmt: off
 FAULTS = [
+    _frozen("switches_the_model_to_eval_mode", ["detach"],
+        "model.requires_grad_(False)", "model.requires_grad_(False).eval()"),
     _full("leaves_out_the_biases", ["layers"], "model.requires_grad_(True)",
         'model.requires_grad_(True)\n    [p.requires_grad_("bias" not in n) for n, p in model.named_parameters()]'),
     _full("lists_a_parameter_twice", ["parameters"],

@@ -77,6 +77,8 @@ FAULTS = [
     _rows("drops_columns_instead_of_rows", ["rank_dropout"],
         _MASK, "kept_E = torch.rand(delta_ED.shape[1], device=delta_ED.device) >= self.p",
         _SCALED, "return delta_ED * (kept_E / share).to(delta_ED.dtype)"),
+    _rows("drops_equally_many_rows_in_each_call", ["rank_dropout"],
+        _MASK, "kept_E = torch.rand(len(delta_ED)).argsort() >= int(self.p * len(delta_ED))"),
     _rows("keeps_as_many_rows_as_it_should_drop", ["rank_dropout"], _MASK, _MASK.replace(">=", "<")),
     _rows("drops_the_same_rows_in_every_call", ["rank_dropout"], _MASK,
         "kept_E = torch.rand(len(delta_ED), generator=torch.Generator().manual_seed(0)) >= self.p"),

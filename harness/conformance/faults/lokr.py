@@ -21,6 +21,10 @@ _lokr = partial(line_fault, "lokr", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _lokr("drops_the_rows_of_both_blocks_alike", ["rank_dropout"],
+        "kept_E = torch.rand(len(delta_ED), dtype=torch.float32, device=delta_ED.device) >= self.p",
+        "kept_E = (torch.rand(-(-len(delta_ED) // 2)) >= self.p).repeat(2)[: len(delta_ED)]",
+        file="row_dropout", values=_DROP),
     _lokr("rounds_half_of_an_odd_side_down", ["parameters"],
         "max(V_E, V_D) / 2", "max(V_E, V_D) // 2", values={"rank": 3, "alpha": 8.0}, inputs=49, outputs=35),
     _lokr("forgets_the_scaling", ["forward", "gradient", "merge"], _UPDATE, "torch.kron(C, block)"),

@@ -28,6 +28,9 @@ _lora = partial(line_fault, "lora", values=_USUAL)
 
 # fmt: off
 FAULTS = [
+    _lora("repeats_the_rows_of_its_start", ["initial"],
+        "    return A, torch.zeros(outputs", "    A[2:] = A[:-2].clone()\n    return A, torch.zeros(outputs",
+        file="lora_start"),
     _lora("forgets_the_scaling", ["forward", "gradient"], _PRODUCT, "(h_TR @ self.B.T)"),
     _lora("divides_by_the_root_of_the_rank", ["forward", "gradient", "merge"],
         "math.sqrt(self.rank) if self.rslora else self.rank", "self.rank",

@@ -114,6 +114,11 @@ FAULTS = [
     line_fault("double_dequantize", "ignores_the_size_of_the_second_blocks", ["outputs"],
         "dynamic_map(signed=True), block) + offset.float()", "dynamic_map(signed=True), BLOCK) + offset.float()",
         file="double_quant", values={"blocks": 1000, "spread": 0.05, "block": 128}),
+    line_fault("double_dequantize", "counts_constants_in_16_bits", ["outputs"],
+        "return dequantize_blockwise(c2, c1, dynamic_map(signed=True), block) + offset.float()",
+        "at = (0 * c2.long() + 1).cumsum(0).sub(1).short().long() // block\n"
+        "    return dynamic_map(signed=True)[c2.long()] * c1[at] + offset.float()",
+        file="double_quant", values={"blocks": 40000}),
     line_fault("double_dequantize", "does_not_add_the_mean", ["outputs"],
         " + offset.float()", "", file="double_quant", values={"blocks": 257}),
     line_fault("dynamic_quantize", "truncates_instead_of_rounding", ["outputs"],
