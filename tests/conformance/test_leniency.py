@@ -71,7 +71,7 @@ def test_an_overflow_of_a_scaled_product_is_excused_for_huge_inputs_and_infiniti
     assert failures("lora_linear", lambda y: y.masked_fill(y == y.min(), torch.inf), usual) >= {"outputs"}
 
 
-@pytest.mark.parametrize("layout", ["plain", "expanded", "transposed"])
+@pytest.mark.parametrize("layout", ["plain", "expanded", "transposed", "columns"])
 def test_an_overflow_in_a_gradient_is_excused_for_huge_inputs_and_not_for_usual_ones(layout: str) -> None:
     def infinity_passes(magnitude: str) -> bool:
         values = {"shape": [1, 3008], "rows": [16], "rank": 257, "scaling": 1.0}

@@ -110,7 +110,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up to a quarter of
     all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the start, and
     whose gradients are so small that scores in float16 would be 0, and for all steps of a drawn schedule, such as one with
-    tfinal = 0, or one in which delta_t divides nothing.
+    tfinal = 0, or one in which no step before the last pruning is a multiple of delta_t.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If
     `state()` contains the pruning masks, the check writes other masks there once, which must take effect. Once, it continues
@@ -155,8 +155,8 @@ def _drawn_schedule(seed: int) -> dict[str, int]:
     draw = random.Random(seed).randint  # noqa: S311  # no secret
     steps = draw(4, 10)
     tinit = draw(0, steps // 2)
-    tfinal = draw(0, 1) * draw(0, steps - 1 - tinit)
-    return {"total_steps": steps, "tinit": tinit, "tfinal": tfinal, "delta_t": draw(1, steps + 1)}
+    tfinal = draw(0, 1) * draw(0, steps - 2 - tinit)
+    return {"total_steps": steps, "tinit": tinit, "tfinal": tfinal, "delta_t": draw(1, steps - tinit - tfinal)}
 
 
 def _problems_after(step: int, fresh: Subject, truth: Adapted, case: Case, size: float = 1.0) -> Iterator[str]:

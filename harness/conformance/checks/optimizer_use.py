@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -57,9 +58,8 @@ def check_closure(subject: Subject, case: Case) -> CheckResult:
         odd.append("after a closure that raises, gradients are switched off")
     for shape in ((4,), fresh.own[0].shape):
         odd += _of_added_groups(optimizer, torch.ones(shape, device=fresh.own[0].device))
-    often = case.attach_again(update_gap=1) or fresh  # so that GaLore refuses such a gradient in any step
-    for number in (1, 2):
-        odd += _after_a_refused_step(often, case, number)
+    if (often := case.attach_again(update_gap=1)) is not None:  # GaLore refuses such a gradient in any step then
+        odd += chain.from_iterable(_after_a_refused_step(often, case, number) for number in (1, 2))
     return from_problems(subject, case, "closure", odd)
 
 
@@ -106,6 +106,8 @@ def _after_a_refused_step(fresh: Subject, case: Case, number: int) -> Iterator[s
                 _step(optimizer, tensors, gradients)
             if refused:
                 before = tensors[first].detach().clone()
+                for tensor in tensors.values():
+                    tensor.grad = None  # otherwise other tensors may take this step before the first is refused
                 try:
                     _step(optimizer, {first: tensors[first]}, {first: gradients[first] * torch.inf})
                 except (ValueError, RuntimeError, ArithmeticError, AssertionError):  # torch's SVD raises a RuntimeError

@@ -55,7 +55,7 @@ _LEFT = 2.0
 nearly the optimum with every seed; an SVD that collapses to the largest singular values leaves over ten times as much."""
 _WIDER = 32
 """The rounding of W_res to 16 bits is judged if its unit in the last place is at least so many times as large as that of W
-in float32. Then the float32 errors of W - s B A are far below the rounding errors of W_res."""
+in float32. Otherwise, the float32 errors of W - s B A hide it."""
 
 
 @check()
@@ -92,11 +92,15 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 def _rounding_of_residual(fresh: Subject, path: str) -> Judgement | None:
     """Judge how W_res was rounded to 16 bits. Return None in other dtypes, and if W_res is too small, see `_WIDER`."""
     W, residual = fresh.original_weight(path).double(), fresh.state()[f"{path}.residual"].detach()
+    if fresh.dtype in ROUNDED_SUMS:
+        return None
     exactly = W - _principal(fresh, fresh.adapted, path)["s B A"]
     unit, of_float32 = EPSILON[fresh.dtype] * float(exactly.norm()), EPSILON["float32"] * float(W.norm())
-    if fresh.dtype in ROUNDED_SUMS or unit < _WIDER * of_float32:
-        return None
-    return rounded_once({"residual": residual}, {"residual": exactly})
+    return (
+        rounded_once({"residual": residual}, {"residual": exactly}, {"residual": W})
+        if unit >= _WIDER * of_float32
+        else None
+    )
 
 
 @check()

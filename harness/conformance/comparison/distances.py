@@ -72,7 +72,7 @@ class _Scaled:
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
-    """Divide a tensor into blocks that fit into a cache, so that large temporary tensors need no memory."""
+    """Divide a tensor into blocks that fit into a cache. So no temporary tensor is as large as `tensor` in float64."""
     blocks: Sequence[Tensor] = tensor.reshape(-1).split(_BLOCK)
     return blocks
 

@@ -63,9 +63,9 @@ def _runs(subject: Subject, path: str, x: Tensor, *, is_merged: bool, is_halved:
 
 
 def _further(truth: Mapping[str, Tensor], runs: Callable[[], _Runs]) -> Iterator[dict[str, Tensor]]:
-    """Yield all plausible outputs of `runs` but the first, each with its error: `truth` replaces the truth of `runs`.
+    """Yield all plausible outputs of `runs` except the first. All are computed when the first one is needed.
 
-    All are computed when the first one is needed.
+    The references may have another truth by then. So each output is `truth` plus the output's difference from that truth.
     """
     other, draws = runs()
     # A list, so that the references are freed.

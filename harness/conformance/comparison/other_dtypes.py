@@ -24,6 +24,8 @@ from reference.shared.layers import floating_dtype
 
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
+_CODES = (torch.uint8, torch.int8)
+"""dtypes of the codes of packed weights."""
 COPY, BESIDE = "by a copy in {}", "beside a layer in {}"
 """Names of the two forms. `{}` stands for the name of the other dtype."""
 
@@ -52,12 +54,14 @@ def judge_copy(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgeme
 
         generator: draws a move within the last place of `other` for each number of the layer and of its input.
         """
-        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        made = copy.deepcopy(of).to(DTYPES[other])
+        rounded = [t.dtype == DTYPES[other] for t in (*made.parameters(), *made.buffers())]
+        made.to(DTYPES[dtype])
         named, given = tensors_of_copy(of, made, named), [cast(x_other, dtype), dy_other.to(DTYPES[dtype])]
         if generator is not None:
             with torch.no_grad():
-                for tensor in (*made.parameters(), *made.buffers()):
-                    tensor.copy_(perturbed(tensor, other, generator))
+                for tensor, is_rounded in zip((*made.parameters(), *made.buffers()), rounded, strict=True):
+                    tensor.copy_(perturbed(tensor, other, generator) if is_rounded else tensor)
             given = [perturbed(t, other, generator) for t in given]
         return observe(made, named, *given, training=subject.trains_plainly)
 
@@ -80,17 +84,19 @@ def judge_constants(subject: Subject, case: Case) -> Iterator[tuple[str, str, Ju
     These are the tensors that keep their dtype in the reference, such as the float32 constants of a packed weight: they keep
     their values, too. Yield the form's name as well; the path is empty.
     """
-    fresh = case.attach_again() if any(t.is_floating_point() for t in subject.state().values()) else None
+    fresh = case.attach_again() if any(t.dtype in _CODES for t in subject.state().values()) else None
     if fresh is None:
         return
-    other, truth = OTHER_DTYPE[subject.dtype], fresh.fresh_reference(fresh.dtype)
+    other = "float16" if subject.dtype == "bfloat16" else "bfloat16"
+    truth = fresh.fresh_reference(fresh.dtype)
     truth.model.to(DTYPES[other])
     own, dtypes = fresh.state(), {name: t.dtype for name, t in truth.state().items() if t.is_floating_point()}
-    before = {n: own[n].clone() for n in own.keys() & dtypes.keys() if dtypes[n] not in (DTYPES[other], torch.float64)}
+    before = {name: own[name].clone() for name in own.keys() & dtypes.keys() if dtypes[name] != DTYPES[other]}
+    if not before:
+        return
     with named_if_raised("", COPY.format(other)):
         fresh.model.to(DTYPES[other])
-    if before:
-        yield "", COPY.format(other), unchanged({name: fresh.state()[name] for name in before}, before)
+    yield "", COPY.format(other), unchanged({name: fresh.state()[name] for name in before}, before)
 
 
 def judge_beside_another_dtype(subject: Subject, case: Case) -> Iterator[tuple[str, str, Judgement]]:

@@ -17,8 +17,10 @@ from harness.conformance.normal_noise import normal_noise
 from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
-Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
-FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
+Kind = Literal[
+    "normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity", "constant"
+]
+FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales", "constant"]
 """Kinds of values to quantise. After quantising and decoding, every dtype can hold them: none is infinite or NaN."""
 Decoded = Annotated[bool, Factor((False, True))]
 UNCOMPARED = -1.0
@@ -35,6 +37,7 @@ def values(
     halfway between neighbouring levels. For both of these kinds absmax is 1, so that every division is exact. `scales`:
     blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `huge`: up to the largest
     float32, or that of a narrower `dtype`. `nan` and `infinity`: one such element, in the second block if there is one.
+    `constant`: all elements of a block are equal.
     """
     drawn = normal_noise(shape, generator)
     if not drawn.numel():
@@ -57,6 +60,8 @@ def values(
         flat = flat / flat.abs().max() * torch.finfo(dtype if dtype != torch.float64 else torch.float32).max
     elif kind in ("nan", "infinity"):
         flat[min(block, numel - 1)] = torch.inf if kind == "infinity" else torch.nan
+    elif kind == "constant":
+        flat = flat[number // block * block]
     return flat.view(drawn.shape).to(dtype)
 
 
@@ -119,7 +124,7 @@ class FourBit:
         kind: what its elements are. `levels`: the values of the codes. `ties`: values halfway between them. `scales`:
         blocks of very different magnitudes. `tiny`: numbers near 3e-40. `huge`: up to the largest number of the dtype.
         `nan`, `infinity`: one such element among normal numbers. `zeros` and `zero-blocks`: every element is 0, or every
-        element of every second block.
+        element of every second block. `constant`: all elements of a block are equal.
         """
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 

@@ -131,5 +131,5 @@ def observe(
             hook.remove()
         for module, training in modes.items():
             module.training = training
-        for parameter in model.parameters():
-            parameter.grad = None
+        for tensor in (*model.parameters(), *tensors.values()):
+            tensor.grad = None
