@@ -114,7 +114,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 
 
 def _load(run: CellRun) -> models.Loaded:
-    """Load and return the model.
+    """Load and return the model. If the Cell shares a gate, the Cell of the gate has tested whether the model is causal.
 
     If the model is only a config.json without weights, it gets random weights: here, or in `_quantise` if the base
     model is quantised.

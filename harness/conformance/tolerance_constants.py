@@ -47,7 +47,7 @@ HOPELESS = 4.0
 # eps only as long as they are small.
 PROPORTIONAL = 2.0**-8
 
-# Number of draws, the first included, for checks that must make all draws before they see the subject's error.
+# Number of draws, the first included, for checks that cannot make one draw after the other until the subject passes.
 DRAWS_AT_ONCE = 3
 
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor

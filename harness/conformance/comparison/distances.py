@@ -47,8 +47,8 @@ class _Scaled:
         want = truth.detach().double()
         top = float(torch.linalg.vector_norm(want, torch.inf)) if want.numel() else 0.0
         unit = top if 0 < top < math.inf else 1.0
-        norms = [float(torch.linalg.vector_norm(block / unit)) for block in _blocks(want)]
-        return cls(want, unit, math.hypot(*norms) or 1.0)
+        norms = [torch.linalg.vector_norm(block / unit) for block in _blocks(want)]
+        return cls(want, unit, _norm(norms) or 1.0)
 
     @property
     def size(self) -> float:
@@ -58,17 +58,22 @@ class _Scaled:
     def distance_of(self, value: Tensor) -> Distance:
         if not self.truth.numel():
             return Distance(0.0, 0.0, 0.0)
-        norms, largest, product = list[float](), list[Tensor](), 0.0
+        norms, largest, products = list[Tensor](), list[Tensor](), list[Tensor]()
         for have, want in zip(_blocks(value.detach()), _blocks(self.truth), strict=True):
             difference = torch.sub(have.double(), want).div_(self.unit)
-            norms.append(float(torch.linalg.vector_norm(difference)))
+            norms.append(torch.linalg.vector_norm(difference))
             largest.append(torch.linalg.vector_norm(difference, torch.inf))
-            product += float(difference.mul_(want).div_(self.unit).sum())
+            products.append(difference.mul_(want).div_(self.unit).sum())
         return Distance(
-            norm=math.hypot(*norms) / self.scale,
+            norm=_norm(norms) / self.scale,
             largest=float(torch.stack(largest).max()) * self.truth.numel() ** 0.5 / self.scale,
-            share=abs(product) / self.scale**2,
+            share=abs(float(torch.stack(products).sum())) / self.scale**2,
         )
+
+
+def _norm(norms: Sequence[Tensor]) -> float:
+    """Return the norm of a tensor from the norms of its blocks. A GPU is read once."""
+    return math.hypot(*torch.stack([*norms]).tolist())
 
 
 def _blocks(tensor: Tensor) -> Sequence[Tensor]:
