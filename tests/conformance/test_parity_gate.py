@@ -206,8 +206,9 @@ def test_further_plausible_outputs_do_not_follow_a_base_weight_that_merging_spoi
     truth, draws = expected_outputs(subject, "a", torch.randn(5, 64, generator=torch.Generator().manual_seed(SEED)))[
         True, False
     ]
+    base: Any = subject.bases["a"]
     with torch.no_grad():
-        subject.bases["a"].weight.mul_(3)  # type: ignore[operator,union-attr]
+        base.weight.mul_(3)
     first, *further = draws
     assert len(further) == DRAWS_AT_ONCE
     assert not exact(further[0], further[1]).passed

@@ -223,8 +223,8 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
-    may stay frozen. No hook that attaching registered stays. Attaching leaves the modules that it does not adapt in training
-    or eval mode. Then the weights of the model are changed in place, and a
+    may stay frozen. No hook that attaching registered stays. Attaching switches no other module
+    between training and eval mode. Then the weights of the model are changed in place, and a
     second adapter is attached. It starts and computes like an adapter on a fresh copy of the changed model, also when
     both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values.
     No second adapter is attached to a quantised base, because its layers cannot be packed twice. Nothing keeps a detached
@@ -283,7 +283,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
 
 def _other_modes(model: nn.Module, case: Case) -> Iterator[str]:
-    """Attach to copies of the model in training and in eval mode. Yield a message for each one that attaching switches."""
+    """Attach to a copy of the model in training mode and to one in eval mode. Yield a message if that switches a mode."""
     for training, name in ((True, "training"), (False, "eval")):
         modules = copied(model).train(training)
         before = {path: module for path, module in modules.named_modules() if not [*module.children()] or not path}

@@ -86,17 +86,17 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
 def _dependent_rows(kept: Tensor, p: float) -> Iterator[str]:
     """Yield a message if the rows of the masks `kept`, bool (CALLS, E), are not dropped independently with probability p."""
     calls, rows = kept.shape
-    # The likeliest number of dropped rows has about this probability, so all calls drop equally many with its power.
-    if (2 * math.pi * max(rows * p * (1 - p), 1.0)) ** (-(calls - 1) / 2) < 2.0**-30 and kept.sum(
-        1
-    ).unique().numel() == 1:
+    likeliest = (
+        2 * math.pi * max(rows * p * (1 - p), 1.0)
+    ) ** -0.5  # about the largest probability of a number of rows
+    if likeliest ** (calls - 1) < 2.0**-30 and len(kept.sum(1).unique()) == 1:
         yield f"{calls} calls drop {rows - int(kept[0].sum())} rows each"
     pairs, triples = math.comb(rows, 2), math.comb(rows, 3)
     two, three = (p**2 + (1 - p) ** 2) ** calls, (p**3 + (1 - p) ** 3) ** calls
     # Two pairs with a common row are equal in all calls with the probability `three`.
     spread = DROPOUT_SIGMAS * (pairs * (two - two**2) + 6 * triples * (three - two**2)) ** 0.5
     equal = sum(math.comb(int(count), 2) for count in kept.T.unique(dim=0, return_counts=True)[1])
-    if equal > pairs * two + spread + DROPOUT_SIGMAS:
+    if equal > pairs * two + spread + DROPOUT_SIGMAS:  # a small number of pairs is not normally distributed
         yield f"{equal} pairs of rows are dropped in the same calls, should be {pairs * two:.3g} +- {spread:.3g}"
 
 

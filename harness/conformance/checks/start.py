@@ -86,7 +86,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def _tails(mine: torch.Tensor, want: torch.Tensor, further: Iterable[torch.Tensor]) -> Iterator[str]:
-    """Yield a message if the share of large numbers is not the reference's, as if they were uniform instead of normal.
+    """Yield a message if the share of large numbers differs from the reference's. No uniform number is large.
 
     further: other starts of the reference. If the rows of a start have random sizes, as in LoRA's orthogonal start, its
     share of large numbers may be far from that of one other start, but not from those of many.
