@@ -188,6 +188,13 @@ def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
     assert "narrow did not show with torch" in complaints[0]
 
 
+def test_an_exception_of_one_defect_hides_another() -> None:
+    raises, other = known("raises", shows=["raised TypeError"]), known("other", shows=["^codes"])
+    raised = failed(detail="raised TypeError: anything (x.py:3)", execution=Execution.RAISED)
+    assert defects.explained([raised], [raises, other])[1] == []
+    assert len(defects.explained([raised, failed(tensor="absmax")], [raises, other])[1]) == 1
+
+
 def test_an_entry_that_comes_second_is_alive_all_the_same() -> None:
     assert defects.explained([failed(tensor="codes")], [known("wide"), known("narrow", shows=["^codes"])])[1] == []
 

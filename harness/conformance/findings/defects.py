@@ -197,7 +197,8 @@ def explained(
     In the returned outcomes, each explained failure has the id of the first known defect that explains it. There is a
     complaint for each defect without `sometimes` whose cases were tried, but did not show it. If only some checks of
     the defect did not show it, the complaint names these checks. A defect counts as shown even if an earlier defect
-    explains the same failure. Defects of other versions of the library are ignored.
+    explains the same failure. A check that ended with an exception which a known defect explains cannot show another
+    defect, so it counts as not tried for the others. Defects of other versions of the library are ignored.
 
     software: versions of the libraries with which the outcomes were found; by default, those of this process.
     """
@@ -209,12 +210,16 @@ def explained(
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
     for one in tried:
         explaining = []
+        expected = set[tuple[str, str]]()
         for defect in of[one.implementation]:
             matching = {(defect.id, pattern) for pattern in defect.matching(one)}
             if defect.explains(one):
                 explaining.append(defect)
                 shown |= matching
-            due |= matching if one.result.outcome is not Outcome.SKIPPED else set()
+            expected |= matching
+        hidden = bool(explaining) and one.execution is Execution.RAISED
+        if one.result.outcome is not Outcome.SKIPPED and not hidden:
+            due |= expected
         marked.append(one.model_copy(update={"defect": explaining[0].id}) if explaining else one)
     complaints = []
     for defect in active:
