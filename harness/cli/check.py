@@ -116,7 +116,7 @@ def check(
     or of the loaders that are named beside the path, are compared with those of the reference.
 
     Without arguments, checks every implementation that this machine can run. If no option chooses cases or dtypes, the
-    reference itself is then tried in one case per target. The reference is computed in float64. Each plug-in runs in its own
+    reference is not compared with itself. The reference is computed in float64. Each plug-in runs in its own
     process: a crash or a hang counts as a failure, and the other plug-ins continue. The exit code is 1 if a check fails or
     a plug-in cannot be imported, and 4 if no check of a named IMPLEMENTATION can run. Ctrl-C or SIGTERM prints the results
     so far and exits with 4. With --with, the same checks run once per environment, and the output shows which results

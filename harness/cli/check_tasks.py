@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.case_selection import FEW
 from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
@@ -31,10 +30,18 @@ def tasks(
 
     A task has only targets of one entry point, so that its process imports one plug-in. If an entry point has more to do
     than its share of a process, its targets are divided into several tasks of similar size.
+
+    If no name and no option selects cases or dtypes, the reference is left out: comparing it with itself would take a
+    third of the time of `check`.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
-    for one in wanted:
+    is_usual = not request.implementations and request.breadth == FEW and not request.dtypes
+    compared = [one for one in wanted if one.name != REFERENCE] if is_usual else wanted
+    if compared and len(compared) < len(wanted):
+        why = f"all others are compared with it; `peft-harness check {REFERENCE}` compares it with itself"
+        skipped[REFERENCE] = why
+    for one in compared or wanted:
         if one.target not in plans:
             none = f"there is no parity suite {path_of(one.target).name}"
             skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
@@ -53,32 +60,15 @@ def tasks(
         WorkerTask(
             point=point,
             targets=[(i.name, i.kind, i.target) for i in part],
-            breadth=_breadth(several, request),
+            breadth=request.breadth,
             dtypes=tuple(request.dtypes),
             device=request.device,
         )
         for point, several in grouped.items()
         for part in _parts(several, math.ceil(total(several) / share), sizes)
     ]
-    if any(task.breadth.typical for task in tasks):
-        skipped[f"{REFERENCE} in most cases"] = (
-            "all others are compared with it, so it was tried in one case per target; "
-            f"`peft-harness check {REFERENCE}` tries the others"
-        )
-    # The longest tasks come first, so that no core is idle for long at the end. The reference's few cases come last.
-    return sorted(tasks, key=lambda t: (t.breadth.typical, -sum(sizes[target] for *_, target in t.targets))), skipped
-
-
-def _breadth(several: Sequence[Implementation], request: CheckRequest) -> CaseSelection:
-    """Return the selection of cases for the implementations of one entry point.
-
-    If no name and no option selects cases or dtypes, the reference is compared with itself in the typical case of each
-    suite only. In the default cases, that would take a third of the time of `check`.
-    """
-    is_reference = all(one.name == REFERENCE for one in several)
-    if is_reference and not request.implementations and request.breadth == FEW and not request.dtypes:
-        return replace(FEW, typical=True)
-    return request.breadth
+    # The longest tasks come first, so that no core is idle for long at the end.
+    return sorted(tasks, key=lambda t: -sum(sizes[target] for *_, target in t.targets)), skipped
 
 
 def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:

@@ -31,8 +31,6 @@ class CaseSelection:
     """Only cases are tried whose name and dtype contain this text, e.g. `rank=160 bfloat16`."""
     checks: tuple[str, ...] = ()
     """Names of the only checks to run. If empty, all checks of a parity suite run."""
-    typical: bool = False
-    """True selects only the most ordinary case of each suite."""
     shard: tuple[int, int] = (1, 1)
     """(K, N): only the cases of shard K of N are tried. Every case is in exactly one of the N shards."""
 

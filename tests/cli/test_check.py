@@ -463,7 +463,7 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
 
 
 @pytest.mark.parametrize(
-    ("request_", "few"),
+    ("request_", "left_out"),
     [
         (command.CheckRequest(), True),
         (command.CheckRequest(methods=["lora"]), True),
@@ -474,14 +474,20 @@ def test_no_task_is_larger_than_its_share_if_it_costs_little_to_start_a_process(
     ],
     ids=["usual", "method", "named", "wide", "case", "dtype"],
 )
-def test_only_a_reference_that_nobody_names_is_tried_in_few_cases(request_: command.CheckRequest, few: bool) -> None:
+def test_only_a_reference_that_nobody_names_is_left_out(request_: command.CheckRequest, left_out: bool) -> None:
     names = ("reference", "acme")
     offered = [Implementation(name, "method", "lora", print, dtypes=DTYPES, point=name) for name in names]
     tasks, skipped = check_tasks.tasks(offered, request_, {"lora": parity_suite.load_plan("lora")}, 1)
-    breadths = {task.targets[0][0]: task.breadth for task in tasks}
-    assert breadths["acme"] == request_.breadth
-    assert breadths["reference"].typical is few
-    assert [*skipped] == ["reference in most cases"] * few
+    assert [task.targets[0][0] for task in tasks] == ["acme"] if left_out else ["reference", "acme"]
+    assert {task.breadth for task in tasks} == {request_.breadth}
+    assert [*skipped] == ["reference"] * left_out
+
+
+def test_a_reference_without_any_other_implementation_is_tried() -> None:
+    offered = [Implementation("reference", "method", "lora", print, dtypes=DTYPES, point="reference")]
+    tasks, skipped = check_tasks.tasks(offered, command.CheckRequest(), {"lora": parity_suite.load_plan("lora")}, 1)
+    assert len(tasks) == 1
+    assert not skipped
 
 
 @pytest.mark.slow

@@ -104,8 +104,7 @@ def stream(
                 return
 
     for case in sample.fixed(plan, breadth, wanted):
-        is_wanted = case.typical or not breadth.typical
-        if not (is_wanted and breadth.is_in_shard(f"{implementation.target} {case} {case.dtype}")):
+        if not breadth.is_in_shard(f"{implementation.target} {case} {case.dtype}"):
             continue
         # An Operation's first case also runs `first_call`, with the arguments of the typical case.
         named = [f"{one} {one.dtype}" for one in (case, cast("AnyCase | None", case.first)) if one is not None]

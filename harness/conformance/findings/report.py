@@ -24,7 +24,7 @@ class CheckReport:
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
     """Text `<implementation> <target>` -> reason why it was not tried. A target is a Method, an Operation, a quantised
-    base or the loaders. The text is `reference in most cases` if the reference was tried in one case per target."""
+    base or the loaders. The text is `reference` if no target of the reference was tried."""
     complaints: list[str] = field(default_factory=list)
     """Messages about known defects that should have shown, but did not."""
     broken: dict[str, str] = field(default_factory=dict)
