@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -118,6 +119,7 @@ def _example(error: click.UsageError) -> str:
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
     sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # its import warns about kernels for GPUs that are not here
     warnings.formatwarning = format_warning  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -128,7 +130,9 @@ def launch(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = report_error(HarnessError("interrupted", hint="finished results are saved"))
+        code = report_error(
+            HarnessError("interrupted", hint="finished Cells are in the run folder, if the command has one")
+        )
     except click.UsageError as error:
         path = _command_path(error, sys.argv[1:] if argv is None else argv)
         message = " ".join(error.format_message().split())  # click puts choices on separate lines

@@ -115,8 +115,8 @@ def check(
     adapter_model.safetensors. The file is judged without running a loader. If it conforms to a base, the logits of HF peft,
     or of the loaders that are named beside the path, are compared with those of the reference.
 
-    Without arguments, checks every implementation that this machine can run. If no option chooses cases or dtypes, the
-    reference is not compared with itself. The reference is computed in float64. Each plug-in runs in its own
+    Without arguments, checks every implementation that this machine can run; the reference only if an option chooses cases
+    or dtypes, or if no other implementation remains. The reference is computed in float64. Each plug-in runs in its own
     process: a crash or a hang counts as a failure, and the other plug-ins continue. The exit code is 1 if a check fails or
     a plug-in cannot be imported, and 4 if no check of a named IMPLEMENTATION can run. Ctrl-C or SIGTERM prints the results
     so far and exits with 4. With --with, the same checks run once per environment, and the output shows which results

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -30,11 +31,11 @@ from harness.conformance.findings.report import CheckReport
 from harness.conformance.findings.versions import CheckedEnvironment
 from harness.conformance.parity_suite import ParitySuite, path_of
 from harness.console import print_json, print_lines, print_note
-from harness.errors import Exit, HarnessError, Problem, SuiteError, usage_error
+from harness.errors import Exit, HarnessError, Problem, SuiteError, plural, usage_error
 from harness.methods.known_names import NameOption
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
-from harness.process.signals import handle_termination
+from harness.process.signals import handle_termination, one_interrupt
 from harness.process.worker_pool import WorkerPool
 from harness.records.check import CheckId
 from harness.records.environment import code_version, describe
@@ -66,11 +67,12 @@ class CheckRequest:
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Run the checks, print the report, write the requested files, and return the exit code."""
     refuse_unfit_files(junit, html)
-    with handle_termination():
-        if request.device == "cuda" and (why := no_gpu()):
-            raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
-        report = judge(request)
-    return publish(report, as_json, junit, html)
+    with one_interrupt():
+        with handle_termination():
+            if request.device == "cuda" and (why := no_gpu()):
+                raise HarnessError(why, where="--device cuda", hint="without it, the checks run on the CPU")
+            report = judge(request)
+        return publish(report, as_json, junit, html)
 
 
 def refuse_unfit_files(junit: Path | None, html: Path | None) -> None:
@@ -189,16 +191,22 @@ def _judge_with(
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
-            skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
+            tried = Counter((one.implementation, one.target) for one in found.tried)
+            skipped |= {
+                f"{name} {target}": f"interrupted after {plural(tried[name, target], 'check')}"
+                for name, _, target in found.left
+            }
     # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
     if not request.breadth.is_whole:
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
-        without = [f"{name} {target}" for name, _, target in sorted(done - named)]
+        without = sorted(done - named)
         if not (request.methods or request.operations) and len(without) > 1:
-            without = [f"{len(without)} targets of implementations"]
-        skipped |= dict.fromkeys(without, _why_nothing(request.breadth))
+            skipped[f"{len(without)} targets"] = _why_nothing(request.breadth, [])
+        else:
+            reasons = {f"{name} {of}": _why_nothing(request.breadth, plans[of].checks) for name, _, of in without}
+            skipped |= reasons
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
     marked, _ = defects.explained([one for found in findings for one in found.tried], known, software)
@@ -241,11 +249,16 @@ def _judge_with(
     return report, {target for found in findings for target in found.missing}
 
 
-def _why_nothing(breadth: CaseSelection) -> str:
-    """Return why the options --case, --check and --shard left no check of a target."""
+def _why_nothing(breadth: CaseSelection, of_target: Sequence[str]) -> str:
+    """Return why the options --case, --check and --shard left no check of a target.
+
+    of_target: names of the checks of its parity suite; empty if the reason is given for several targets.
+    """
+    if of_target and breadth.checks and not set(breadth.checks) & set(of_target):
+        return f"it has no check {' or '.join(breadth.checks)}; its checks: {', '.join(of_target)}"
     if breadth.shard != (1, 1):
         whole = replace(breadth, shard=(1, 1))
-        because = "" if whole.is_whole else f", or {_why_nothing(whole)}"
+        because = "" if whole.is_whole else f", or {_why_nothing(whole, of_target)}"
         return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
     if not breadth.checks:
         full = ", and --drawn tries any case by its full name and dtype" if breadth.drawn else ""
@@ -253,16 +266,17 @@ def _why_nothing(breadth: CaseSelection) -> str:
             f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
             f"cases{full}"
         )
-    # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
-    wide = checks.names_of_wide(never_by_default=not breadth.case)
-    hint = "; add --wide" if not breadth.is_wide and wide & {*breadth.checks} else ""
-    where = f" in a case with {breadth.case!r} in its name and dtype" if breadth.case else ""
-    named = (
-        f"the checks {', '.join(breadth.checks)} do"
-        if len(breadth.checks) > 1
-        else f"the check {breadth.checks[0]} does"
+    named = f"the check{'s' if len(breadth.checks) > 1 else ''} {', '.join(breadth.checks)}"
+    if breadth.case:
+        # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
+        hint = "" if breadth.is_wide else "; --wide runs more checks in each case"
+        return f"no case with {breadth.case!r} in its name and dtype runs {named} with these options{hint}"
+    hint = (
+        "; add --wide"
+        if not breadth.is_wide and checks.names_of_wide(never_by_default=True) & {*breadth.checks}
+        else ""
     )
-    return f"{named} not run with these options{where}{hint}"
+    return f"{named} {'do' if len(breadth.checks) > 1 else 'does'} not run with these options{hint}"
 
 
 def _was_fully_tried(

@@ -31,8 +31,8 @@ def tasks(
     A task has only targets of one entry point, so that its process imports one plug-in. If an entry point has more to do
     than its share of a process, its targets are divided into several tasks of similar size.
 
-    If no name and no option selects cases or dtypes, the reference is left out: comparing it with itself would take a
-    third of the time of `check`.
+    If no name and no option selects cases or dtypes, the reference is left out, unless no other implementation remains:
+    comparing it with itself would take a third of the time of `check`.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}

@@ -158,7 +158,7 @@ def _rules(plan: MethodSuite) -> Iterator[str]:
     if "calls" in plan.checks:
         yield "a backward pass under autocast gives the gradients, or raises RuntimeError"
     if "shared_input" in plan.checks:
-        yield "layers that get one input compute the same as alone; a layer whose output is unused gets no gradient"
+        yield "layers that get the same input compute the same as alone; a layer whose output is unused gets no gradient"
     if "closure" in plan.checks:
         yield "if the optimizer raises for a gradient, the tensor and its state do not change, and the step is not counted"
     if "refresh" in plan.checks:
@@ -239,14 +239,15 @@ def _examples(plan: MethodSuite | OperationSuite) -> Iterator[str]:
     yield from (f"  {case} ({', '.join(sorted(tried))})" for case, tried in dtypes.items())
     further = "  and, with the fewest checks, every further value below once"
     if isinstance(plan, MethodSuite):
-        yield f"{further}, except of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
+        yield f"{further}, except those of {', '.join(sample.LEFT_OUT[:-1])} and {sample.LEFT_OUT[-1]}"
     else:
         yield f"{further}, and pairs of values: all words and switches, the first and last of the numbers"
 
 
 _MEANINGS = {
     "sides": "input and output features of the first layer; the second one maps back",
-    "model": "plain: two layers to adapt. wide: also a larger layer that stays as it is. deep: ten layers to adapt. tied: "
+    "model": "plain: two layers to adapt. wide: also a larger layer that stays as it is and, if "
+    "linear, q_proj, k_proj and v_proj with the same input. deep: ten layers to adapt. tied: "
     "two of them share a weight",
     "magnitude": "the input. large, huge: multiplied by a power of two. small, tiny: divided by one. outlier: one feature "
     "is 64 times as large. zero-rows: every second row is 0. constant: all 1. positive: no signs",

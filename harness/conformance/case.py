@@ -34,9 +34,9 @@ class AttachFresh(Protocol):
         seed: the generator that the implementation's `attach` gets, or the seed of a new one. square: True for a model
         whose two layers have the same shape. model: a model from which an earlier adapter was detached, or a model that
         is no ParityModel, with its targets in `config`; by default, a new ParityModel. adapter: for a quantised base, the
-        name of a Method. The implementation of this Method that has the same name adapts the packed base, in place of the
-        reference's LoRA. config: values that replace those of the case in the Method's config. Raises Unsupported if
-        there is no such implementation.
+        name of a Method. The implementation of this Method with the name of the implementation under test adapts the packed
+        base, in place of the reference's LoRA. config: values that replace those of the case in the Method's config. Raises
+        Unsupported if there is no implementation for `adapter`.
         """
 
 
@@ -91,7 +91,8 @@ class Case:
     """Check name -> largest allowed error, as a multiple of the reference's own rounding error. A check without an
     entry uses its usual factor."""
     long_sums: Mapping[str, float] = field(default_factory=dict)
-    """Check name -> further factor, if sums are so long that they round. It does not apply to tensors in 16 bits."""
+    """Check name -> further factor for long sums, whose rounding errors are larger. It does not apply to tensors in 16
+    bits."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:

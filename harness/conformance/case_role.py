@@ -18,13 +18,13 @@ class CaseRole:
     drawn: bool = False
     """True if Hypothesis drew the case."""
     typical: bool = False
-    """True for the suite's most ordinary case. Without `--wide`, some long checks run only in this case."""
+    """True for the suite's typical case: the most ordinary one. Without `--wide`, some long checks run only in this case."""
     representative: bool = False
     """True for the first case of each kind of layer, for the first of a linear layer or an Operation in 16 and in 32 bits,
     and for the first of an Operation with each value of a switch, unless the typical case is like that."""
     minor: bool = False
-    """True for every other example of a suite. Without `--wide`, some checks leave it out, and those of a Method run only in
-    the suite's last state."""
+    """True for every other example of a suite, and for cases that only the check `dropout` tries. Without `--wide`,
+    some checks leave it out, and those of a Method run only in the suite's last state."""
     is_brief: bool = False
     """True if the case tries fewer checks (`suite_run.run_case`)."""
     stays_brief: bool = False

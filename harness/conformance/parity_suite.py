@@ -116,7 +116,7 @@ class MethodSuite(_Tolerant):
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     shapes_of_typical: list[CaseShape] = Field(default=[])
-    """Further shapes. Each is tried once, with the config, kind of layer and dtype of the suite's most ordinary case."""
+    """Further shapes. Each is tried once, with the config, kind of layer and dtype of the suite's typical case."""
     settings: dict[str, SettingRange] = Field(default={})
     """Name of a setting -> narrower range for its random values, if the range in the Method's Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
@@ -127,11 +127,11 @@ class MethodSuite(_Tolerant):
         With `wanted.full`, all combinations are tried, and then the cases of the last item below. Otherwise:
 
         - The first kind of layer, which all implementations support, is tried with every config and every shape in one main
-          dtype: float32 or, if float32 is not requested, the first requested dtype.
+          dtype: float32 or, without it, the first other dtype; float64 only if it is the only one.
         - Each other dtype tries a part of these configs and shapes, and a config with dropout if the suite has one.
         - Every other kind of layer is tried in the main dtype and in one other dtype, with one config and one shape.
         - Without `wanted.is_wide`, float64 tries the first config and shape only. Nobody trains adapters in float64.
-        - The most ordinary case is tried again with each of `shapes_of_typical`, in `wide` models, and with a `tied` model.
+        - The typical case is tried again with each of `shapes_of_typical`, in `wide` models, and with a `tied` model.
           If no layer is linear or a base is judged, the models are `plain`, and there is no `tied` one.
         """
         if not (there := [dtype for dtype in self.dtypes if dtype in dtypes]):
@@ -280,7 +280,7 @@ def _oddness(values: Values) -> tuple[int, int]:
 
 
 def _main(dtypes: Sequence[Dtype]) -> Dtype:
-    """Return the main dtype of a suite: float32 if it is in `dtypes`, otherwise the first of `dtypes`, and float64 last."""
+    """Return the main dtype of a suite: float32 or, without it, the first other one; float64 only if it is the only one."""
     return min(dtypes, key=lambda dtype: (dtype != "float32", dtype == "float64"))
 
 

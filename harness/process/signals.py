@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -15,6 +16,26 @@ class Terminated(KeyboardInterrupt):
 
     The class is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
     """
+
+
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Inside the `with` block, only the first SIGINT (Ctrl-C) raises KeyboardInterrupt; later ones are ignored.
+
+    `timeout -s INT` sends two. The second one must not end a command that prints the results so far.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.default_int_handler(number, frame)
+
+    if handler is signal.default_int_handler:  # an ignored signal stays ignored
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -141,7 +141,8 @@ class _Session:
     def jobs(self) -> Iterator[Job]:
         """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell.
 
-        The order is the plan's, except that a Cell waits for later ones while another Cell runs its parity gate.
+        The order is the plan's, except that a Cell lets later ones go first while another Cell runs the parity gate that it
+        could reuse.
         """
         last_attempts = self.folder.last_attempts()
         for cell in self.gates.in_order(self.plan.cells, lambda cell: _gate_key(self.assets, cell, self.device)):

@@ -1,9 +1,9 @@
 """Results of the parity gates of a run, which later Cells with the same gate key reuse.
 
-A parity gate checks a Cell's own layers against the reference before the Cell is measured. Cells of one recipe, i.e.
-Cells that differ only in the seed, also reuse the check of merged weights, which follows the training. No Cell waits for
-the gate of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none,
-the next Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have
+A parity gate checks a Cell's own layers against the reference before the Cell is measured. A Cell without latencies
+also reuses the check of merged weights, which follows the training, from a Cell of its recipe. No Cell waits for the
+gate of another Cell: until the first Cell with a key has ended, Cells with other keys go first. If there are none, the
+next Cell runs its own gate. A resumed run does not reuse earlier results, because the code of a plug-in may have
 changed in between.
 """
 
@@ -28,7 +28,8 @@ class SharedGates:
         self._running: dict[str, str] = {}  # id of a Cell that runs its own gate -> key
 
     def in_order(self, cells: Sequence[Cell], key_of: Callable[[Cell], str]) -> Iterator[Cell]:
-        """Yield the Cells in their order, except that a Cell waits for later ones while another Cell runs its gate.
+        """Yield the Cells in their order, except that a Cell lets later ones go first while another Cell runs the gate
+        that it could reuse.
 
         key_of: returns the key of a Cell's gate, from `gate_key.of_cell`.
         """

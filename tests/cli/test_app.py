@@ -433,7 +433,11 @@ def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: finished results are saved\n"),
+        (
+            KeyboardInterrupt(),
+            Exit.INFRASTRUCTURE,
+            "peft-harness: interrupted\n  hint: finished Cells are in the run folder, if the command has one\n",
+        ),
         (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
     ],
 )

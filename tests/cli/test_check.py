@@ -327,7 +327,8 @@ def test_one_check_is_tried_alone(fork_sandbox: ForkSandbox) -> None:
     document = json.loads(fork_sandbox.command(*asked, "--check", "outputs", "--check", "written").out)
     names = {row["result"]["check"].split("/")[1] for row in document["checks"]}
     assert names == {"outputs", "written"}
-    assert document["skipped"] == {"reference frozen": "the checks outputs, written do not run with these options"}
+    of_frozen = ", ".join(parity_suite.load_plan("frozen").checks)
+    assert document["skipped"] == {"reference frozen": "it has no check outputs or written; its checks: " + of_frozen}
     assert document["complaints"] == []
 
 
@@ -703,7 +704,7 @@ def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, ask
     assert document["interrupted"]
     assert {row["implementation"] for row in document["checks"] if row["standing"] == "pass"} == {"reference"}
     assert not [row for row in document["checks"] if row["standing"] == "fail"]
-    assert document["skipped"] == {"hangs frozen": "interrupted"}
+    assert document["skipped"] == {"hangs frozen": "interrupted after 0 checks"}
     eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
 
 

@@ -108,8 +108,8 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     two steps more than total_steps. Between two prunings a pruned lambda may become nonzero again, and the check sets
     all lambdas to nonzero values before each step. In float32 and float64 the unpruned lambdas are the same as in the
     reference, by the scores of eq. 7. In half precision lambdas with close scores may change places, up to a quarter of
-    all. The same holds for three steps of a schedule of 6000 steps with tinit = 0, which prunes from the start, and
-    whose gradients are so small that scores in float16 would be 0, and for all steps of a drawn schedule, such as one with
+    all. Two more schedules follow these rules. One has 6000 steps and tinit = 0, so it prunes from the start; three of its
+    steps are tried, with gradients so small that scores in float16 would be 0. The other is drawn, such as one with
     tfinal = 0, or one in which no step before the last pruning is a multiple of delta_t.
 
     Twice, the check continues with a fresh model that gets `tensors()` and `state()`, as after an interruption. If

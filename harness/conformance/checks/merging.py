@@ -223,12 +223,12 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the original base layers and their outputs, and every parameter and buffer of the model.
 
     This also holds after the adapted layers were used. Detaching freezes no parameter; parameters that the Method froze
-    may stay frozen. No hook that attaching registered stays. Attaching switches no other module
-    between training and eval mode. Then the weights of the model are changed in place, and a
+    may stay frozen. No hook that attaching registered stays. Then the weights of the model are changed in place, and a
     second adapter is attached. It starts and computes like an adapter on a fresh copy of the changed model, also when
-    both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their values.
-    No second adapter is attached to a quantised base, because its layers cannot be packed twice. Nothing keeps a detached
-    layer in memory.
+    both are merged. Detaching a merged adapter brings back the base layers, too; the check `unmerge` judges their
+    values. No second adapter is attached to a quantised base, because its layers cannot be packed twice. Nothing keeps
+    a detached layer in memory. Attaching leaves every module outside the adapted layers in training or eval mode, as it
+    was.
     """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:

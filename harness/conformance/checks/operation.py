@@ -168,7 +168,8 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same results, to the last bit.
 
     A call with other numbers in between changes nothing that the first call returned. If these numbers are then written
-    into the tensors of the first call, by way of `.data`, a call with these tensors returns what it returned in between.
+    into the tensors of the first call, by way of `.data`, a third call with those tensors returns what the call in between
+    returned.
     Other numbers are tried in the typical case, in every case in float32 and, with `--wide`, in every example.
     """
     given = cloned(subject.arguments)

@@ -43,7 +43,7 @@ _STARTS = 4
 _REFERENCE_STARTS = 32
 """Number of the reference's randomised SVDs from which `check_principal` estimates the expected mean of ||s B A||^2."""
 _TIMES = 8
-"""Factor of both numbers if the first means differ."""
+"""Factor of `_STARTS` and `_REFERENCE_STARTS` in the second try, if the means differ in the first."""
 _LARGE, _TAIL, _FALL = (1030, 1040), 60, 0.95
 """The large weight of `check_svd`: its sizes, the number of singular values beyond the rank, and the ratio of each to the
 one before. A randomised SVD of a few iterations is visibly inexact for such values."""
@@ -54,8 +54,8 @@ _LEFT = 2.0
 """Largest ratio of what an implementation leaves of the steep weight to what the reference leaves. The reference leaves
 nearly the optimum with every seed; an SVD that collapses to the largest singular values leaves over ten times as much."""
 _WIDER = 32
-"""The rounding of W_res to 16 bits is judged if its unit in the last place is at least so many times as large as that of W
-in float32. Otherwise, the float32 errors of W - s B A hide it."""
+"""The rounding of W_res to 16 bits is judged if W_res has a unit in the last place at least so many times as large as that
+of W in float32. Otherwise, the float32 errors of W - s B A hide it."""
 
 
 @check()
@@ -115,7 +115,7 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
     if fresh is None:
         return skipped(subject, case, "principal", "the case cannot attach again")
     if fresh.config.niter:
-        # Rare starts lie far from the mean. If few starts differ, more of them decide.
+        # A few starts may lie far from the mean by chance. If the means differ, more starts decide.
         differs = [*_of_randomised_starts(subject, case)] and [*_of_randomised_starts(subject, case, times=_TIMES)]
         return from_problems(subject, case, "principal", differs)
     reference, found = fresh.fresh_reference(fresh.dtype), []

@@ -32,11 +32,11 @@ def check_rank_dropout(subject: Subject, case: Case) -> CheckResult:
 
     The rows that remain are divided by their share of all rows, so that the mean of the mask is 1; if none remains, the
     output is the base's output. Masks differ between calls, the same seed of torch gives the same mask, and the
-    backward pass uses the mask of the forward pass. Rows are dropped independently: their number differs between calls,
-    and few rows are dropped in the same calls. Output and gradients must equal the reference's for this mask; the
-    binomial distribution bounds the number of dropped rows. The checks `forward` and `merge` show that eval mode and
-    merging drop no row, even if the layer is merged in training mode. A layer is left out if some row of its update is
-    so small beside the output that rounding hides it.
+    backward pass uses the mask of the forward pass. Rows are dropped independently: the number of dropped rows differs
+    between calls, and few pairs of rows are dropped in exactly the same calls. Output and gradients must equal the
+    reference's for this mask; the binomial distribution bounds the number of dropped rows. The checks `forward` and
+    `merge` show that eval mode and merging drop no row, even if the layer is merged in training mode. A layer is left
+    out if some row of its update is so small beside the output that rounding hides it.
     """
     p = getattr(subject.config, "rank_dropout", 0.0)
     if not p:

@@ -194,7 +194,7 @@ def _after_assigning_state(subject: Subject, saved: Mapping[str, Tensor]) -> Ite
     for name, some in places.items():
         right = [now[place].data_ptr() for place in some if place in new]
         if right and subject.state()[name].data_ptr() not in right:
-            why = "state() has not the model's tensor after load_state_dict(assign=True)"
+            why = "state() does not have the model's tensor after load_state_dict(assign=True)"
             yield Judgement(False, None, None, name, why, "exact", 0)
 
 

@@ -24,8 +24,8 @@ _LEAST_SAMPLE = 64
 """Smallest number of random elements for which the mean square is nearly normally distributed. For a smaller tensor,
 the check joins the elements of several starts."""
 _LARGE = 1.8
-"""A large number of a drawn tensor is so many times as large as the root mean square. Uniform numbers are at most 1.74 times
-as large, and 7 % of normal numbers exceed this."""
+"""Multiple of the root mean square above which a number of a drawn tensor counts as large: 7 % of normal numbers, and no
+uniform number."""
 _STARTS = 64
 """Number of further starts of the reference that are tried if the first has another share of large numbers."""
 _LONG = 8
@@ -37,13 +37,13 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     """At the start, the adapter's tensors have the reference's distribution, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. A tensor that the reference draws or computes
-    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size. As many
-    numbers of a drawn tensor must be large, and no two of its rows or columns may be equal.
-    Random numbers come only from the generator that `attach` gets: its seed decides the start, and two layers of one
-    shape start differently, as do two models that get one generator (unless it only lends its seed to a library). A
-    change of the first adapter does not change the start of a second one. If the start comes from an SVD of the
-    weight, two starts with one seed are equal up to rounding. The sign of singular vectors is arbitrary, so a tensor with
-    one element may have the other sign.
+    must have the reference's mean and mean square, up to a multiple of the standard error for samples of its size.
+    About as many of its numbers as in the reference must exceed 1.8 times the root mean square. No two long rows or
+    columns of a drawn tensor may be equal. Random numbers come only from the generator that `attach` gets: its seed
+    decides the start, and two layers of one shape start differently, as do two models that get one generator (unless it
+    only lends its seed to a library). A change of the first adapter does not change the start of a second one. If the
+    start comes from an SVD of the weight, two starts with one seed are equal up to rounding. The sign of singular
+    vectors is arbitrary, so a tensor with one element may have the other sign.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))

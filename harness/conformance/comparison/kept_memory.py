@@ -101,7 +101,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def describe_views(value: Any, spare: int = 0) -> str:
-    """Return a message if the tensors in `value` keep more than twice their own bytes and `spare` bytes in memory.
+    """Return a message if the tensors in `value` keep more than twice their own bytes plus `spare` in memory.
 
     Otherwise, return an empty string. A view keeps the whole memory of the tensor that it is a part of. value: nested
     dicts, lists, tuples, and objects with attributes.

@@ -18,7 +18,7 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator, ulps: float
     """Return `value` with each element moved at random by up to `ulps` units in the last place of `dtype`.
 
     Integers, zeros, infinities and NaN do not change. No number changes its sign, or becomes infinite in `dtype`.
-    Subnormal numbers have one unit, the smallest of them.
+    The unit of a subnormal number is the smallest subnormal number.
     """
     if not value.is_floating_point():
         return value

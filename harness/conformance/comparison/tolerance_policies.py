@@ -84,7 +84,7 @@ def noise_floor(
     judgement passes. jumps: True if a tiny rounding error may change the result a lot, because a quantiser follows it.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
-    eps, which grows with `factor` in dtypes that round every term of a sum. The first error is the relative Frobenius
+    eps. The floor grows with `factor` in dtypes that round every term of a sum. The first error is the relative Frobenius
     norm of the difference. The second is the largest element of the difference, relative to the root mean square: it
     reveals one wrong element among many. The third is the projection of the difference on the truth: it reveals a
     slightly wrong factor, because rounding hardly changes this projection.
@@ -94,8 +94,8 @@ def noise_floor(
     smallest one is allowed in addition.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {_floor_eps(dtype, factor / NOISE_FACTOR):g} eps"
-    if odd := sorted(set(subject) ^ set(truth)):
-        return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    if (odd := _one_sided(subject, truth, policy)) is not None:
+        return odd
     distances = Distances(subject, truth)
     return _by_draws(
         rounded,
@@ -193,8 +193,8 @@ def carried_noise(
     several plausible results.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {_floor_eps(dtype, factor / CARRIED_FACTOR):g} eps"
-    if odd := sorted(set(subject) ^ set(truth)):
-        return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    if (odd := _one_sided(subject, truth, policy)) is not None:
+        return odd
     distances = Distances(subject, truth)
     return _by_draws(
         rounded, distances, policy, lambda drawn: _within_carried(subject, distances, drawn, dtype, factor, policy)
@@ -242,8 +242,8 @@ def _within_carried(
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
     """Judge whether all values are exactly equal. 0.0 equals -0.0, infinity equals infinity, NaN equals NaN."""
-    if odd := sorted(set(subject) ^ set(expected)):
-        return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
+    if (odd := _one_sided(subject, expected, "exact")) is not None:
+        return odd
     judged = []
     for name, want in expected.items():
         have = subject[name]
@@ -254,6 +254,14 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
         refused = _incomparable(name, have, want, "exact")
         judged.append(refused or Judgement(False, Distance.of(have, want).norm, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
+
+
+def _one_sided(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor], policy: str) -> Judgement | None:
+    """Return a failure that names the first missing or surplus tensor. Return None if both have the same names."""
+    if not (odd := sorted(set(subject) ^ set(expected))):
+        return None
+    how = "missing, though expected" if odd[0] in expected else "present, though not expected"
+    return Judgement(False, None, None, odd[0], how, policy, 0)
 
 
 def _equal(have: Tensor, want: Tensor) -> bool:
@@ -274,15 +282,18 @@ def rounded_once(
     middle, both numbers are right. terms: the largest term of a sum, by the sum's name; the sum may be much smaller.
     """
     policy, judged = f"rounded once: share of wrongly rounded elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
+    wrong = dict[str, Tensor]()
     for name, value in subject.items():
         near = MIDDLE_ULPS * EPSILON["float32"] if value.dtype in (torch.bfloat16, torch.float16) else 0.0
         largest = torch.maximum(truth[name].abs(), (terms or truth)[name].to(truth[name]).abs())
         ends = [(truth[name] + sign * near * largest).to(value.dtype) for sign in (-1, 1)]
         right = (value >= torch.minimum(*ends)) & (value <= torch.maximum(*ends))
-        off = float((~right).double().mean()) if value.numel() else 0.0
+        wrong[name] = ~right
+        off = float(wrong[name].double().mean()) if value.numel() else 0.0
         allowed = DOUBLE_ROUNDED_SHARE + 1 / max(1, value.numel())
         judged.append(Judgement(off <= allowed, off, allowed, name, "", policy, 0))
-    return _with_worst_element(worst_of(judged, policy), subject, truth)
+    rounded = {name: torch.where(wrong[name], truth[name].to(value.dtype), value) for name, value in subject.items()}
+    return _with_worst_element(worst_of(judged, policy), subject, rounded)
 
 
 def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:

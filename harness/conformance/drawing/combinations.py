@@ -44,8 +44,8 @@ def large_tensors(names: Collection[str], wide: bool) -> Iterator[dict[str, Any]
     names: the names of all factors. wide: whether the selection of cases is wide.
 
     A weight, a parameter of an optimizer or an input of `dynamic_quantize` has more than 2^20 numbers. If an Operation
-    only quantises or decodes a 4-bit weight, the weight has more than 2^22 and, in a wide selection, also more than 2^24,
-    as has the parameter of an 8-bit optimizer. A further case of an Operation has more rows, or more blocks of a
+    only quantises or decodes a 4-bit weight, the weight has more than 2^22. In a wide selection, this weight and an 8-bit
+    optimizer's parameter also get more than 2^24. A further case of an Operation has more rows, or more blocks of a
     quantised weight, than 16 bits can count. Stacked experts have no such case: their gradients are sums over all rows,
     and the rounding errors of these sums exceed the tolerance.
     """

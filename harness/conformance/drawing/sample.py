@@ -65,7 +65,7 @@ _IN_EVERY_DTYPE = ("magnitude", "weights")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the examples of the parity suite, and variants of the typical example: up to two by `_of_typical`, and up to two
+    """Yield the examples of the parity suite, and variants of the typical case: up to two by `_of_typical`, and up to three
     with very large tensors.
 
     A factor is a setting of a case, and its levels are the values to try. Without `wanted.is_wide`, also yield the cases of

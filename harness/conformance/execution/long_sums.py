@@ -1,4 +1,4 @@
-"""Find the checks of a case whose sums are so long that they round in 32 and 64 bits."""
+"""Find the checks with sums so long that their rounding errors need a larger allowance in 32 and 64 bits."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ _CHANCE = 0.02
 """Largest probability that chance alone explains a reported condition. Among few cases, some setting always agrees by
 chance."""
 _MOST_CONDITIONS = 2
+_MOST_SAME = 2
 _MOST_WORDS = 3
 """Largest number of values of a word in a condition such as `side=left or right`."""
 _DIVISORS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -40,6 +41,8 @@ class CommonSettings:
     """Conditions that every failing case meets, such as `rank >= 130`. Empty if none tells them from the other cases."""
     others: int | None = None
     """Number of cases that meet all conditions and in which the check passed. None if there are no conditions."""
+    same: tuple[str, ...] = ()
+    """Conditions on other settings that the same cases meet as the first of `conditions`."""
 
     def __str__(self) -> str:
         if self.failing == self.compared:
@@ -47,7 +50,10 @@ class CommonSettings:
         words = f"fails in {self.failing} of {self.compared} cases"
         if not self.conditions:
             return words
-        condition = " and ".join(self.conditions)
+        first, *rest = self.conditions
+        if self.same:
+            first += f" (in these cases the same as {' or '.join(self.same)})"
+        condition = " and ".join([first, *rest])
         if not self.others:
             return f"{words}: exactly those with {condition}"
         return (
@@ -77,8 +83,8 @@ def _of_check(implementation: str, target: str, check: str, tried: Sequence[Chec
     for case in failing:
         passing.pop(case, None)  # it passed in another state
     total = len(failing) + len(passing)
-    conditions, others = _conditions([*failing.values()], [*passing.values()])
-    return CommonSettings(implementation, target, check, len(failing), total, conditions, others)
+    conditions, others, same = _conditions([*failing.values()], [*passing.values()])
+    return CommonSettings(implementation, target, check, len(failing), total, conditions, others, same)
 
 
 def _features(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,12 +111,15 @@ class _Condition:
         return self.feature in case and bool(self.test(case[self.feature]))
 
 
-def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> tuple[tuple[str, ...], int | None]:
-    """Return conditions that all failing cases meet and few passing cases, and the number of passing cases that meet them.
+def _conditions(
+    failing: Sequence[_Features], passing: Sequence[_Features]
+) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
+    """Return conditions that all failing and few passing cases meet, and the number of these passing cases.
 
-    Return none if such conditions are likely by chance, or if even the best excludes too few passing cases.
+    Also return conditions on other settings that the same cases meet as the first one. Return none if such conditions are
+    likely by chance, or if even the best excludes too few passing cases.
     """
-    chosen, left, number = list[str](), list(passing), len(failing)
+    chosen, left, number, same = list[str](), list(passing), len(failing), list[str]()
     # The plainest come first: of equally good ones, the first is reported.
     alone, several = (_of_words(failing, passing, numbers) for numbers in ((1,), range(2, _MOST_WORDS + 1)))
     candidates = [*alone, *_of_sizes(failing), *several, *_of_divisors(failing)]
@@ -123,9 +132,14 @@ def _conditions(failing: Sequence[_Features], passing: Sequence[_Features]) -> t
         chance = ways * math.comb(number + after, number) / math.comb(number + len(left), number)
         if after > _MOST_SHARE * len(left) or chance > _CHANCE:
             break
+        if not chosen:
+            # Only plain ones, such as `rank=16`: some size or divisor nearly always agrees.
+            equal = [one for one in candidates if " " not in one.words and remaining[one.words] == remaining[best]]
+            of_best = next(one.feature for one in candidates if one.words == best)
+            same = list({one.feature: one.words for one in equal if one.feature != of_best}.values())[:_MOST_SAME]
         chosen.append(best)
         left = remaining[best]
-    return (tuple(chosen), len(left)) if chosen else ((), None)
+    return (tuple(chosen), len(left), tuple(same)) if chosen else ((), None, ())
 
 
 def _numbers(failing: Sequence[_Features]) -> dict[str, list[Any]]:

@@ -66,8 +66,8 @@ class Defect(FrozenModel):
     """For a defect of a loader, the affected feature of adapter files, by its name in loader_readings.yaml. Otherwise
     empty."""
     sometimes: str = ""
-    """Reason why the defect shows only by chance or on some machines. If a reason is given, the checks need not show
-    the defect; only the reproduction must."""
+    """Reason why the defect shows only by chance, with some options or on some machines. If a reason is given, the
+    checks need not show the defect; only the reproduction must."""
 
     @field_validator("versions")
     @classmethod

@@ -28,8 +28,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x.
 
-    One number of x is the threshold itself. If float16 or the dtype of x rounds the threshold, no number of x rounds to
-    the same: a program may compare with the threshold before or after rounding it.
+    One number of x is the threshold itself. If float16 or the dtype of x rounds the threshold, no magnitude in x rounds
+    to the same number as the threshold: a program may compare with the threshold before or after rounding it.
     """
     E, D = shape
     codes, absmax = int8.quantize(draw(generator, dtype, E, D, spread=D**-0.5))

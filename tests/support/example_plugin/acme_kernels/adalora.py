@@ -110,7 +110,8 @@ class AcmeAdapted:
     def _replace(self, chosen):
         for path, layer in self.layers.items():
             parent, _, name = path.rpartition(".")
-            setattr(self.model.get_submodule(parent), name, chosen(layer))
+            training = self.model.get_submodule(path).training  # of what stands there now
+            setattr(self.model.get_submodule(parent), name, chosen(layer).train(training))
 
     def merge(self):  # the base stays as it is, so that unmerge is exact
         def merged(layer):
