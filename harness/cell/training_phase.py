@@ -26,8 +26,9 @@ from harness.records.record import TrainingMeasured
 # The optimizer makes its state in step 1, and allocators grow, so the first steps are not steady.
 TIMING_WARMUP = 3
 WARMUP_PASSES = 1
-"""Number of batches with which the model runs forward and backward before training. A compiled model runs one more, because
-torch compiles it again if the second batch has another length."""
+"""Number of batches with which the model runs forward and backward before training, so that a GPU's kernels are compiled. A
+compiled model runs one more, because torch compiles it again if the second batch has another length. On a CPU, a model that
+is not compiled runs none: statistics leave out the first TIMING_WARMUP steps anyway."""
 
 
 @dataclass
@@ -71,12 +72,14 @@ def train(
     )
     start.clear()  # memory is measured: each copy is freed as soon as its tensor has changed
     optimizer, schedule = optimizers.make(adapted, parameters, cell.training, cell.optimizer, cell.implementation)
-    with run.clock.phase("warm-up"), loop.drop_gradients(loop.trainable(adapted, parameters), cell.training.layerwise):
-        model.train()
-        for batch in batches[: WARMUP_PASSES + cell.training.compile]:
-            for part in batch.parts(cell.training.accumulate):
-                loop.loss_of(model, part).backward()
-            optimizer.zero_grad(set_to_none=True)
+    if warms_up(run):
+        trainable = loop.trainable(adapted, parameters)
+        with run.clock.phase("warm-up"), loop.drop_gradients(trainable, cell.training.layerwise):
+            model.train()
+            for batch in batches[: WARMUP_PASSES + cell.training.compile]:
+                for part in batch.parts(cell.training.accumulate):
+                    loop.loss_of(model, part).backward()
+                optimizer.zero_grad(set_to_none=True)
 
     compiling, graphs = list[int](), [models.graphs() if cell.training.compile else 0]
 
@@ -128,6 +131,11 @@ def train(
     if layerwise:
         layerwise.remove()
     return Trained(measured, optimizer, gradients_B, step_peak_B)
+
+
+def warms_up(run: CellRun) -> bool:
+    """Return whether the model runs before training, because its first passes would compile something."""
+    return run.cell.training.compile or run.device.type != "cpu"
 
 
 def _step_peak(

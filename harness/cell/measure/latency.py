@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -29,8 +30,10 @@ WARMUP = 1
 BLOCKS = 4
 """Number of blocks. In each block, every variant is timed once. The number is even, so that all variants have the same
 average position in time."""
+DECODING_BLOCKS = 2
+"""Number of blocks at the start that also time decoding, which takes longer than the passes over the prompts. Even, too."""
 PER_BLOCK = 3
-SLOW_S, FEWER = 0.1, 2
+SLOW_S, FEWER = 0.05, 2
 """If a forward pass takes more than SLOW_S seconds, each block times only FEWER passes of a variant: eight passes in
 all blocks together. A 95 % interval needs at least six."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
@@ -97,10 +100,11 @@ class Prompt:
     ) -> None:
         self.model, self.causal = model.eval(), causal
         self.length, self.no_decoding = _prompt(model, causal, evaluation.prompt_tokens)
-        self.passes = None if evaluation.passes is None else math.ceil(evaluation.passes / BLOCKS)
+        self.passes = evaluation.passes
         self.shape, self.vocabulary = (batch or evaluation.prompt_batch, self.length), vocabulary
         self.kinds: Sequence[PassKind] = ("prefill", "decode") if causal else ("forward",)
         self.samples: dict[tuple[Variant, PassKind], list[float]] = {}
+        self._blocks = Counter[Variant]()
 
     @cached_property
     def ids(self) -> Tensor:
@@ -114,14 +118,19 @@ class Prompt:
     def block(self, variant: Variant) -> None:
         """Time the model in its current state, and store the samples under `variant`.
 
-        Decoding precedes prefill, because its passes over the prompts warm the model up. So prefill needs no other
-        warm-up.
+        Decoding is timed in the first blocks only. It precedes prefill, because its passes over the prompts warm the
+        model up. So prefill needs no other warm-up.
         """
         warm_s: float | None = None
-        if self.causal and not self.no_decoding:
-            warm_s, seconds = _decode(self.model, self.ids, self.passes)
+        if self.causal and not self.no_decoding and self._blocks[variant] < DECODING_BLOCKS:
+            warm_s, seconds = _decode(self.model, self.ids, self._per_block(DECODING_BLOCKS))
             self._add(variant, "decode", seconds)
-        self._add(variant, self.kinds[0], _forward(self.model, self.ids, self.causal, self.passes, warm_s))
+        self._add(variant, self.kinds[0], _forward(self.model, self.ids, self.causal, self._per_block(BLOCKS), warm_s))
+        self._blocks[variant] += 1
+
+    def _per_block(self, blocks: int) -> int | None:
+        """Return the number of passes of a block, if each of `blocks` has an equal part of those that were asked for."""
+        return None if self.passes is None else math.ceil(self.passes / blocks)
 
     def _add(self, variant: Variant, kind: PassKind, seconds: list[float]) -> None:
         self.samples.setdefault((variant, kind), []).extend(seconds)
