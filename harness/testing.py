@@ -1,4 +1,4 @@
-"""Conformance tests for other projects: a decorator that makes pytest tests for a function, and a helper for layers.
+"""Conformance tests for other projects: a decorator that makes pytest tests for a function, and helpers for layers.
 
     from harness.testing import conformance
 
@@ -143,3 +143,15 @@ def wrap_layers(
     from harness.methods.wrap import wrap
 
     return wrap(model, config, make_layer, names, update)
+
+
+def target_layers(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Map paths to the layers of a model that the `targets` of a config select, in the model's order.
+
+    names: paths, ends of paths after a dot, `attention` or `all-linear`. A layer may also be a Conv1D, an embedding, a
+    convolution or stacked experts: if your implementation does not adapt its kind, raise `harness.Unsupported`. Raises
+    ValueError if a name matches no layer.
+    """
+    from reference.shared.layers import KINDS, targets
+
+    return targets(model, [*names], KINDS)

@@ -119,7 +119,8 @@ def _example(error: click.UsageError) -> str:
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
     sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # its import warns about kernels for GPUs that are not here
+    for name in ("torchao", "torch.utils._pytree"):  # importing torchao warns of kernels for GPUs that are not here
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.formatwarning = format_warning  # type: ignore[assignment]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -203,9 +203,11 @@ def _judge_with(
         named = {(one.implementation, one.kind, one.target) for found in findings for one in found.tried}
         without = sorted(done - named)
         if not (request.methods or request.operations) and len(without) > 1:
-            skipped[f"{len(without)} targets"] = _why_nothing(request.breadth, [])
+            skipped[f"{len(without)} targets"] = check_tasks.why_nothing(request.breadth, [])
         else:
-            reasons = {f"{name} {of}": _why_nothing(request.breadth, plans[of].checks) for name, _, of in without}
+            reasons = {
+                f"{name} {of}": check_tasks.why_nothing(request.breadth, plans[of].checks) for name, _, of in without
+            }
             skipped |= reasons
     due = [_tried_part(defect, request) for defect in known if _was_fully_tried(defect, request, registry, done)]
     software = described.software
@@ -247,36 +249,6 @@ def _judge_with(
         # With --with, the same implementation runs in several environments. Otherwise its name is enough.
         report = report.labelled(checked) if request.environments else replace(report, environments=[checked])
     return report, {target for found in findings for target in found.missing}
-
-
-def _why_nothing(breadth: CaseSelection, of_target: Sequence[str]) -> str:
-    """Return why the options --case, --check and --shard left no check of a target.
-
-    of_target: names of the checks of its parity suite; empty if the reason is given for several targets.
-    """
-    if of_target and breadth.checks and not set(breadth.checks) & set(of_target):
-        return f"it has no check {' or '.join(breadth.checks)}; its checks: {', '.join(of_target)}"
-    if breadth.shard != (1, 1):
-        whole = replace(breadth, shard=(1, 1))
-        because = "" if whole.is_whole else f", or {_why_nothing(whole, of_target)}"
-        return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
-    if not breadth.checks:
-        full = ", and --drawn tries any case by its full name and dtype" if breadth.drawn else ""
-        return (
-            f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
-            f"cases{full}"
-        )
-    named = f"the check{'s' if len(breadth.checks) > 1 else ''} {', '.join(breadth.checks)}"
-    if breadth.case:
-        # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
-        hint = "" if breadth.is_wide else "; --wide runs more checks in each case"
-        return f"no case with {breadth.case!r} in its name and dtype runs {named} with these options{hint}"
-    hint = (
-        "; add --wide"
-        if not breadth.is_wide and checks.names_of_wide(never_by_default=True) & {*breadth.checks}
-        else ""
-    )
-    return f"{named} {'do' if len(breadth.checks) > 1 else 'does'} not run with these options{hint}"
 
 
 def _was_fully_tried(

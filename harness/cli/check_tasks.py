@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.conformance.case_selection import FEW
+from harness.conformance import checks
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.parity_suite import OperationSuite, ParitySuite, path_of
@@ -105,3 +107,33 @@ def _size(plan: ParitySuite) -> int:
     Only the examples are counted. A Method's check takes longer than an Operation's, but an Operation has more other cases.
     """
     return len(list(plan.cases(FEW))) * len(plan.checks) * (1 if isinstance(plan, OperationSuite) else 2)
+
+
+def why_nothing(breadth: CaseSelection, of_target: Sequence[str]) -> str:
+    """Return why the options --case, --check and --shard left no check of a target.
+
+    of_target: names of the checks of its parity suite; empty if the reason is given for several targets.
+    """
+    if of_target and breadth.checks and not set(breadth.checks) & set(of_target):
+        return f"it has no check {' or '.join(breadth.checks)}; its checks: {', '.join(of_target)}"
+    if breadth.shard != (1, 1):
+        whole = replace(breadth, shard=(1, 1))
+        because = "" if whole.is_whole else f", or {why_nothing(whole, of_target)}"
+        return f"no case of this target is in shard {breadth.shard[0]} of {breadth.shard[1]}{because}"
+    if not breadth.checks:
+        full = ", and --drawn tries any case by its full name and dtype" if breadth.drawn else ""
+        return (
+            f"no case that these options try has {breadth.case!r} in its name and dtype; `--json` without --case lists the "
+            f"cases{full}"
+        )
+    named = f"the check{'s' if len(breadth.checks) > 1 else ''} {', '.join(breadth.checks)}"
+    if breadth.case:
+        # Without --wide, a check may run in the suite's typical case alone, which --case may leave out.
+        hint = "" if breadth.is_wide else "; --wide runs more checks in each case"
+        return f"no case with {breadth.case!r} in its name and dtype runs {named} with these options{hint}"
+    hint = (
+        "; add --wide"
+        if not breadth.is_wide and checks.names_of_wide(never_by_default=True) & {*breadth.checks}
+        else ""
+    )
+    return f"{named} {'do' if len(breadth.checks) > 1 else 'does'} not run with these options{hint}"

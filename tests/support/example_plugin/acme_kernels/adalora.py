@@ -23,11 +23,16 @@ class AdaLinear(nn.Module):
         self.A = drawn(config.rank, base.in_features)
         self.B = drawn(base.out_features, config.rank)
         self.E = nn.Parameter(torch.zeros(config.rank, 1, **like))
-        self.average = {}  # name -> smoothed |w dL/dw|, and its smoothed change, in float32 or wider
+        # Buffers, so that the model's state_dict has them: smoothed |w dL/dw|, and its smoothed change, in float32 or wider.
         for letter in LETTERS:
             zeros = torch.zeros_like(getattr(self, letter), dtype=torch.promote_types(base.weight.dtype, torch.float32))
-            self.average |= {f"exp_avg_ipt_{letter}": zeros, f"exp_avg_unc_{letter}": zeros.clone()}
-        self.kept = torch.ones(config.rank, 1, dtype=torch.bool, device=base.weight.device)
+            self.register_buffer(f"exp_avg_ipt_{letter}", zeros)
+            self.register_buffer(f"exp_avg_unc_{letter}", zeros.clone())
+        self.register_buffer("mask", torch.ones(config.rank, 1, dtype=torch.bool, device=base.weight.device))
+        self.train(base.training)
+
+    def averages(self, letter):
+        return getattr(self, f"exp_avg_ipt_{letter}"), getattr(self, f"exp_avg_unc_{letter}")
 
     def forward(self, x):
         low = nn.functional.dropout(x, self.config.dropout, self.training) @ self.A.T
@@ -45,16 +50,14 @@ class AdaLinear(nn.Module):
     @torch.no_grad()
     def observe(self):
         for letter in LETTERS:
-            ipt, unc = self.average[f"exp_avg_ipt_{letter}"], self.average[f"exp_avg_unc_{letter}"]
+            ipt, unc = self.averages(letter)
             w = getattr(self, letter)
             new = (w.to(ipt) * w.grad.to(ipt)).abs() if w.grad is not None else torch.zeros_like(ipt)
             ipt.lerp_(new, 1 - self.config.beta1)
             unc.lerp_((new - ipt).abs(), 1 - self.config.beta2)
 
     def scores(self):
-        s = {
-            letter: self.average[f"exp_avg_ipt_{letter}"] * self.average[f"exp_avg_unc_{letter}"] for letter in LETTERS
-        }
+        s = {letter: torch.mul(*self.averages(letter)) for letter in LETTERS}
         return s["E"][:, 0] + s["A"].mean(1) + s["B"].mean(0)
 
 
@@ -64,7 +67,7 @@ class AcmeAdapted:
     can_merge = True
 
     def __init__(self, model, layers, config):
-        self.model, self.layers, self.config = model, layers, config
+        self.model, self.layers, self.config, self.merged = model, layers, config, False
 
     def tensors(self):  # what trains, by the names of `peft-harness explain adalora`
         return {f"{path}.{letter}": getattr(layer, letter) for path, layer in self.layers.items() for letter in LETTERS}
@@ -73,7 +76,7 @@ class AcmeAdapted:
         return {
             f"{path}.{name}": value
             for path, layer in self.layers.items()
-            for name, value in (layer.average | {"mask": layer.kept}).items()
+            for name, value in layer.named_buffers(recurse=False)
         }
 
     def parameters(self):
@@ -102,18 +105,22 @@ class AcmeAdapted:
             order = torch.cat([layer.scores() for layer in layers]).sort(descending=True, stable=True).indices
             kept = torch.zeros(first, dtype=torch.bool, device=order.device).index_fill_(0, order[:left], True)
             for layer, mine in zip(layers, kept.split(c.rank), strict=True):
-                layer.kept.copy_(mine[:, None])
+                layer.mask.copy_(mine[:, None])
         if step >= end or (c.tinit < step and step % c.delta_t == 0):
             for layer in layers:
-                layer.E.masked_fill_(~layer.kept, 0)
+                layer.E.masked_fill_(~layer.mask, 0)
 
     def _replace(self, chosen):
         for path, layer in self.layers.items():
             parent, _, name = path.rpartition(".")
-            training = self.model.get_submodule(path).training  # of what stands there now
+            training = self.model.get_submodule(path).training  # of the layer that is there now
             setattr(self.model.get_submodule(parent), name, chosen(layer).train(training))
 
     def merge(self):  # the base stays as it is, so that unmerge is exact
+        if self.merged:  # what is merged stays as it is
+            return
+        self.merged = True
+
         def merged(layer):
             dense = copy.deepcopy(layer.base)
             with torch.no_grad():
@@ -123,16 +130,16 @@ class AcmeAdapted:
         self._replace(merged)
 
     def unmerge(self):
+        self.merged = False
         self._replace(lambda layer: layer)
 
     def detach(self):
+        self.merged = False
         self._replace(lambda layer: layer.base)
 
 
-def adapt(model, config, generator):
+def adapt(model, layers, config, generator):  # layers: path -> linear layer
     model.requires_grad_(False)
-    adapted = AcmeAdapted(model, {}, config)
-    for path in config.targets:  # whole paths in `check`; a library resolves words such as `attention` here
-        adapted.layers[path] = AdaLinear(model.get_submodule(path), config, generator)
+    adapted = AcmeAdapted(model, {path: AdaLinear(base, config, generator) for path, base in layers.items()}, config)
     adapted._replace(lambda layer: layer)
     return adapted

@@ -22,10 +22,12 @@ def attach(model, config, generator):
 @implements("adalora", name="acme")
 def attach_adalora(model, config, generator):
     from acme_kernels.adalora import adapt
+    from harness.testing import target_layers
 
-    if not all(hasattr(model.get_submodule(path), "in_features") for path in config.targets):
+    layers = target_layers(model, config.targets)
+    if not all(hasattr(layer, "in_features") for layer in layers.values()):
         raise Unsupported("linear layers only")
-    return adapt(model, config, generator)
+    return adapt(model, layers, config, generator)
 
 
 @implements("nf4_dequantize", name="acme", kind="operation")

@@ -11,7 +11,7 @@ LEVELS = [
 
 
 def decode(packed, absmax, block, shape, dtype):
-    levels = torch.tensor(LEVELS, device=packed.device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=packed.device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     flat = pairs[packed.flatten().long()].flatten()[: torch.Size(shape).numel()]
     scales = absmax.repeat_interleave(block)[: flat.numel()]
