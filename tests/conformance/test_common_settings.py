@@ -127,6 +127,12 @@ def test_checks_are_apart_and_the_one_that_fails_most_comes_first() -> None:
     ]  # fmt: skip
 
 
+def test_a_setting_that_only_the_same_cases_have_is_named_too() -> None:
+    cases = [outcome(rank == 16, rank=rank, dropout=0.25 * (rank == 16), n=n) for rank in RANKS for n in SIZES]
+    (found,) = common_settings.find(cases)
+    assert str(found).endswith("exactly those with rank=16 (in these cases the same as dropout=0.25)")
+
+
 def test_the_settings_of_real_cases_include_those_with_default_values() -> None:
     def wrong(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
         decoded = double_quant.dequantize(codes, absmax2, offset, block)

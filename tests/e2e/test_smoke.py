@@ -22,7 +22,7 @@ from support.run_records import adds_up, cells, losses, source, trained
 from support.sandbox import Finished
 
 PHASES = [
-    "start-up", "load", "data", "predict", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
+    "start-up", "load", "data", "predict", "attach", "parity", "train", "count", "save", "evaluate", "latency",
 ]  # fmt: skip
 
 
@@ -80,9 +80,7 @@ def test_smoke_footer_adds_up(smoke: tuple[Finished, store.Run]) -> None:
 def test_smoke_phases_come_in_order(smoke: tuple[Finished, store.Run]) -> None:
     for record in smoke[1].records:
         trained = record.cell.training.steps > 0
-        assert [p.name for p in record.phases] == [
-            p for p in PHASES if trained or p not in ("warm-up", "train", "count")
-        ]
+        assert [p.name for p in record.phases] == [p for p in PHASES if trained or p not in ("train", "count")]
         assert all(p.peak_memory_B and p.end_memory_B for p in record.phases)
         inside = sum(p.seconds for p in record.phases)
         assert inside <= record.duration_s

@@ -41,6 +41,18 @@ def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> No
     assert signal.getsignal(asked) is before
 
 
+def test_a_second_ctrl_c_does_not_end_the_printing_of_results() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with signals.one_interrupt():
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
