@@ -131,9 +131,7 @@ def launch(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = report_error(
-            HarnessError("interrupted", hint="finished Cells are in the run folder, if the command has one")
-        )
+        code = report_error(HarnessError("interrupted", hint="the run folder, if there is one, has the finished Cells"))
     except click.UsageError as error:
         path = _command_path(error, sys.argv[1:] if argv is None else argv)
         message = " ".join(error.format_message().split())  # click puts choices on separate lines

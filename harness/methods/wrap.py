@@ -29,7 +29,7 @@ def wrap(
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
         if kind_of(base) != "linear":
-            raise Unsupported(f"layer {path} is not linear, but a {type(base).__name__}")
+            raise Unsupported(f"layer {path} is not linear; its class is {type(base).__name__}")
     model.requires_grad_(False)
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():

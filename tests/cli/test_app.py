@@ -436,7 +436,7 @@ def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
         (
             KeyboardInterrupt(),
             Exit.INFRASTRUCTURE,
-            "peft-harness: interrupted\n  hint: finished Cells are in the run folder, if the command has one\n",
+            "peft-harness: interrupted\n  hint: the run folder, if there is one, has the finished Cells\n",
         ),
         (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
     ],

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from harness.conformance.comparison.distances import Distance
 from harness.conformance.comparison.moved_numbers import perturbed
-from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import (
+    Judgement,
+    carried_noise,
+    exact,
+    noise_floor,
+    rounded_once,
+    worst_of,
+)
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import (
     EPSILON,
@@ -227,3 +234,9 @@ def test_a_distance_far_outside_float64_is_infinite_and_no_error() -> None:
     truth = torch.ones(3, dtype=torch.float64)
     assert Distance.of(truth * 1e200, truth).norm == math.inf
     assert Distance.of(truth * 1e150, truth).norm < math.inf
+
+
+def test_of_wrongly_rounded_elements_the_worst_is_named() -> None:
+    truth = torch.tensor([-257.854889, 2**-9, 1.0], dtype=torch.float64)  # float16 has no number nearer than -257.75
+    value = torch.tensor([-257.75, -(2**-9), 1.0], dtype=torch.float16)
+    assert rounded_once({"W": value}, {"W": truth}).worst == "[1]: -0.001953125, should be 0.001953125"

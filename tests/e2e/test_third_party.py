@@ -300,7 +300,7 @@ def test_layers_that_do_not_say_their_update_cannot_merge() -> None:
 
 def test_a_layer_that_is_not_linear_is_unsupported_and_the_model_as_it_was() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(5, 4))
-    with pytest.raises(NotImplementedError, match="layer 0 is not linear, but a Embedding"):
+    with pytest.raises(NotImplementedError, match="layer 0 is not linear; its class is Embedding"):
         wrap_layers(model, lora.Config(targets=("0",)), Layer)
     assert type(model[0]) is torch.nn.Embedding
     assert model[0].weight.requires_grad

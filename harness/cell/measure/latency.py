@@ -31,7 +31,8 @@ BLOCKS = 4
 """Number of blocks. In each block, every variant is timed once. The number is even, so that all variants have the same
 average position in time."""
 DECODING_BLOCKS = 2
-"""Number of blocks at the start that also time decoding, which takes longer than the passes over the prompts. Even, too."""
+"""Number of blocks at the start that also time decoding. Decoding takes longer than the passes over the prompts. This number
+is even for the same reason as BLOCKS."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.05, 2
 """If a forward pass takes more than SLOW_S seconds, each block times only FEWER passes of a variant: eight passes in

@@ -292,8 +292,12 @@ def rounded_once(
         off = float(wrong[name].double().mean()) if value.numel() else 0.0
         allowed = DOUBLE_ROUNDED_SHARE + 1 / max(1, value.numel())
         judged.append(Judgement(off <= allowed, off, allowed, name, "", policy, 0))
-    rounded = {name: torch.where(wrong[name], truth[name].to(value.dtype), value) for name, value in subject.items()}
-    return _with_worst_element(worst_of(judged, policy), subject, rounded)
+    worst = worst_of(judged, policy)
+    if (have := subject.get(worst.tensor)) is None:
+        return worst
+    # Elements that are right equal `rounded`, so the worst one is a wrongly rounded one.
+    rounded = torch.where(wrong[worst.tensor], truth[worst.tensor].to(have.dtype), have)
+    return _with_worst_element(worst, subject, {worst.tensor: rounded})
 
 
 def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:

@@ -16,6 +16,7 @@ _CHANCE = 0.02
 chance."""
 _MOST_CONDITIONS = 2
 _MOST_SAME = 2
+"""Largest number of conditions that are named beside the first one because the same cases meet them."""
 _MOST_WORDS = 3
 """Largest number of values of a word in a condition such as `side=left or right`."""
 _DIVISORS = (2, 4, 8, 16, 32, 64, 128, 256)
