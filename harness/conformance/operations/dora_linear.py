@@ -28,6 +28,8 @@ from products of W, A and B would pass.
 """
 _LARGE = 2.0**8
 """Factor of W and B in large rows. The norm of such a row of V exceeds 256, so its square exceeds the largest float16."""
+_LARGEST_SCALING = 2.0
+"""In large rows, B shrinks with a larger scaling, so that the update stays as large as with this one."""
 _LARGE_M = 2.0**4
 """Factor of the magnitudes of large rows. A larger factor would make gradients of many rows of x overflow in float16."""
 
@@ -47,10 +49,10 @@ def arguments(
     """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
-    there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and B are
-    256 times as large. `small-rows`: W and B are multiplied by 2^-30; in float16, W, B and m are multiplied by 2^-8. The
-    magnitudes m are noise of either sign. `start`: B is zero and m has the norms of the rows of W, as when training
-    starts.
+    there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and the
+    update are 256 times as large; a scaling above 2 does not enlarge the update. `small-rows`: W and B are multiplied by
+    2^-30; in float16, W, B and m are multiplied by 2^-8. The magnitudes m are noise of either sign. `start`: B is zero
+    and m has the norms of the rows of W, as when training starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -64,7 +66,9 @@ def arguments(
     if kind == "start":
         B, m = torch.zeros_like(B), torch.linalg.vector_norm(W.to(dtype).double(), dim=1).to(dtype)
     if kind == "large-rows":
-        W[fourth], B[fourth], m[fourth] = _LARGE * W[fourth], _LARGE * B[fourth], _LARGE_M * m[fourth]
+        # A program may compute g (V x), so V x must stay below the largest float16, even if the scaling is large.
+        W[fourth], m[fourth] = _LARGE * W[fourth], _LARGE_M * m[fourth]
+        B[fourth] *= _LARGE / max(1.0, scaling / _LARGEST_SCALING)
     if kind == "small-rows":
         W[fourth], B[fourth] = smaller(dtype) * W[fourth], smaller(dtype) * B[fourth]
         if dtype == torch.float16:  # a gain of 256 would make gradients of a large x overflow
