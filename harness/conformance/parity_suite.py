@@ -88,13 +88,12 @@ class _Tolerant(FrozenModel):
         """Map the checks in `tolerances` to the factor that replaces the usual one for them."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def long_sums(self, dtype: str, terms: int, **terms_in: int) -> dict[str, float]:
-        """Map each check with a long sum in `dtype` to the further factor on its allowed error (see `long_sum_factor`).
+    def long_sums(self, terms: int, **terms_in: int) -> dict[str, float]:
+        """Map each check with a long sum to the further factor on its allowed error (see `long_sum_factor`).
 
         terms: largest number of terms of a sum. terms_in: the same number for single checks that have longer sums.
         """
-        rounded = self.checks if dtype in ("float32", "float64") else ()
-        found = {check: long_sum_factor(max(terms, terms_in.get(check, 0))) for check in rounded}
+        found = {check: long_sum_factor(max(terms, terms_in.get(check, 0))) for check in self.checks}
         return {check: factor for check, factor in found.items() if factor > 1}
 
 

@@ -47,9 +47,9 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
         factor = case.factor("identity")
-        # In this dtype, a start may be as inexact as the base, or as the reference's own start. The latter is computed only
-        # on demand, because it may need an SVD of every weight. If it overflows, another start may too, in up to half of the
-        # logits or four times the share.
+        # In this dtype, a start may be as inexact as the base, as the reference's own start, or as the base with slightly
+        # moved weights. These starts are computed only on demand, because they may need an SVD of every weight. If the
+        # reference's start overflows, another start may too, in up to half of the logits or four times the share.
         verdict = noise_floor(mine, truth, base, subject.dtype, factor)
         if not verdict.passed:
             starts = _starts(subject, case.forward)
@@ -62,12 +62,22 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
 
 
 def _starts(subject: Subject, forward: Callable[[nn.Module], Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the logits of the reference's start. In a small model, yield further ones, which have other random numbers."""
+    """Yield the logits of the reference's start. In a small model, yield further ones.
+
+    For these, the reference draws other random numbers, or each weight of the base is moved as rounding may move it.
+    """
     further = PERTURBED_DRAWS if subject.reference_cache is not None else 0
     for seed in range(1 + further):
-        with torch.no_grad():
-            logits = forward(whole_model.start(subject, subject.dtype, seed))
-        yield {"logits": logits}
+        yield _logits(forward, whole_model.start(subject, subject.dtype, seed))
+    for seed in range(further):
+        model = whole_model.base(subject, subject.dtype)
+        whole_model.move_numbers(model, subject.dtype, torch.Generator().manual_seed(seed))
+        yield _logits(forward, model)
+
+
+@torch.no_grad()
+def _logits(forward: Callable[[nn.Module], Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {"logits": forward(model)}
 
 
 @check(in_cell=[CellStage.WARM], in_brief_cases=True)
@@ -232,12 +242,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     yield whole_model.observe(*own, subject, forward, with_input=True)
     for seed in range(PERTURBED_DRAWS):
         model, tensors = whole_model.reference(subject, subject.dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                tensor.copy_(
-                    perturbed(tensor.double(), subject.dtype, generator) if tensor.is_floating_point() else tensor
-                )
+        whole_model.move_numbers(model, subject.dtype, torch.Generator().manual_seed(seed))
         yield whole_model.observe(model, tensors, subject, forward, with_input=True)
 
 

@@ -35,10 +35,10 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
     A walk is a sequence of up to 20 actions, called rules: forward and backward, micro-batches, optimizer steps, a
     scheduler, train and eval, no_grad, inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a
-    file, merging and unmerging, freezing, and a second model in the process. A walk that fails in float32 is taken
-    again with more references, which show how far rounding may lead. After a failure that they do not explain, the
-    check reports the shortest walk that shows it. With GaLore, a walk uses one subspace only. The check `refresh` tries
-    new subspaces.
+    file, merging and unmerging, freezing, and a second model in the process. A walk that fails in float32 or float16 is
+    taken again with more references, which show how far rounding may lead. After a failure that they do not explain,
+    the check reports the shortest walk that shows it. With GaLore, a walk uses one subspace only. The check `refresh`
+    tries new subspaces.
     """
     if subject.dtype == "float64":
         return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")

@@ -96,22 +96,26 @@ def runs_of(
     """
     exactly = cast(x, "float64"), dy.double()
     truth = run(wide.layer, wide.tensors, *exactly)
-    moved, given = (own, (x, dy)) if dtype in ROUNDED_SUMS else (wide, exactly)
 
     def drawn() -> Iterator[dict[str, Tensor]]:
         yield run(own.layer, own.tensors, x, dy)
         if narrow is not None and dtype == "float64":
             rough = narrow()
             yield with_error_of_float64(run(rough.layer, rough.tensors, cast(x, "float32"), dy.float()), truth)
-        there = (*moved.layer.parameters(), *moved.layer.buffers())
-        held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
+        held = {id(one): _numbers(one.layer) for one in (wide, own)}
         for seed in range(LAYER_DRAWS):
             generator = torch.Generator().manual_seed(seed)
             is_last = reordered or seed >= LAYER_DRAWS - REORDERED_DRAWS
             ulps = REORDERED_ULPS if dtype in ROUNDED_SUMS and is_last else ROUNDED_ULPS
+            moved, given = (own, (x, dy)) if dtype in ROUNDED_SUMS or is_last else (wide, exactly)
             with torch.no_grad():
-                for tensor, value in held:
+                for tensor, value in held[id(moved)]:
                     tensor.copy_(perturbed(value, dtype, generator, ulps))
             yield run(moved.layer, moved.tensors, *(perturbed(t, dtype, generator, ulps) for t in given))
 
     return truth, PlausibleResults(drawn())
+
+
+def _numbers(layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the layer's parameters and buffers of floating-point numbers, each with a copy."""
+    return [(t, t.detach().clone()) for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]

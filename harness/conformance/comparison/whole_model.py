@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.stacked_experts import one_by_one
 from harness.conformance.normal_noise import normal_noise
 from harness.conformance.subject import DTYPES, Subject, attach_reference
@@ -83,6 +84,14 @@ def start(subject: Subject, dtype: str, seed: int = 0) -> nn.Module:
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+@torch.no_grad()
+def move_numbers(model: nn.Module, dtype: str, generator: torch.Generator) -> None:
+    """Move every floating-point parameter and buffer of `model` at random, at most to a neighbouring number of `dtype`."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(perturbed(tensor.double(), dtype, generator))
 
 
 def observe(

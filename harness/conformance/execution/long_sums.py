@@ -14,7 +14,7 @@ def of_layers(plan: MethodSuite, of: MethodCase, model: ParityModel) -> dict[str
     pairs of triplets.
     """
     pairs = of.config.get("rank", 0) ** 2
-    return plan.long_sums(of.dtype, model.terms, gradient=of.shape.tokens, regularizer=pairs)
+    return plan.long_sums(model.terms, gradient=of.shape.tokens, regularizer=pairs)
 
 
 def of_operation(plan: OperationSuite, of: OperationCase, arguments: Arguments) -> dict[str, float]:
@@ -25,5 +25,5 @@ def of_operation(plan: OperationSuite, of: OperationCase, arguments: Arguments) 
     """
     x, side = arguments.get("x"), max(of.values.get("shape", [0]))
     if x is None:
-        return plan.long_sums(of.dtype, 0, backward=side)
-    return plan.long_sums(of.dtype, side, backward=x.shape[:-1].numel())
+        return plan.long_sums(0, backward=side)
+    return plan.long_sums(side, backward=x.shape[:-1].numel())

@@ -281,7 +281,7 @@ def call(
     subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     case = Case(
         "call", seed=SEED, walks=0 if of.sampled else WALKS, is_drawn=of.drawn, magnitude=of.magnitude,
-        factors=plan.factors(), long_sums=long_sums.of_operation(plan, of, subject.arguments),
+        factors=plan.factors(), long_sums=long_sums.of_operation(plan, of, subject.arguments), dtype=of.dtype,
     )  # fmt: skip
     return subject, case
 
@@ -363,7 +363,7 @@ def attach(
         base_output=whole(original)[0](), is_drawn=of.drawn, walks=0 if is_brief else WALKS, is_brief=is_brief,
         walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
         forward_of=lambda model: whole(model)[1], attach_fresh=fresh, weights=of.weights, factors=plan.factors(),
-        long_sums=long_sums.of_layers(plan, of, pristine),
+        long_sums=long_sums.of_layers(plan, of, pristine), dtype=of.dtype,
     )  # fmt: skip
     return subject, case
 

@@ -182,14 +182,14 @@ class AdapterWalk(RuleBasedStateMachine):
         `own` and `near` are too few where one rounding decides the error of a whole tensor: both may round that number
         well. AdaLoRA has two such numbers: A A^T - 1 of rank 1, and the difference of a sensitivity and its average. A
         passing walk does not need the further references, so only a failing walk pays for them. In bfloat16, they
-        would excuse a scaling that is 6 % off, so only a walk in float32 is taken again.
+        would excuse a scaling that is 6 % off, so such a walk is not taken again.
 
         If the same comparison does not fail again with `own` and `near`, the implementation computes something else each
         time, and rounding is no explanation. Once a failure is confirmed, a large error in a shorter walk counts without a
         second look, to save time.
         """
         is_hopeless = self.shortest is not None and judgement.ratio > HOPELESS
-        if is_hopeless or judgement.error is None or self.programs.dtype != "float32":
+        if is_hopeless or judgement.error is None or self.programs.dtype == "bfloat16":
             return False
         again = type("Again", (type(self),), {"draws": PERTURBED_DRAWS, "shortest": None})()
         try:
