@@ -434,7 +434,7 @@ def test_gradients_may_be_less_exact_only_if_they_are_long_sums_in_32_bits() -> 
 
     assert allowed("float32", LONG_SUM) == allowed("bfloat16", LONG_SUM + 1) == NOISE_FACTOR
     assert allowed("float32", LONG_SUM + 1) > NOISE_FACTOR
-    of_layers = parity_suite.load("lora").long_sums("float32", LONG_SUM, gradient=LONG_SUM + 1)
+    of_layers = parity_suite.load("lora").long_sums(LONG_SUM, gradient=LONG_SUM + 1)
     assert of_layers.keys() == {"gradient"}
 
 
@@ -448,6 +448,9 @@ def test_a_long_side_counts_in_32_bits_only(side: int, is_long: bool) -> None:
         made = suite_run.attach(reference, plan, case)[1]
         assert (made.factor("calls") > NOISE_FACTOR) is is_long
         assert made.factor("calls", "bfloat16") == made.factor("calls", "float16") == NOISE_FACTOR
+        made = suite_run.attach(reference, plan, dataclasses.replace(case, dtype="float16"))[1]
+        assert made.factor("calls") == NOISE_FACTOR
+        assert (made.factor("calls", "float32") > NOISE_FACTOR) is is_long  # a copy in float32
 
 
 @pytest.mark.parametrize(
