@@ -54,6 +54,9 @@ class Operation:
     """For a step that is scaled by the norm of a whole tensor: a function with the same arguments and outputs, but without
     the norm. An implementation may use 1 in the place of a norm that is NaN, so `nonfinite` requires a NaN only where this
     function returns one. None: where the reference returns one."""
+    unscaled: Callable[..., object] | None = None
+    """For outputs with a factor per feature, such as DoRA's gain: a function with the same arguments and outputs, but
+    without this factor. A program may multiply last, so an output may be infinite where this function overflows."""
     judge: Judge | None = None
     """Function that judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
 

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.moved_numbers import perturbed
-from harness.conformance.comparison.operation_call import map_floats, reference_outputs
+from harness.conformance.comparison.operation_call import map_floats, reference_outputs, without_overflows
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor
 from harness.conformance.operation import Arguments, OperationSubject, cloned
 from harness.conformance.subject import DTYPES
@@ -29,13 +30,16 @@ def under_autocast(
     A float32 Operation that has a gradient may compute products in 16 bits, or in float32 as before. It may also refuse
     arguments that autocast leaves in several dtypes. Wrong results fail. An output must have the same dtype for the first
     row of `x` alone as for all rows, because a model that generates tokens one by one would otherwise mix two dtypes.
-    This is also tried with the other value of each switch, such as `training`. plain: the outputs without autocast.
+    This is also tried with the other value of each switch, such as `training`. A dtype is left out if a row of an argument
+    would overflow in it, or become subnormal. plain: the outputs without autocast.
     """
     if subject.dtype != "float32" or not subject.operation.differentiable:
         return
     truth, row = reference_outputs(subject, torch.float64), _first_row(subject.arguments)
     switched = [{name: not value} for name, value in subject.arguments.items() if isinstance(value, bool) and row]
     for dtype in ("bfloat16", "float16"):
+        if not _fits(subject.arguments, DTYPES[dtype]):
+            continue
         with torch.autocast(subject.device.type, DTYPES[dtype]):
             try:
                 seen = subject.call()
@@ -46,8 +50,20 @@ def under_autocast(
                 with suppress(RuntimeError):  # another case judges what an implementation does with this value
                     pairs.append((subject.call(**other, **row), subject.call(**other)))
         yield from ((f"{dtype}, one row", one) for pair in pairs for one in _other_dtypes(*pair))
-        if not exact(seen, dict(plain)).passed:
-            yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls", dtype))
+        if exact(seen, dict(plain)).passed:
+            continue
+        if case.magnitude != "normal" and any(not t.isfinite().all() for t in seen.values()):
+            with torch.autocast(subject.device.type, DTYPES[dtype]):
+                seen = without_overflows(subject, seen, truth)
+        yield dtype, noise_floor(seen, truth, _plausible(subject, dtype), dtype, case.factor("calls", dtype))
+
+
+def _fits(arguments: Arguments, dtype: torch.dtype) -> bool:
+    """Return whether the largest number of each row is zero or normal in `dtype`, for every floating-point argument."""
+    limits = torch.finfo(dtype)
+    given = (t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.is_floating_point() and t.numel())
+    largest = [t.detach().abs().amax(-1) if t.dim() else t.detach().abs() for t in given]
+    return all(bool(((one == 0) | ((one >= limits.smallest_normal) & (one <= limits.max))).all()) for one in largest)
 
 
 def _first_row(arguments: Arguments) -> Arguments:

@@ -78,10 +78,8 @@ def _judge(
     verdict = noise_floor(mine, truth, draws(), subject.dtype, case.factor("outputs"))
     if verdict.passed or not verdict.nonfinite or case.magnitude == "normal":
         return verdict, ""
-    bounds = _reference(subject, _absolute(subject).arguments)
-    return noise_floor(
-        _without_overflows(mine, truth, bounds), truth, draws(), subject.dtype, case.factor("outputs")
-    ), ""
+    possible = without_overflows(subject, mine, truth)
+    return noise_floor(possible, truth, draws(), subject.dtype, case.factor("outputs")), ""
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
@@ -276,6 +274,18 @@ def judge_gradients(
         return verdict
     bounds = _gradients_of_absolutes(subject, case, how.get("layout", "plain"), how.get("used"))
     return noise_floor(_without_overflows(mine, truth, bounds), truth, draws(), subject.dtype, factor)
+
+
+def without_overflows(
+    subject: OperationSubject, mine: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the outputs `mine`, with the right values where an infinity or NaN is possible in a correct program."""
+    arguments = _absolute(subject).arguments
+    bounds = _reference(subject, arguments)
+    if subject.operation.unscaled is not None:
+        unscaled = subject.operation.named(subject.operation.unscaled(**arguments))
+        bounds = {name: torch.maximum(bound, unscaled[name]) for name, bound in bounds.items()}
+    return _without_overflows(mine, truth, bounds)
 
 
 def _without_overflows(

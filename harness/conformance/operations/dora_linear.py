@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from harness.conformance.comparison.functional_layer import (
 )
 from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation, draw
+from harness.conformance.operations import lora_linear
 from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled", "large-rows", "small-rows", "start"]
@@ -96,4 +97,16 @@ def reference(
     return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})
 
 
-OPERATION = Operation("dora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B", "m"), inputs=("x",))
+def _without_gain(m: Tensor, **others: Any) -> Tensor:
+    return lora_linear.reference(**others)
+
+
+OPERATION = Operation(
+    "dora_linear",
+    ("y",),
+    arguments,
+    reference,
+    differentiable=("x", "A", "B", "m"),
+    inputs=("x",),
+    unscaled=_without_gain,
+)

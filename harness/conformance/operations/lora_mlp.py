@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,4 +78,11 @@ def reference(
     return layer(_FUNCTIONS[activation](gate) * up, 2)
 
 
-OPERATION = Operation("lora_mlp", ("y",), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",))
+def _without_gain(ms: object, **others: Any) -> Tensor:
+    return reference(**others, ms=None)
+
+
+OPERATION = Operation(
+    "lora_mlp", ("y",), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",),
+    unscaled=_without_gain,
+)  # fmt: skip

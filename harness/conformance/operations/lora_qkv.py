@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,11 @@ def reference(
     return layer(0), layer(1), layer(2)
 
 
+def _without_gain(ms: object, **others: Any) -> tuple[Tensor, ...]:
+    return reference(**others, ms=None)
+
+
 OPERATION = Operation(
-    "lora_qkv", ("q", "k", "v"), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",)
-)
+    "lora_qkv", ("q", "k", "v"), arguments, reference, differentiable=("x", "As", "Bs", "ms"), inputs=("x",),
+    unscaled=_without_gain,
+)  # fmt: skip
