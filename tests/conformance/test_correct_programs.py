@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from harness.conformance import parity_suite
+from harness.conformance.case_selection import FEW
 from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation, discover
 from harness.records.record import Outcome
-from reference import galore
+from reference import dora, galore
+from reference.shared.layers import dense_weight
 
 
-def outcomes(mine: Implementation, check: str, config: dict[str, Any], dtype: str, **shape: int) -> set[Outcome]:
-    of = parity_suite.CaseShape.model_validate({"tokens": 9, "in": shape["inputs"], "out": shape["outputs"]})
-    case = parity_suite.MethodCase(config, "linear", of, dtype)
+def outcomes(
+    mine: Implementation, check: str, config: dict[str, Any], dtype: str, *, weights: str = "normal", **shape: int
+) -> set[Outcome]:
+    of = parity_suite.CaseShape.model_validate(
+        {"tokens": shape.get("tokens", 9), "in": shape["inputs"], "out": shape["outputs"]}
+    )
+    case = parity_suite.MethodCase(config, "linear", of, dtype, weights=weights)
     return {one.result.outcome for one in suite_run.run_case(mine, parity_suite.load(mine.target), case, only=[check])}
 
 
@@ -47,3 +56,60 @@ def test_an_optimizer_may_step_other_parameters_before_it_refuses_a_gradient() -
 
     mine = Implementation("mine", "method", "galore", attach)
     assert outcomes(mine, "closure", {"rank": 3}, "float32", inputs=40, outputs=24) == {Outcome.PASS}
+
+
+def gain_of(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        norm = torch.linalg.vector_norm(W.float() + scaling * (B.float() @ A.float()), dim=1).to(m.dtype)
+    return m / norm
+
+
+class GainLast(dora.DoraLinear):
+    """DoRA as the paper writes it: one product with the gain g, and the bias after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = dense_weight(self.base)
+        y = linear(x, W) + self.scaling * linear(linear(x, self.A), self.B)
+        y = gain_of(W, self.A, self.B, self.m, self.scaling) * y
+        return y if self.base.bias is None else y + self.base.bias
+
+
+def attach_gain_last(model: nn.Module, config: dora.Config, generator: torch.Generator) -> Any:
+    adapted = dora.attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.__class__ = GainLast
+    return adapted
+
+
+@pytest.mark.parametrize(("check", "tokens", "weights"), [("identity", 515, "large"), ("strides", 130, "normal")])
+def test_a_16_bit_layer_may_multiply_by_the_gain_last(check: str, tokens: int, weights: str) -> None:
+    mine = Implementation("mine", "method", "dora", attach_gain_last)
+    config = {"rank": 71}
+    found = outcomes(mine, check, config, "float16", weights=weights, tokens=tokens, inputs=1, outputs=40)
+    assert found == {Outcome.PASS}
+
+
+def dora_linear_gain_last(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    assert mask is None
+    y = gain_of(W, A, B, m, scaling) * (linear(x, W) + scaling * linear(linear(x, A), B))
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize(
+    ("values", "magnitude", "dtype"),
+    [
+        ({"shape": [24, 40], "rank": 3, "scaling": 100.0}, "huge", "float16"),
+        ({"shape": [4, 1], "rank": 3, "kind": "large-rows"}, "outlier", "float32"),
+    ],
+)
+def test_a_function_may_multiply_by_the_gain_last_where_this_overflows(
+    values: dict[str, Any], magnitude: str, dtype: str
+) -> None:
+    plan = parity_suite.load_operation("dora_linear")
+    typical = next(case for case in plan.cases(FEW, [dtype]) if case.typical)
+    case = replace(typical, values={**typical.values, "rows": [17], "dropout": 0.0, **values}, magnitude=magnitude)
+    mine = Implementation("mine", "operation", "dora_linear", dora_linear_gain_last, dtypes=(dtype,))
+    found = suite_run.run_case(mine, plan, case, only=["outputs", "calls"])
+    assert {one.check: one.result.outcome for one in found} == {"outputs": Outcome.PASS, "calls": Outcome.PASS}

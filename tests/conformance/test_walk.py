@@ -112,12 +112,13 @@ def test_an_earlier_doubt_does_not_explain_a_failure_that_does_not_come_again(
 
 
 @pytest.mark.slow
-def test_a_walk_in_16_bits_does_not_excuse_a_wrong_scaling() -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_walk_in_16_bits_does_not_excuse_a_wrong_scaling(dtype: str) -> None:
     def wrong(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
         return lora.attach(model, dataclasses.replace(config, alpha=config.alpha * (1 + 2.0**-5)), generator)
 
     shape = parity_suite.CaseShape.model_validate({"tokens": 9, "in": 24, "out": 40})
-    case = parity_suite.MethodCase({"rank": 8, "alpha": 16}, "linear", shape, "bfloat16", model="wide")
+    case = parity_suite.MethodCase({"rank": 8, "alpha": 16}, "linear", shape, dtype, model="wide")
     subject = registry.Implementation("wrong", "method", "lora", wrong, dtypes=registry.DTYPES)
     [outcome] = suite_run.run_case(subject, parity_suite.load("lora"), case, wide=True, only=["walk"])
     assert outcome.result.outcome is Outcome.FAIL
