@@ -19,12 +19,14 @@ from reference import dora, galore
 from reference.shared.layers import dense_weight
 
 
+def shape_of(tokens: int, inputs: int, outputs: int) -> parity_suite.CaseShape:
+    return parity_suite.CaseShape.model_validate({"tokens": tokens, "in": inputs, "out": outputs})
+
+
 def outcomes(
     mine: Implementation, check: str, config: dict[str, Any], dtype: str, *, weights: str = "normal", **shape: int
 ) -> set[Outcome]:
-    of = parity_suite.CaseShape.model_validate(
-        {"tokens": shape.get("tokens", 9), "in": shape["inputs"], "out": shape["outputs"]}
-    )
+    of = shape_of(shape.get("tokens", 9), shape["inputs"], shape["outputs"])
     case = parity_suite.MethodCase(config, "linear", of, dtype, weights=weights)
     return {one.result.outcome for one in suite_run.run_case(mine, parity_suite.load(mine.target), case, only=[check])}
 
@@ -113,3 +115,28 @@ def test_a_function_may_multiply_by_the_gain_last_where_this_overflows(
     mine = Implementation("mine", "operation", "dora_linear", dora_linear_gain_last, dtypes=(dtype,))
     found = suite_run.run_case(mine, plan, case, only=["outputs", "calls"])
     assert {one.check: one.result.outcome for one in found} == {"outputs": Outcome.PASS, "calls": Outcome.PASS}
+
+
+def test_a_packed_weight_is_not_mistaken_for_the_update_of_its_adapter() -> None:
+    """The error of NF4 is 20 times as large as an update with the scaling 1 / 288."""
+    case = parity_suite.MethodCase(
+        {"rank": 288, "alpha": 1.0}, "linear", shape_of(545, 17, 13), "float16", model="deep", weights="small"
+    )
+    mine = discover().find("method", "qlora", "reference")
+    [found] = suite_run.run_case(mine, parity_suite.load("qlora"), case, wide=True, only=["shared_input"])
+    assert found.result.outcome is Outcome.PASS, found.result.detail
+
+
+def test_a_start_with_rows_of_random_sizes_may_be_larger_than_another_one() -> None:
+    """LoRA's orthogonal start takes rows of a random matrix: with rank 2, the mean square of a start varies."""
+    case = parity_suite.MethodCase(
+        {"rank": 2, "init": "orthogonal"}, "linear", shape_of(2, 24, 40), "float32", model="deep"
+    )
+    right = discover().find("method", "lora", "reference")
+
+    def attach_with_other_seed(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        return right(model, config, torch.Generator().manual_seed(generator.initial_seed() + 31))
+
+    mine = Implementation("mine", "method", "lora", attach_with_other_seed)
+    [found] = suite_run.run_case(mine, parity_suite.load("lora"), case, wide=True, only=["initial"])
+    assert found.result.outcome is Outcome.PASS, found.result.detail
