@@ -91,6 +91,7 @@ def _loaded(folder: Path, dtype: torch.dtype) -> nn.Module:
             experts_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
+            use_kernels=False,  # layers are those of transformers; its release 5.25 would ask the hub for others
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:

@@ -132,6 +132,7 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
     always = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "USE_HUB_KERNELS": "NO",  # the hub's cache on a machine must not decide which kernels a model runs
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets must not differ between runs

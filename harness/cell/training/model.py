@@ -97,7 +97,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    # Without `use_kernels`, transformers 5.25 fetches kernels of the hub for the model's layers: another machine would
+    # measure another model, and on the meta device loading fails.
+    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_kernels": False}
     try:
         model, info = factory.from_pretrained(path, **options)
     except (SafetensorError, OSError, ValueError) as error:
