@@ -99,7 +99,12 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     # Without `use_kernels`, transformers 5.25 fetches kernels of the hub for the model's layers: another machine would
     # measure another model, and on the meta device loading fails.
-    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "use_kernels": False}
+    options |= {
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "use_kernels": False,
+    }
     try:
         model, info = factory.from_pretrained(path, **options)
     except (SafetensorError, OSError, ValueError) as error:
