@@ -29,7 +29,9 @@ def matrix(report: CheckReport) -> list[str]:
     rows = [["target", "implementation", *dtypes]]
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
-        rows.append([target, implementation, *map(summary.format_field, fields)])
+        # A row with results whose target is also listed as not checked was interrupted.
+        part = " (in part)" if f"{implementation} {target}" in report.skipped else ""
+        rows.append([target, implementation + part, *map(summary.format_field, fields)])
     table = align_columns(rows, right=range(2, len(rows[0])), indent="") if report.tried else []
     return [*table, *check_settings.lines(report), *lines(report), *check_versions.lines(report)]
 

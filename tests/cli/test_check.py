@@ -122,6 +122,31 @@ def test_the_terminal_says_before_the_counts_what_failing_cases_have_in_common(r
     assert "in_common" not in of_a_loop.document()
 
 
+def test_failures_of_one_check_share_a_line(report: CheckReport) -> None:
+    def wrong(check: str, rank: int, **more: Any) -> CheckOutcome:
+        return tried(found=result(f"lora/{check}/float32/warm", Outcome.FAIL, **more), case=f"rank={rank}")
+
+    measured = [wrong(check, rank, error=rank, allowed=0.1) for check in ("gradient", "outputs") for rank in (1, 2, 3)]
+    without_error = [wrong("alive", rank, detail=f"raised on rank {rank}") for rank in (1, 2)]
+    found = dataclasses.replace(report, tried=[*measured, *without_error], options=None)
+    assert [line for line in check_terminal.lines(found) if line.startswith("FAIL acme lora/")] == [
+        "FAIL acme lora/gradient/float32/warm (rank=1) and 2 more: error 1, allowed 0.1",
+        "FAIL acme lora/outputs/float32/warm (rank=1) and 2 more: error 1, allowed 0.1",
+        "FAIL acme lora/alive/float32/warm (rank=1): raised on rank 1",
+        "FAIL acme lora/alive/float32/warm (rank=2): raised on rank 2",
+    ]
+    assert len(found.document()["checks"]) == 8
+
+
+def test_the_matrix_marks_a_row_that_was_interrupted(report: CheckReport) -> None:
+    stopped = dataclasses.replace(report, tried=report.tried[:1], skipped={"acme lora": "interrupted after 1 check"})
+    title, row, *_ = check_terminal.matrix(stopped)
+    assert (title.split(), row.split()) == (
+        ["target", "implementation", "float32"],
+        ["lora", "acme", "(in", "part)", "ok", "0.20"],
+    )
+
+
 def test_the_terminal_says_why_a_check_is_skipped(report: CheckReport) -> None:
     said = "a check is skipped in a case to which it does not apply; --json and --html give each reason"
     skipped = tried(found=result("lora/dropout/float32/warm", Outcome.SKIPPED, detail="the config has no dropout"))

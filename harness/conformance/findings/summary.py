@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.methods.registry import DTYPES
-from harness.records.check import CheckResult
+from harness.records.check import CheckId, CheckResult
 
 _WORST_FIRST = (
     CheckStatus.FAIL,
@@ -91,15 +91,17 @@ def format_field(field: MatrixField | None) -> str:
 
 
 def failures(tried: Iterable[CheckOutcome]) -> list[str]:
-    """Return one line per failure: implementation, check id, case, and the text of `describe`.
+    """Return lines about the failures: implementation, check id, case, and the text of `describe`.
 
-    If one implementation has several failures with the same description, such as one exception in every case, they
-    share a line.
+    One cause often fails a check in many cases. So failures of one check of a target that measured an error share a line,
+    which describes the first of them. Others, such as an exception in every check, share a line if their texts are the same.
     """
-    alike: dict[tuple[str, str], list[CheckOutcome]] = {}
+    alike: dict[tuple[str, ...], list[CheckOutcome]] = {}
     for one in tried:
         if one.status is CheckStatus.FAIL:
-            alike.setdefault((one.provider, describe(one.result)), []).append(one)
+            check = (one.target, CheckId.parse(one.result.check).check)
+            same = (describe(one.result),) if one.result.error is None else check
+            alike.setdefault((one.provider, *same), []).append(one)
     return [_failure(several[0], len(several) - 1) for several in alike.values()]
 
 
