@@ -246,15 +246,17 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n[len(start) :]: t for n, t in named.items() if n.startswith(start)}
 
 
-def configure(method: str, config: dict[str, Any]) -> Any:
+def configure(method: str, config: dict[str, Any], *, drops_unknown: bool = False) -> Any:
     """Return the Method's Config with these values. Lists, and strings for fields that are tuples, become tuples.
 
-    Raises TypeError for an unknown key.
+    drops_unknown: leave out keys that this Config does not have. Otherwise, an unknown key raises TypeError.
     """
     if method in UNREFERENCED:
         # The hash identifies an imported adapter, and configures nothing.
         return AdapterConfig(**{key: value for key, value in config.items() if key != ADAPTER_SHA256})
     kind = importlib.import_module(f"reference.{method}").Config
+    if drops_unknown:
+        config = {key: value for key, value in config.items() if key in {field.name for field in fields(kind)}}
     lists = {field.name for field in fields(kind) if str(field.type).startswith("tuple")}
     words = {k: (v,) for k, v in config.items() if k in lists and isinstance(v, str)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()} | words)

@@ -30,7 +30,7 @@ def matrix(report: CheckReport) -> list[str]:
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
         # A row with results whose target is also listed as not checked was interrupted.
-        part = " (in part)" if f"{implementation} {target}" in report.skipped else ""
+        part = " (interrupted)" if f"{implementation} {target}" in report.skipped else ""
         rows.append([target, implementation + part, *map(summary.format_field, fields)])
     table = align_columns(rows, right=range(2, len(rows[0])), indent="") if report.tried else []
     return [*table, *check_settings.lines(report), *lines(report), *check_versions.lines(report)]

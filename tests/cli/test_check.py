@@ -143,7 +143,7 @@ def test_the_matrix_marks_a_row_that_was_interrupted(report: CheckReport) -> Non
     title, row, *_ = check_terminal.matrix(stopped)
     assert (title.split(), row.split()) == (
         ["target", "implementation", "float32"],
-        ["lora", "acme", "(in", "part)", "ok", "0.20"],
+        ["lora", "acme", "(interrupted)", "ok", "0.20"],
     )
 
 

@@ -140,3 +140,19 @@ def test_a_start_with_rows_of_random_sizes_may_be_larger_than_another_one() -> N
     mine = Implementation("mine", "method", "lora", attach_with_other_seed)
     [found] = suite_run.run_case(mine, parity_suite.load("lora"), case, wide=True, only=["initial"])
     assert found.result.outcome is Outcome.PASS, found.result.detail
+
+
+def test_a_layer_may_compute_something_else_beside_a_layer_in_another_dtype_up_to_rounding() -> None:
+    """`fused` computes layers with one input together, and each alone if their dtypes differ."""
+    fused = discover().find("method", "lora", "fused")
+    case = parity_suite.MethodCase({"rank": 72, "alpha": 16}, "linear", shape_of(9, 40, 1), "float32", model="wide")
+    [found] = suite_run.run_case(fused, parity_suite.load("lora"), case, wide=True, only=["calls"])
+    assert found.result.outcome is Outcome.PASS, found.result.detail
+
+
+def test_a_start_that_hides_tiny_weights_is_no_failure_of_identity() -> None:
+    """In LoRA's orthogonal start, B A is zero up to rounding, which may be more than the weight."""
+    mine = discover().find("method", "lora", "reference")
+    config = {"rank": 8, "alpha": 16, "init": "orthogonal"}
+    assert outcomes(mine, "identity", config, "float32", weights="tiny", inputs=24, outputs=40) == {Outcome.SKIPPED}
+    assert outcomes(mine, "identity", config, "float32", inputs=24, outputs=40) == {Outcome.PASS}

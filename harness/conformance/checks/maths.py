@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.distances import Distance
 from harness.conformance.comparison.inputs import cast, inputs, takes_rows
 from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.moved_numbers import perturbed
@@ -20,7 +22,7 @@ from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.optimizer_steps import optimizer_of
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance_constants import LARGEST_OVERFLOW, PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import CEILING, LARGEST_OVERFLOW, PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 from reference.shared.layers import Convolution
@@ -50,13 +52,15 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         # In this dtype, a start may be as inexact as the base, as the reference's own start, or as the base with slightly
         # moved weights. These starts are computed only on demand, because they may need an SVD of every weight. If the
         # reference's start overflows, another start may too, in up to half of the logits or four times the share.
+        # If it is far from the base, as orthogonal starts beside tiny weights are, rounding hides the base.
         verdict = noise_floor(mine, truth, base, subject.dtype, factor)
         if not verdict.passed:
             starts = _starts(subject, case.forward)
             start = next(starts)
             share = [float((~one["logits"].isfinite()).double().mean()) for one in (mine, start)]
             may_overflow = min(share) > 0 and share[0] < max(LARGEST_OVERFLOW, 4 * share[1])
-            draws = chain([start] if may_overflow else [base, start], starts)
+            hides_base = CEILING < Distance.of(start["logits"], truth["logits"]).norm < math.inf
+            draws = chain([start] if may_overflow or hides_base else [base, start], starts)
             verdict = noise_floor(mine, truth, draws, subject.dtype, factor)
     return judged(subject, case, "identity", verdict)
 

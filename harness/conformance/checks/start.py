@@ -59,6 +59,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
             continue  # the check `parameters` reports it
         mine, want = have[name].detach().double(), want.double()
         any_sign = from_weight and want.numel() == 1
+        is_single = name in drawn and want.numel() >= _LEAST_SAMPLE  # otherwise several starts are joined
         if name in drawn and want.numel() < _LEAST_SAMPLE:
             if fresh is None:
                 continue  # the model of a Cell cannot be attached again
@@ -69,7 +70,6 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
                     f"{name} starts at up to {float(mine.abs().max()):.3g}, should be {float(want.flatten()[0]):g}"
                 )
             continue
-        is_single = name in drawn and want.numel() > _LEAST_SAMPLE
         # The standard deviation of a mean of n squares is at most sqrt(2 / n) of this mean, as for normal numbers.
         bound = INITIAL_SIGMAS * (2 / mine.numel() + 2 / want.numel()) ** 0.5
         own = float(mine.square().mean())
@@ -88,7 +88,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def _is_usual(mean_square: float, subject: Subject, case: Case, name: str) -> bool:
-    """Return whether the mean square of a start is as far from the mean of other starts as they are from each other.
+    """Return whether the mean square of a start is within INITIAL_SIGMAS standard deviations of those of other starts.
 
     If few random numbers decide a start, as in LoRA's orthogonal start, the numbers of a tensor are not independent:
     its mean square then varies more than that of as many independent numbers.

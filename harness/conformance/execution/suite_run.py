@@ -324,7 +324,7 @@ def attach(
         attaching = sibling(implementation, adapter, of.dtype, device.type) if adapter else implementation
         if model is None:
             model = built(of.shape.square()) if square else copied(pristine)
-        resolved = configure(name, of.config | changed)
+        resolved = configure(name, of.config | changed, drops_unknown=bool(adapter))
         if hasattr(resolved, "targets") and isinstance(model, ParityModel):
             resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)

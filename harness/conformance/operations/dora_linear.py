@@ -30,7 +30,7 @@ from products of W, A and B would pass.
 _LARGE = 2.0**8
 """Factor of W and B in large rows. The norm of such a row of V exceeds 256, so its square exceeds the largest float16."""
 _LARGEST_SCALING = 2.0
-"""In large rows, B shrinks with a larger scaling, so that the update stays as large as with this one."""
+"""In large rows, B shrinks with a larger size of the scaling, so that the update stays as large as with this one."""
 _LARGE_M = 2.0**4
 """Factor of the magnitudes of large rows. A larger factor would make gradients of many rows of x overflow in float16."""
 
@@ -69,7 +69,7 @@ def arguments(
     if kind == "large-rows":
         # A program may compute g (V x), so V x must stay below the largest float16, even if the scaling is large.
         W[fourth], m[fourth] = _LARGE * W[fourth], _LARGE_M * m[fourth]
-        B[fourth] *= _LARGE / max(1.0, scaling / _LARGEST_SCALING)
+        B[fourth] *= _LARGE / max(1.0, abs(scaling) / _LARGEST_SCALING)
     if kind == "small-rows":
         W[fourth], B[fourth] = smaller(dtype) * W[fourth], smaller(dtype) * B[fourth]
         if dtype == torch.float16:  # a gain of 256 would make gradients of a large x overflow

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.moved_numbers import perturbed
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
-from harness.conformance.tolerance_constants import HOPELESS, PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import HOPELESS, PERTURBED_DRAWS, UNLUCKY
 from harness.conformance.walk.program import RUN_MODES, Program
 
 RULES = 20
@@ -182,13 +182,15 @@ class AdapterWalk(RuleBasedStateMachine):
         `own` and `near` are too few where one rounding decides the error of a whole tensor: both may round that number
         well. AdaLoRA has two such numbers: A A^T - 1 of rank 1, and the difference of a sensitivity and its average. A
         passing walk does not need the further references, so only a failing walk pays for them. In bfloat16, they
-        would excuse a scaling that is 6 % off, so such a walk is not taken again.
+        would excuse a scaling that is 6 % off, so such a walk is not taken again. In float16, it is taken again only if
+        its error is at most UNLUCKY times the allowance.
 
         If the same comparison does not fail again with `own` and `near`, the implementation computes something else each
         time, and rounding is no explanation. Once a failure is confirmed, a large error in a shorter walk counts without a
         second look, to save time.
         """
         is_hopeless = self.shortest is not None and judgement.ratio > HOPELESS
+        is_hopeless |= self.programs.dtype == "float16" and judgement.ratio > UNLUCKY
         if is_hopeless or judgement.error is None or self.programs.dtype == "bfloat16":
             return False
         again = type("Again", (type(self),), {"draws": PERTURBED_DRAWS, "shortest": None})()

@@ -1,0 +1,1 @@
+"""Independent adapters and operations in plain PyTorch. Only `door.py` refers to peft-harness."""
