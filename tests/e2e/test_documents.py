@@ -132,7 +132,10 @@ def test_fit(command: Command) -> None:
 @pytest.mark.usefixtures("forks")
 def test_claims(command: Command) -> None:
     printed = command("claims-lora", "claims", "lora", "--tier", "exact", "--json")
-    assert without_prose(json.loads(printed)) == expected("claims-lora")
+    document, old = without_prose(json.loads(printed)), expected("claims-lora")
+    # The versions are this machine's. Packages may be added.
+    assert document.pop("software").keys() >= old.pop("software").keys()
+    assert document == old
 
 
 @pytest.mark.parametrize(
