@@ -256,7 +256,8 @@ def configure(method: str, config: dict[str, Any], *, drops_unknown: bool = Fals
         return AdapterConfig(**{key: value for key, value in config.items() if key != ADAPTER_SHA256})
     kind = importlib.import_module(f"reference.{method}").Config
     if drops_unknown:
-        config = {key: value for key, value in config.items() if key in {field.name for field in fields(kind)}}
+        known = {field.name for field in fields(kind)}
+        config = {key: value for key, value in config.items() if key in known}
     lists = {field.name for field in fields(kind) if str(field.type).startswith("tuple")}
     words = {k: (v,) for k, v in config.items() if k in lists and isinstance(v, str)}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()} | words)

@@ -52,7 +52,7 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         # In this dtype, a start may be as inexact as the base, as the reference's own start, or as the base with slightly
         # moved weights. These starts are computed only on demand, because they may need an SVD of every weight. If the
         # reference's start overflows, another start may too, in up to half of the logits or four times the share.
-        # If it is far from the base, as orthogonal starts beside tiny weights are, rounding hides the base.
+        # If it is far from the base, as LoRA's orthogonal start is with tiny weights, its rounding hides the base.
         verdict = noise_floor(mine, truth, base, subject.dtype, factor)
         if not verdict.passed:
             starts = _starts(subject, case.forward)

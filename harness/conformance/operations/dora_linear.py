@@ -30,7 +30,7 @@ from products of W, A and B would pass.
 _LARGE = 2.0**8
 """Factor of W and B in large rows. The norm of such a row of V exceeds 256, so its square exceeds the largest float16."""
 _LARGEST_SCALING = 2.0
-"""In large rows, B shrinks with a larger size of the scaling, so that the update stays as large as with this one."""
+"""If the absolute scaling is larger than this, B shrinks in large rows, so that the update stays as large as with this one."""
 _LARGE_M = 2.0**4
 """Factor of the magnitudes of large rows. A larger factor would make gradients of many rows of x overflow in float16."""
 
@@ -51,7 +51,7 @@ def arguments(
 
     kind: decides every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: W and B are zero
     there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. `large-rows`: W and the
-    update are 256 times as large; a scaling above 2 does not enlarge the update. `small-rows`: W and B are multiplied by
+    update are 256 times as large; an absolute scaling above 2 does not enlarge it. `small-rows`: W and B are multiplied by
     2^-30; in float16, W, B and m are multiplied by 2^-8. The magnitudes m are noise of either sign. `start`: B is zero
     and m has the norms of the rows of W, as when training starts.
     """

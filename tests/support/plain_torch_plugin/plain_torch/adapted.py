@@ -1,4 +1,4 @@
-"""What `attach` returns for an adapter whose layers replace layers of the model."""
+"""Return value of `attach` for an adapter whose layers replace layers of the model."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
