@@ -30,7 +30,7 @@ from products of W, A and B would pass.
 _LARGE = 2.0**8
 """Factor of W and B in large rows. The norm of such a row of V exceeds 256, so its square exceeds the largest float16."""
 _LARGEST_SCALING = 2.0
-"""If the absolute scaling is larger than this, B shrinks in large rows, so that the update stays as large as with this one."""
+"""If the absolute scaling is larger than this, B shrinks in large rows, so that the update grows no further."""
 _LARGE_M = 2.0**4
 """Factor of the magnitudes of large rows. A larger factor would make gradients of many rows of x overflow in float16."""
 
